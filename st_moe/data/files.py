@@ -1,0 +1,69 @@
+"""Files that are whole or absent, on a disk or in an object store."""
+
+import contextlib
+import errno
+import os
+import pathlib
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+
+from etils import epath
+
+
+def is_remote(path: epath.PathLike) -> bool:
+  """True for an object store, which has neither append nor rename."""
+  return '://' in os.fspath(path)
+
+
+def stamp(path: epath.PathLike) -> list:
+  """What changes when a file does: its name, size and time of change."""
+  path = os.fspath(path)
+  if is_remote(path):
+    stat = epath.Path(path).stat()
+    return [path, stat.length, stat.mtime]
+  stat = os.stat(path)
+  return [path, stat.st_size, stat.st_mtime_ns]
+
+
+@contextlib.contextmanager
+def appearing(path: epath.PathLike) -> Iterator[pathlib.Path]:
+  """A local file to write, which becomes `path` if nothing goes wrong.
+
+  Nobody ever sees `path` half written, and of two writers the last one wins: a
+  disk renames, an object store shows an object when all of it is there.
+  """
+  path = epath.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  folder = tempfile.gettempdir() if is_remote(path) else path.parent
+  temp = pathlib.Path(folder, f'.{path.name}.{uuid.uuid4().hex}.tmp')
+  try:
+    yield temp
+    if is_remote(path):
+      copy(temp, path)
+    else:
+      os.replace(temp, path)
+  except (OSError, RuntimeError) as e:  # RuntimeError: ArrayRecord's.
+    full = isinstance(e, OSError) and e.errno == errno.ENOSPC
+    if not full and 'No space left' not in str(e):
+      raise
+    free = shutil.disk_usage(folder).free >> 20
+    raise ValueError(
+      f'No space left while writing {path} by way of {folder} ({free} MiB free'
+      ' there); make room or set data.cache_dir to another disk. Parts that are'
+      ' finished are kept.'
+    ) from e
+  finally:
+    temp.unlink(missing_ok=True)
+
+
+def write_whole(path: epath.PathLike, data: bytes) -> None:
+  with appearing(path) as temp:
+    temp.write_bytes(data)
+
+
+def copy(source: epath.PathLike, target: epath.PathLike) -> None:
+  """Copies a file from any file system to any other."""
+  with epath.Path(source).open('rb') as a, epath.Path(target).open('wb') as b:
+    shutil.copyfileobj(a, b, 1 << 20)
