@@ -1,0 +1,43 @@
+"""Installs `st_moe` and its command `st-moe`."""
+
+import setuptools
+
+setuptools.setup(
+  name='st_moe',
+  version='0.1.0',
+  description='Stable, transferable sparse expert models (ST-MoE) in JAX.',
+  license='Apache-2.0',
+  python_requires='>=3.11',
+  packages=setuptools.find_packages(include=['st_moe', 'st_moe.*']),
+  install_requires=[
+    'absl-py>=2.1',
+    'array-record>=0.8',
+    'etils[epath]>=1.9',
+    'flax>=0.12',
+    'gin-config>=0.5',
+    'grain>=0.2.15',
+    'huggingface_hub>=0.30',
+    'jax>=0.10',
+    'ml_collections>=1.0',
+    'numpy>=2.0',
+    'optax>=0.2.5',
+    'orbax-checkpoint>=0.11.20',
+    'plotly>=6.0',
+    'rich>=13.0',
+    'safetensors>=0.5',
+    'sentencepiece>=0.2',
+    'seqio>=0.0.20',
+    'tensorboardX>=2.6',
+  ],
+  extras_require={
+    'tpu': ['jax[tpu]'],
+    'cuda': ['jax[cuda12]'],
+    'gcp': ['gcsfs'],
+    'hf': ['transformers>=5.23', 'torch'],
+    'kernels': ['tokamax'],
+    'notebooks': ['jupyterlab', 'nbmake'],
+    'wandb': ['wandb'],
+    'dev': ['pytest>=8.0', 'ruff>=0.9'],
+  },
+  entry_points={'console_scripts': ['st-moe = st_moe.cli:main']},
+)
