@@ -1,0 +1,480 @@
+"""What a run is made of: frozen dataclasses and the numbers derived from them.
+
+Defaults live here and nowhere else. A config file (`configs/*.py`) names only
+what its experiment changes; `config_file.load` turns it into a `Config`.
+"""
+
+import dataclasses
+import difflib
+import fractions
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+_ROUND = {'floor': math.floor, 'round': round, 'ceil': math.ceil}
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
+  """The error for a `name` that is not among the `known` ones."""
+  known = sorted(known)
+  near = difflib.get_close_matches(name, known, n=1)
+  hint = f' Did you mean {near[0]!r}?' if near else ''
+  return ValueError(f'Unknown {what} {name!r}.{hint} Known: {known}.')
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """A mechanism chosen by name from a table, with its options."""
+
+  name: str
+  options: tuple[tuple[str, object], ...] = ()
+
+  @classmethod
+  def of(cls, name: str, **options) -> 'Part':
+    return cls(name, tuple(sorted(options.items())))
+
+  @property
+  def kwargs(self) -> dict:
+    return dict(self.options)
+
+  def choose(self, what: str, table: Mapping[str, Callable]) -> Callable:
+    """The entry of `table` with this name, its options bound.
+
+    Raises:
+      ValueError: an unknown name or option, with the known ones.
+    """
+    if self.name not in table:
+      raise unknown(what, self.name, table)
+    known = inspect.signature(table[self.name]).parameters
+    for option in self.kwargs:
+      if option not in known:
+        raise unknown(f'option of {what} {self.name!r}', option, known)
+    return functools.partial(table[self.name], **self.kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Capacity:
+  """How many tokens of one group an expert can seat.
+
+  The default is the rule of the paper and of Mesh-TensorFlow: `factor` * tokens
+  / experts, rounded down, at least 4, NOT multiplied by the experts per token.
+  Other codes differ in exactly the fields below (see `slots`).
+  """
+
+  factor: float = 1.25
+  count: int = 0  # Places as a number; 0: from `factor`.
+  times_k: bool = False  # V-MoE multiplies by the experts per token.
+  rounding: str = 'floor'  # Flaxformer: 'round'; V-MoE: 'ceil'.
+  minimum: int = 4
+  multiple: int = 1
+  dropless: bool = False  # Everyone sits; all of the above is moot.
+
+  def __post_init__(self):
+    if self.rounding not in _ROUND:
+      raise ValueError(
+        f'Capacity rounding {self.rounding!r} is none of {sorted(_ROUND)}.'
+      )
+    if self.factor <= 0 or self.count < 0 or self.multiple < 1:
+      raise ValueError(
+        f'{self} cannot seat anyone: factor must be above 0, count at least 0'
+        ' and multiple at least 1.'
+      )
+
+  def slots(self, group_size: int, num_experts: int, k: int = 1) -> int:
+    """Places per expert in a group of `group_size` tokens, never more."""
+    if self.dropless:
+      return group_size
+    # Fractions, because floor(0.7 * 10 / 7) must not depend on float noise.
+    share = fractions.Fraction(str(self.factor)) * group_size / num_experts
+    slots = self.count or _ROUND[self.rounding](
+      share * (k if self.times_k else 1)
+    )
+    slots = max(slots, self.minimum)
+    slots = -(-slots // self.multiple) * self.multiple
+    return min(slots, group_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+  """One sparse feed-forward layer. Defaults: ST-MoE (arXiv:2202.08906)."""
+
+  num_experts: int = 32
+  hidden_dim: int = 0  # 0: as wide as the dense FFN.
+  train_capacity: Capacity = Capacity(1.25)
+  eval_capacity: Capacity = Capacity(2.0)
+  gate: Part = Part.of('linear')
+  selector: Part = Part.of('top_k', k=2)
+  # 'auto': `index` where places are limited, `grouped` where nothing drops.
+  dispatcher: str = 'auto'
+  multiplicative_bias: bool = False  # On the expert's hidden units, Table 17.
+  expert_dropout: float | None = None  # None: the model's dropout.
+  extra_ffn: str = (
+    'after'  # Dense FFN 'before' or 'after' a sparse one; 'none'.
+  )
+
+  def __post_init__(self):
+    if self.extra_ffn not in ('none', 'before', 'after'):
+      raise ValueError(
+        f'extra_ffn {self.extra_ffn!r} is none of none, before, after.'
+      )
+
+  def capacity(self, deterministic: bool) -> Capacity:
+    return self.eval_capacity if deterministic else self.train_capacity
+
+  def slots(self, group_size: int, deterministic: bool) -> int:
+    return self.capacity(deterministic).slots(
+      group_size, self.num_experts, self.selector.kwargs.get('k', 1)
+    )
+
+  def executed_experts(self, group_size: int) -> float:
+    """Experts computed per token in training, filled places or not."""
+    if self.train_capacity.dropless:
+      return self.selector.kwargs.get('k', 1)
+    slots = self.slots(group_size, deterministic=False)
+    return self.num_experts * slots / group_size
+
+
+@dataclasses.dataclass(frozen=True)
+class StackConfig:
+  """Depth of one stack and which of its layers are sparse.
+
+  Layer i is sparse where i % sparse_every == sparse_offset (ST-MoE: 3 of 4;
+  HuggingFace Switch: 1 of 2); sparse_every 0 makes none sparse.
+  """
+
+  num_layers: int = 12
+  sparse_every: int = 4
+  sparse_offset: int = 3
+  group_size: int = 2048  # Tokens that compete for places.
+
+  def __post_init__(self):
+    if self.sparse_every and not 0 <= self.sparse_offset < self.sparse_every:
+      raise ValueError(
+        f'sparse_offset {self.sparse_offset} is never reached with'
+        f' sparse_every {self.sparse_every}; it must be 0 to'
+        f' {self.sparse_every - 1}.'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sublayer:
+  """One residual step: norm, `kind`, dropout, add."""
+
+  kind: str  # 'self_attention', 'cross_attention', 'mlp' or 'moe'.
+  name: str  # Of its module; part of every checkpoint.
+  norm: str
+  mlp_dim: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlan:
+  """What each layer of a stack is: its sublayers in order."""
+
+  layers: tuple[tuple[Sublayer, ...], ...]
+
+  @property
+  def period(self) -> int:
+    """The shortest run of layers whose repetition gives the stack."""
+    for p in range(1, len(self.layers)):
+      if all(
+        a == b for a, b in zip(self.layers, self.layers[p:], strict=False)
+      ):
+        return p
+    return max(len(self.layers), 1)
+
+  @property
+  def num_sparse(self) -> int:
+    return sum(s.kind == 'moe' for layer in self.layers for s in layer)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """A T5-like Transformer: T5 1.1 by default, sparse where its stacks say so.
+
+  Without a decoder it reads (encoder-only), without an encoder it is a causal
+  language model; nothing else changes.
+  """
+
+  vocab_size: int = 32_128  # 0: as the vocabulary of the run needs it.
+  embed_dim: int = 768
+  num_heads: int = 12
+  head_dim: int = 64
+  mlp_dim: int = 2048
+  activation: str = 'geglu'  # 'relu': two matrices, as T5 1.0 and Switch.
+  encoder: StackConfig | None = StackConfig()
+  decoder: StackConfig | None = StackConfig(group_size=456)
+  moe: MoEConfig = MoEConfig()
+  # The dense twin: each sparse FFN replaced by one as wide as the hidden units
+  # the sparse one computes per token. Everything else stays.
+  dense: bool = False
+
+  dropout: float = 0.0
+  tie_embeddings: bool = False
+  relpos_buckets: int = 32
+  relpos_max_distance: int = 128
+  init_scale: float = 0.1  # Of every kernel; T5 had 1.0 (Switch, section 2.4).
+
+  dtype: str = 'auto'  # Of activations: bfloat16 on TPU and GPU, else float32.
+  scan_layers: bool = True
+  remat: str = (
+    'none'  # What the backward pass recomputes: 'none', 'full', 'dots'.
+  )
+
+  def __post_init__(self):
+    if self.encoder is None and self.decoder is None:
+      raise ValueError('A model needs an encoder, a decoder, or both.')
+
+  @property
+  def expert_dim(self) -> int:
+    return self.moe.hidden_dim or self.mlp_dim
+
+  def executed_dim(self, stack: str) -> int:
+    """Hidden units a sparse layer computes per token in training."""
+    experts = self.moe.executed_experts(self.stack(stack).group_size)
+    return round(experts * self.expert_dim)
+
+  @property
+  def expert_dropout(self) -> float:
+    rate = self.moe.expert_dropout
+    return self.dropout if rate is None else rate
+
+  def stack(self, name: str) -> StackConfig:
+    return getattr(self, name)
+
+  @property
+  def stacks(self) -> tuple[str, ...]:
+    """Names of the stacks there are, in the order data meets them."""
+    return tuple(s for s in ('encoder', 'decoder') if getattr(self, s))
+
+  def plan(self, stack: str) -> LayerPlan:
+    """The layers of 'encoder' or 'decoder'."""
+    cfg, moe = self.stack(stack), self.moe
+    mlp = Sublayer('mlp', 'mlp', 'pre_mlp_layer_norm', self.mlp_dim)
+    sparse = Sublayer('moe', 'moe', 'pre_mlp_layer_norm', self.expert_dim)
+    if self.dense:
+      sparse = dataclasses.replace(mlp, mlp_dim=self.executed_dim(stack))
+    extra = dataclasses.replace(
+      mlp, name='extra_mlp', norm='pre_extra_mlp_layer_norm'
+    )
+    beside = {
+      'none': (sparse,),
+      'before': (extra, sparse),
+      'after': (sparse, extra),
+    }[moe.extra_ffn]
+    mix = [
+      Sublayer('self_attention', 'self_attention', 'pre_attention_layer_norm')
+    ]
+    if stack == 'decoder' and self.encoder:
+      mix.append(
+        Sublayer(
+          'cross_attention',
+          'encoder_decoder_attention',
+          'pre_cross_attention_layer_norm',
+        )
+      )
+    every, offset = cfg.sparse_every, cfg.sparse_offset
+    return LayerPlan(
+      tuple(
+        (*mix, *(beside if every and i % every == offset else (mlp,)))
+        for i in range(cfg.num_layers)
+      )
+    )
+
+  def dropless(self) -> 'ModelConfig':
+    """The same model, evaluated without dropping anyone."""
+    moe = dataclasses.replace(
+      self.moe, eval_capacity=Capacity(dropless=True), dispatcher='auto'
+    )
+    return dataclasses.replace(self, moe=moe)
+
+  def num_params(self) -> dict[str, int]:
+    """Parameters by role; `sum(...values())` is the model."""
+    d, joined = self.embed_dim, self.num_heads * self.head_dim
+    e, f = self.moe.num_experts, self.expert_dim
+    matrices = 3 if self.activation == 'geglu' else 2
+    roles = dict.fromkeys(
+      ('embedding', 'attention', 'mlp', 'experts', 'router', 'norms'), 0
+    )
+    roles['embedding'] = self.vocab_size * d * (1 if self.tie_embeddings else 2)
+    for stack in self.stacks:
+      roles['attention'] += self.relpos_buckets * self.num_heads
+      roles['norms'] += d
+      for sublayer in (s for layer in self.plan(stack).layers for s in layer):
+        roles['norms'] += d
+        if sublayer.kind == 'moe':
+          bias = e * f if self.moe.multiplicative_bias else 0
+          roles['experts'] += e * matrices * d * f + bias
+          roles['router'] += d * e
+        elif sublayer.kind == 'mlp':
+          roles['mlp'] += matrices * d * sublayer.mlp_dim
+        else:
+          roles['attention'] += 4 * d * joined
+    return roles
+
+  def forward_flops(self, inputs_length: int, targets_length: int) -> int:
+    """Matrix-product FLOPs of one forward pass over one training sequence.
+
+    A sparse layer counts the hidden units it executes, places left empty
+    included. Softmaxes, norms and what moves tokens are left out.
+    """
+    lengths = {'encoder': inputs_length, 'decoder': targets_length}
+    d, joined = self.embed_dim, self.num_heads * self.head_dim
+    matrices = 3 if self.activation == 'geglu' else 2
+    flops = 0
+    for stack in self.stacks:
+      n = lengths[stack]
+      for sublayer in (s for layer in self.plan(stack).layers for s in layer):
+        if sublayer.kind == 'mlp':
+          flops += 2 * n * matrices * d * sublayer.mlp_dim
+        elif sublayer.kind == 'moe':
+          width = matrices * self.executed_dim(stack) + self.moe.num_experts
+          flops += 2 * n * d * width
+        else:
+          keys = inputs_length if sublayer.kind == 'cross_attention' else n
+          flops += 4 * d * joined * (n + keys) + 4 * n * keys * joined
+    return flops + 2 * lengths[self.stacks[-1]] * d * self.vocab_size
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """What the batches are made of. Lengths in tokens, sizes in examples."""
+
+  # Task or text source by name -> rate. A rate is a number, or 'size': as many
+  # as it has training examples, capped by `size_cap` (0: no cap) and flattened
+  # by `temperature` (rate ** (1 / temperature)).
+  mixture: Mapping[str, float | str] = dataclasses.field(default_factory=dict)
+  size_cap: int = 0
+  temperature: float = 1.0
+
+  # Text sources for span corruption: name -> {'train': glob, 'validation':
+  # glob}. Globs of .txt, .jsonl, .json, plain or .gz; local or gs://.
+  files: Mapping[str, Mapping[str, str]] = dataclasses.field(
+    default_factory=dict
+  )
+  text_field: str = 'text'
+  noise_density: float = 0.15
+  mean_span: float = 3.0
+
+  # Path of a SentencePiece model, or 'bytes'; both get 100 sentinels on top.
+  # '': that of `init`, else one of `vocabulary_size` trained on the mixture.
+  vocabulary: str = ''
+  vocabulary_size: int = 4000
+  # What else a new vocabulary learns from: a glob of text, or 'tiny_world', the
+  # embedded tasks.
+  vocabulary_extra: str = ''
+
+  inputs_length: int = 512
+  targets_length: int = 114
+  batch_size: int = 128
+  seed: int = 0
+  cache_dir: str = ''  # Where tokenised shards lie; '' is ~/.cache/st_moe.
+  data_dir: str = ''  # Where tasks find their files; '' is the embedded set.
+  workers: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+  """What is minimised: cross-entropy per target token plus these."""
+
+  z_loss: float = 1e-4  # On the output softmax.
+  label_smoothing: float = 0.0
+  # Router losses by name; coefficients of Eq. 6 of arXiv:2202.08906.
+  router: Mapping[str, float] = dataclasses.field(
+    default_factory=lambda: {'load_balance': 1e-2, 'router_z': 1e-3}
+  )
+  layers: str = 'sum'  # Over sparse layers: 'sum' (Mesh-TF) or 'mean' (T5X).
+
+  def __post_init__(self):
+    if self.layers not in ('sum', 'mean'):
+      raise ValueError(f'loss.layers {self.layers!r} is neither sum nor mean.')
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """Adafactor as T5X sets it for sparse models, or AdamW."""
+
+  name: str = 'adafactor'
+  # Schedule: `learning_rate` after a linear ramp of `warmup_steps` (0: none),
+  # constant for `constant_steps`, then falling as 1 / sqrt(step).
+  learning_rate: float = 0.01
+  warmup_steps: int = 0
+  constant_steps: int = 10_000
+  decay: str = 'rsqrt'  # or 'none': constant for ever (fine-tuning).
+  # Adafactor.
+  decay_exponent: float = 0.8
+  clip_threshold: float = 1.0
+  parameter_scale: bool = True
+  min_dim_to_factor: int = 128
+  # AdamW.
+  b1: float = 0.9
+  b2: float = 0.999
+  weight_decay: float = 0.0
+  # A step whose loss or gradients are not finite is not applied; so many in a
+  # row end the run.
+  max_bad_steps: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each mesh axis; data 0: whatever the others leave."""
+
+  data: int = 0
+  fsdp: int = 1
+  expert: int = 1
+  model: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """When checkpoints are written and which of them stay."""
+
+  every: int = 1000
+  keep_last: int = 2
+  keep_every: int = 0  # Steps; 0: none are kept for ever.
+  keep_best: str = (
+    ''  # A metric, 'eval/boolq/accuracy'; '': none. '-x': lowest.
+  )
+  asynchronous: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """What is measured during training and by `st-moe evaluate`."""
+
+  every: int = 1000  # Steps; 0: at the end only.
+  batches: int = 0  # Batches per source and split; 0: all.
+  batch_size: int = 0  # 0: the training batch.
+  split: str = 'validation'
+  decode: bool = False  # Greedy decoding beside rank classification.
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+  """Where numbers go."""
+
+  every: int = 100
+  tensorboard: bool = True
+  wandb: bool = False
+  wandb_project: str = 'st_moe'
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """One run."""
+
+  name: str = ''
+  seed: int = 0
+  total_steps: int = 0
+  init: str = ''  # A checkpoint or workdir to start from; '': random.
+  # 'params', or 'architecture': only its model and vocabulary, untrained.
+  init_take: str = 'params'
+  microbatches: int = 1  # Gradient accumulation; changes no number.
+  model: ModelConfig = ModelConfig()
+  data: DataConfig = DataConfig()
+  loss: LossConfig = LossConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  mesh: MeshConfig = MeshConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  evaluate: EvalConfig = EvalConfig()
+  log: LogConfig = LogConfig()

@@ -1,0 +1,250 @@
+"""From a config file, its argument and flags to a checked `Config`, and back.
+
+  load('configs/st_moe_tiny.py:dense', {'total_steps': '10'})
+
+Every mistake (an unknown field, argument or type) is a ValueError that names
+the place, what is known there, and the nearest spelling.
+"""
+
+import ast
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import types
+import typing
+from collections.abc import Callable, Mapping
+
+from st_moe import config as config_lib
+from st_moe.config import unknown
+
+_CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
+
+
+def parse_arg(arg: str | None, **defaults) -> types.SimpleNamespace:
+  """`'dense,seed=1'` as typed values: a bare name is True."""
+  values = dict(defaults)
+  for item in filter(None, (arg or '').split(',')):
+    name, _, text = item.partition('=')
+    if name not in defaults:
+      raise unknown('config argument', name, defaults)
+    kind = type(defaults[name])
+    value = _literal(text, kind) if text else True
+    value = float(value) if kind is float and type(value) is int else value
+    if type(value) is not kind:
+      raise ValueError(
+        f'Config argument {name}={text!r} should be a {kind.__name__}.'
+      )
+    values[name] = value
+  return types.SimpleNamespace(**values)
+
+
+def _literal(text: str, kind=object):
+  """A flag's text as a value for `kind`; what is no literal is a string.
+
+  'none' is None only where None may stand: elsewhere it is a word, as in
+  `model.remat=none`.
+  """
+  if kind is str:
+    return text
+  if text.lower() == 'none' and type(None) in typing.get_args(kind):
+    return None
+  if text.lower() in ('true', 'false'):
+    return text.lower() == 'true'
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
+
+
+def build(kind, value, where: str = 'config'):
+  """`value` (plain dicts and scalars) as an instance of the type `kind`."""
+  if isinstance(kind, types.UnionType):
+    if value is None and type(None) in kind.__args__:
+      return None
+    kinds = [k for k in kind.__args__ if k is not type(None)]
+    for k in kinds[:-1]:
+      try:
+        return build(k, value, where)
+      except ValueError:
+        continue
+    return build(kinds[-1], value, where)
+  if dataclasses.is_dataclass(kind):
+    return _build_dataclass(kind, value, where)
+  origin = typing.get_origin(kind) or kind
+  if origin is Mapping:
+    if not isinstance(value, Mapping):
+      raise ValueError(f'{where} = {value!r} should be a dict.')
+    item = (typing.get_args(kind) or (str, object))[1]
+    return {k: build(item, v, f'{where}.{k}') for k, v in value.items()}
+  if origin is float and type(value) is int:
+    return float(value)
+  if origin is not object and type(value) is not origin:
+    raise ValueError(f'{where} = {value!r} should be a {origin.__name__}.')
+  return value
+
+
+def _build_dataclass(kind, value, where: str):
+  if isinstance(value, kind):
+    return value
+  if kind is config_lib.Part:
+    value = {'name': value} if isinstance(value, str) else value
+    if not isinstance(value, Mapping) or 'name' not in value:
+      raise ValueError(f'{where} = {value!r} needs a name.')
+    return config_lib.Part.of(**value)
+  if not isinstance(value, Mapping):
+    raise ValueError(f'{where} = {value!r} should be a dict.')
+  hints = typing.get_type_hints(kind)
+  for name in value:
+    if name not in hints:
+      raise unknown(f'field of {where}', name, hints)
+  try:
+    return kind(
+      **{k: build(hints[k], v, f'{where}.{k}') for k, v in value.items()}
+    )
+  except ValueError as e:
+    # `kind` itself refused: say where, once.
+    raise (
+      e
+      if str(e).startswith((where, 'Unknown'))
+      else ValueError(f'{where}: {e}')
+    ) from None
+
+
+def merge(kind, base: dict, path: str, value, where: str = 'config') -> dict:
+  """`base` with the field at dotted `path` of dataclass `kind` set."""
+  head, _, rest = path.partition('.')
+  hints = typing.get_type_hints(kind) if kind else {}
+  if kind and head not in hints:
+    raise unknown(f'field of {where}', head, hints)
+  hint = hints.get(head, object)
+  if not rest:
+    value = _literal(value, hint) if isinstance(value, str) else value
+    return {**base, head: value}
+  nested = next(
+    (
+      k
+      for k in getattr(hint, '__args__', (hint,))
+      if dataclasses.is_dataclass(k) and k is not config_lib.Part
+    ),
+    None,
+  )
+  inner = base.get(head)
+  if inner is None:  # The file left this to its defaults: start from them.
+    inner = to_dict(getattr(kind(), head)) if kind else {}
+  if hint is config_lib.Part and isinstance(inner, str):
+    inner = {'name': inner}
+  where = f'{where}.{head}'
+  if not isinstance(inner, Mapping):
+    raise ValueError(f'{where} = {inner!r} has no field {rest!r}.')
+  return {**base, head: merge(nested, dict(inner), rest, value, where)}
+
+
+def set_field(values: dict, field: str, value) -> dict:
+  """A run's `values` with a dotted field set to a value or a flag's text."""
+  value = _literal(value) if isinstance(value, str) else value
+  return merge(config_lib.Config, values, field, value)
+
+
+def to_dict(value):
+  """`value` as plain dicts, lists and scalars, ready for JSON."""
+  if isinstance(value, config_lib.Part):
+    return {'name': value.name, **value.kwargs}
+  if dataclasses.is_dataclass(value):
+    return {
+      f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)
+    }
+  if isinstance(value, Mapping):
+    return {k: to_dict(v) for k, v in value.items()}
+  return value
+
+
+def _over(below: Mapping, above: Mapping) -> dict:
+  """`above` laid over `below`, dicts inside dicts likewise."""
+  merged = dict(below)
+  for key, value in above.items():
+    inner = below.get(key)
+    both = isinstance(value, Mapping) and isinstance(inner, Mapping)
+    merged[key] = _over(inner, value) if both else value
+  return merged
+
+
+def from_dict(value: Mapping) -> config_lib.Config:
+  """The inverse of `to_dict` for a whole run."""
+  return build(config_lib.Config, value)
+
+
+def to_json(config: config_lib.Config) -> str:
+  return json.dumps(to_dict(config), indent=2, sort_keys=True)
+
+
+def diff(a: Mapping, b: Mapping, path: str = '') -> list[str]:
+  """Lines 'field: a -> b' for what differs between two `to_dict` results."""
+  lines = []
+  for key in sorted(set(a) | set(b)):
+    left, right = a.get(key), b.get(key)
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+      lines += diff(left, right, f'{path}{key}.')
+    elif left != right:
+      lines.append(f'{path}{key}: {left!r} -> {right!r}')
+  return lines
+
+
+def find(name: str) -> pathlib.Path:
+  """The config file `name`: as given, or among the ones shipped."""
+  path = pathlib.Path(name)
+  for place in (path, _CONFIGS / path.name):
+    if place.is_file():
+      return place
+  known = [f'configs/{p.name}' for p in shipped()]
+  raise unknown('config file', name, known)
+
+
+def shipped() -> list[pathlib.Path]:
+  """The config files that come with the package."""
+  return sorted(_CONFIGS.glob('*.py'))
+
+
+def summary(path: pathlib.Path) -> str:
+  """The first line of a config file's docstring."""
+  return (ast.get_docstring(ast.parse(path.read_text())) or '').split('\n')[0]
+
+
+def read(name: str) -> dict:
+  """A config as plain dicts: of a workdir, or of FILE[:ARG]."""
+  path = pathlib.Path(name) / 'config.json'
+  if path.is_file():
+    return json.loads(path.read_text())
+  return to_dict(load(name))
+
+
+def load(
+  spec: str,
+  overrides: Mapping | None = None,
+  *,
+  base: Callable[[str], Mapping] | None = None,
+) -> config_lib.Config:
+  """The run described by `FILE[:argument,argument=value]` and overrides.
+
+  Args:
+    spec: a Python file with `get_config(arg)`, and its argument.
+    overrides: dotted field -> value, or its text as given on a command line.
+    base: `init` -> the config of that checkpoint, whose model a config with an
+      `init` continues; what its file says of the model goes on top.
+
+  Raises:
+    ValueError: what is wrong and where.
+  """
+  name, _, arg = spec.partition(':')
+  path = find(name)
+  module_spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(module_spec)
+  module_spec.loader.exec_module(module)
+  values = module.get_config(arg or None).to_dict()
+  values.setdefault('name', path.stem)
+  for field, value in (overrides or {}).items():
+    values = merge(config_lib.Config, values, field, value)
+  if values.get('init') and base:
+    model = base(values['init'])['model']
+    values['model'] = _over(model, values.get('model', {}))
+  return build(config_lib.Config, values)
