@@ -1,0 +1,70 @@
+"""Which experts each token meets: `selector(scores, ctx, ...) -> Seats`."""
+
+import jax
+import jax.numpy as jnp
+
+from st_moe.routing.seating import seat
+from st_moe.routing.types import Assignment, RouteContext, Scores, Seats
+
+_POLICIES = ('all', 'none', 'threshold', 'random')
+
+
+def top_k(
+  scores: Scores,
+  ctx: RouteContext,
+  *,
+  rng: jax.Array | None,
+  capacity: int,
+  k: int,
+  train_policy: str = 'random',
+  eval_policy: str = 'all',
+  threshold: float = 0.2,
+) -> Seats:
+  """The k best experts of each token.
+
+  k = 1 is the Switch rule (arXiv:2101.03961): the weight is the probability
+  itself, or the router would have no gradient. k >= 2 is the ST-MoE rule
+  (arXiv:2202.08906, App. G): weights are renormalised over the k choices before
+  anyone is dropped and never after, and a choice past the first stays by policy
+
+    all        always
+    none       never
+    threshold  if its weight exceeds `threshold`
+    random     with probability min(1, weight / `threshold`)
+  """
+  select, num_experts = scores.select, scores.select.shape[-1]
+  if not 1 <= k <= num_experts:
+    raise ValueError(f'k={k} experts per token; it must be 1 to {num_experts}.')
+  for policy in (train_policy, eval_policy):  # Both, or a typo waits for eval.
+    if policy not in _POLICIES:
+      raise ValueError(
+        f'Policy {policy!r} for choices past the first is none of'
+        f' {", ".join(_POLICIES)}.'
+      )
+  _, expert = jax.lax.top_k(select, k)  # [g, s, k]
+  weight = jnp.take_along_axis(scores.probs, expert, axis=-1)
+  active = jnp.broadcast_to(ctx.valid[..., None], weight.shape)
+  if k > 1:
+    weight /= weight.sum(-1, keepdims=True) + 1e-9
+    policy = eval_policy if ctx.deterministic else train_policy
+    active &= _stays(policy, weight, threshold, rng).at[..., 0].set(True)
+  asked = Assignment(expert, weight, active)
+  return seat(asked, num_experts=num_experts, capacity=capacity)
+
+
+def _stays(policy, weight, threshold, rng) -> jax.Array:
+  if policy == 'all':
+    return jnp.full(weight.shape, True)
+  if policy == 'none':
+    return jnp.full(weight.shape, False)
+  if policy == 'threshold':
+    return weight > threshold
+  if rng is None:
+    raise ValueError(
+      "The policy 'random' draws numbers: pass rngs={'dropout': key}, or use"
+      " 'all', 'none' or 'threshold'."
+    )
+  return jax.random.uniform(rng, weight.shape) * threshold < weight
+
+
+SELECTORS = {'top_k': top_k}
