@@ -1,0 +1,119 @@
+"""Norm, embedding, feed-forward: T5 1.1's parts, as T5X names them."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from st_moe.sharding import annotate, constrain
+
+# The functions of the input matrices; their outputs are multiplied.
+ACTIVATIONS = {
+  'relu': (jax.nn.relu,),
+  'geglu': (jax.nn.gelu, lambda x: x),
+}
+
+
+def activation_dtype(name: str) -> jnp.dtype:
+  """'auto': bfloat16 where it is fast, else float32."""
+  if name == 'auto':
+    name = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+  return jnp.dtype(name)
+
+
+class Kernel(nn.Module):
+  """One weight, in `dtype`; its path ends in /kernel, as T5X's do.
+
+  Truncated normal with std sqrt(scale / fan-in) (arXiv:2101.03961, 2.4). Axes
+  in `batch` are independent draws, as the experts of a bank.
+  """
+
+  shape: tuple[int, ...]
+  axes: tuple[str, ...]
+  scale: float
+  dtype: jnp.dtype
+  fan_in: tuple[int, ...] = (0,)
+  batch: tuple[int, ...] = ()
+
+  @nn.compact
+  def __call__(self) -> jax.Array:
+    init = nn.initializers.variance_scaling(
+      self.scale,
+      'fan_in',
+      'truncated_normal',
+      in_axis=self.fan_in,
+      out_axis=tuple(
+        i for i in range(len(self.shape)) if i not in self.fan_in + self.batch
+      ),
+      batch_axis=self.batch,
+    )
+    kernel = self.param('kernel', annotate(init, self.axes), self.shape)
+    return kernel.astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+  """x / rms(x) * scale: no mean, no bias; in float32 for stability."""
+
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = self.param(
+      'scale', annotate(nn.initializers.ones, ('embed',)), (x.shape[-1],)
+    )
+    x = x.astype(jnp.float32)
+    x *= jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+    return (x * scale).astype(self.dtype)
+
+
+class Embed(nn.Module):
+  """Token table, and the output projection where the two are tied."""
+
+  vocab_size: int
+  embed_dim: int
+  dtype: jnp.dtype
+
+  def setup(self):
+    self.embedding = self.param(
+      'embedding',
+      annotate(nn.initializers.normal(1.0), ('vocab', 'embed')),
+      (self.vocab_size, self.embed_dim),
+    )
+
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    # T5X initialises with float tokens.
+    table = self.embedding.astype(self.dtype)
+    return jnp.take(table, tokens.astype(jnp.int32), axis=0)
+
+  def attend(self, x: jax.Array) -> jax.Array:
+    """Logits of float32 `x`; unit variance in the table needs 1 / sqrt(d)."""
+    logits = jnp.einsum('bld,vd->blv', x, self.embedding)
+    return logits / jnp.sqrt(self.embed_dim)
+
+
+class Mlp(nn.Module):
+  """Dense feed-forward network: GEGLU or ReLU, no biases."""
+
+  hidden_dim: int
+  activation: str
+  dropout: float
+  init_scale: float
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
+    d, f = x.shape[-1], self.hidden_dim
+    kernel = functools.partial(Kernel, scale=self.init_scale, dtype=self.dtype)
+    functions = ACTIVATIONS[self.activation]
+    h = 1
+    for i, fn in enumerate(functions):
+      name = 'wi' if len(functions) == 1 else f'wi_{i}'
+      wi = kernel((d, f), ('embed', 'mlp'), name=name)()
+      h *= fn(jnp.einsum('bld,df->blf', x, wi))
+    h = nn.Dropout(self.dropout, broadcast_dims=(-2,))(
+      h, deterministic=deterministic
+    )
+    h = constrain(h, 'batch', 'length', 'activation_mlp')
+    wo = kernel((f, d), ('mlp', 'embed'), name='wo')()
+    return jnp.einsum('blf,fd->bld', h, wo)

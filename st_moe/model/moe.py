@@ -1,0 +1,103 @@
+"""The sparse feed-forward layer: gate, selector, dispatcher, experts."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from st_moe import sharding
+from st_moe.config import ModelConfig, Part
+from st_moe.model.dispatch import DISPATCHERS
+from st_moe.model.experts import Experts
+from st_moe.model.gates import GATES
+from st_moe.model.layers import activation_dtype
+from st_moe.routing.losses import LOSSES, gauges
+from st_moe.routing.selectors import SELECTORS
+from st_moe.routing.types import RouteContext
+
+
+class MoE(nn.Module):
+  """A feed-forward layer in which each token meets a few of many experts.
+
+  Sows `record` into 'intermediates': each loss and gauge of routing as (sum,
+  weight), and the load of every expert. Whoever makes the collection 'routing'
+  mutable gets the full `scores` and `seats` too.
+  """
+
+  config: ModelConfig
+  group_size: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array, ctx: RouteContext) -> jax.Array:
+    """Maps `x` [batch, length, embed] to the same; padding comes back as 0."""
+    cfg, moe = self.config, self.config.moe
+    groups = functools.partial(into_groups, group_size=self.group_size)
+    xg, ctx = groups(x), jax.tree.map(groups, ctx)  # [g, s, ...]
+    xg = sharding.constrain(xg, 'group', 'length', 'activation_embed')
+    capacity = moe.slots(xg.shape[1], ctx.deterministic)
+
+    gate = moe.gate.choose('gate', GATES)
+    scores = gate(moe.num_experts, name='router')(xg, ctx)
+    rng = self.make_rng('dropout') if self.has_rng('dropout') else None
+    select = moe.selector.choose('selector', SELECTORS)
+    seats = select(scores, ctx, rng=rng, capacity=capacity)
+    experts = Experts(
+      moe.num_experts,
+      cfg.expert_dim,
+      activation=cfg.activation,
+      dropout=cfg.expert_dropout,
+      multiplicative_bias=moe.multiplicative_bias,
+      init_scale=cfg.init_scale,
+      dtype=activation_dtype(cfg.dtype),
+      name='experts',
+    )
+    dispatch = self._dispatcher(ctx).choose('dispatcher', DISPATCHERS)
+    y = dispatch(
+      xg,
+      seats,
+      functools.partial(experts, deterministic=ctx.deterministic),
+      capacity=capacity,
+      num_experts=moe.num_experts,
+    )
+    y = sharding.constrain(y, 'group', 'length', 'activation_embed')
+    self._record(scores, seats, ctx)
+    return y.reshape(-1, x.shape[-1])[: x[..., 0].size].reshape(x.shape)
+
+  def _dispatcher(self, ctx) -> Part:
+    moe = self.config.moe
+    if moe.dispatcher != 'auto':
+      return Part(moe.dispatcher)
+    dropless = moe.capacity(ctx.deterministic).dropless
+    return Part('grouped' if dropless else 'index')
+
+  def _record(self, scores, seats, ctx):
+    replace = lambda _, new: new
+    record = {
+      'losses': {k: loss(scores, seats, ctx) for k, loss in LOSSES.items()},
+      'gauges': gauges(scores, seats, ctx),
+      'load': seats.load.sum(0),
+    }
+    self.sow('intermediates', 'record', record, reduce_fn=replace)
+    if not self.is_initializing():  # Or it would be born a variable.
+      self.sow('routing', 'scores', scores, reduce_fn=replace)
+      self.sow('routing', 'seats', seats, reduce_fn=replace)
+
+
+def into_groups(a: jax.Array, group_size: int) -> jax.Array:
+  """Cuts [batch, length, ...] into [g, s, ...], zeros filling the last group.
+
+  Groups do not depend on the mesh: empty ones are added where the devices are
+  more, and they ask for nothing.
+  """
+  if a.ndim < 2:  # A scalar of the context, as `step`.
+    return a
+  batch, length, *rest = a.shape
+  tokens = batch * length
+  size = min(group_size, tokens)
+  parts = sharding.shards('group')
+  g = -(-tokens // size)
+  g = -(-g // parts) * parts
+  a = a.reshape(tokens, *rest)
+  a = jnp.pad(a, ((0, g * size - tokens), *((0, 0) for _ in rest)))
+  return a.reshape(g, size, *rest)

@@ -1,0 +1,388 @@
+"""The model: stacks of layers between an embedding and logits.
+
+`encode`, `decode` and `__call__` have T5X's signatures; submodules have its names.
+"""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from st_moe.config import ModelConfig, Sublayer
+from st_moe.model.attention import Attention, RelativePositionBias
+from st_moe.model.dispatch import SAVED_NAMES
+from st_moe.model.layers import (
+  Embed,
+  Kernel,
+  Mlp,
+  RMSNorm,
+  activation_dtype,
+)
+from st_moe.model.moe import MoE
+from st_moe.routing.types import RouteContext
+from st_moe.sharding import constrain
+
+_policies = jax.checkpoint_policies
+_exchange = _policies.save_only_these_names(*SAVED_NAMES)
+REMAT = {
+  'none': None,
+  # Both keep what travelled to and from the experts.
+  'full': _exchange,
+  'dots': _policies.save_from_both_policies(
+    _policies.dots_with_no_batch_dims_saveable, _exchange
+  ),
+}
+
+
+@flax.struct.dataclass
+class Surroundings:
+  """What every layer of a stack sees besides the residual stream."""
+
+  ctx: RouteContext
+  bias: jax.Array  # float32 [1, heads, q, k].
+  mask: jax.Array  # bool [batch, 1, q, k].
+  encoded: jax.Array | None = None  # [batch, k, embed].
+  encoded_mask: jax.Array | None = None
+  index: jax.Array | None = None  # int32 [], the step when decoding.
+
+
+class Layer(nn.Module):
+  """Residual sublayers: norm, mix or feed forward, dropout, add."""
+
+  config: ModelConfig
+  sublayers: tuple[Sublayer, ...]
+  group_size: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array, around: Surroundings) -> jax.Array:
+    cfg, dtype = self.config, activation_dtype(self.config.dtype)
+    deterministic = around.ctx.deterministic
+    for sublayer in self.sublayers:
+      y = RMSNorm(dtype, name=sublayer.norm)(x)
+      y = SUBLAYERS[sublayer.kind](self, sublayer, y, around)
+      y = nn.Dropout(cfg.dropout, broadcast_dims=(-2,))(
+        y, deterministic=deterministic
+      )
+      x = constrain(x + y, 'batch', 'length', 'activation_embed')
+    return x
+
+
+def _attention(layer: Layer, sublayer: Sublayer):
+  cfg = layer.config
+  return Attention(
+    cfg.num_heads,
+    cfg.head_dim,
+    cfg.dropout,
+    cfg.init_scale,
+    activation_dtype(cfg.dtype),
+    name=sublayer.name,
+  )
+
+
+def _self_attention(layer, sublayer, x, around):
+  return _attention(layer, sublayer)(
+    x,
+    None,
+    around.bias,
+    around.mask,
+    deterministic=around.ctx.deterministic,
+    index=around.index,
+  )
+
+
+def _cross_attention(layer, sublayer, x, around):
+  return _attention(layer, sublayer)(
+    x,
+    around.encoded,
+    None,
+    around.encoded_mask,
+    deterministic=around.ctx.deterministic,
+  )
+
+
+def _mlp(layer, sublayer, x, around):
+  cfg = layer.config
+  return Mlp(
+    sublayer.mlp_dim,
+    cfg.activation,
+    cfg.dropout,
+    cfg.init_scale,
+    activation_dtype(cfg.dtype),
+    name=sublayer.name,
+  )(x, deterministic=around.ctx.deterministic)
+
+
+def _moe(layer, sublayer, x, around):
+  moe = MoE(layer.config, layer.group_size, name=sublayer.name)
+  return moe(x, around.ctx)
+
+
+SUBLAYERS = {
+  'self_attention': _self_attention,
+  'cross_attention': _cross_attention,
+  'mlp': _mlp,
+  'moe': _moe,
+}
+
+
+class Period(nn.Module):
+  """The layers that repeat; one of these is compiled, whatever the depth."""
+
+  config: ModelConfig
+  layers: tuple[tuple[Sublayer, ...], ...]
+  group_size: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array, around: Surroundings):
+    for i, sublayers in enumerate(self.layers):
+      x = _layer(self.config, sublayers, self.group_size, f'layer_{i}')(
+        x, around
+      )
+    return x, None
+
+
+def _layer(config, sublayers, group_size, name) -> Layer:
+  cls = Layer
+  if config.remat != 'none':
+    if config.remat not in REMAT:
+      raise ValueError(f'remat {config.remat!r} is none of {list(REMAT)}.')
+    # A scan keeps the compiler from merging the two passes by itself.
+    cls = nn.remat(
+      Layer, policy=REMAT[config.remat], prevent_cse=not config.scan_layers
+    )
+  return cls(config, sublayers, group_size, name=name)
+
+
+class Stack(nn.Module):
+  """An encoder or decoder: its layers, shared position bias and final norm."""
+
+  config: ModelConfig
+  kind: str  # 'encoder' or 'decoder'.
+
+  @nn.compact
+  def __call__(
+    self,
+    x: jax.Array,
+    ctx: RouteContext,
+    *,
+    encoded=None,
+    encoded_ctx: RouteContext | None = None,
+    decode: bool = False,
+    max_decode_length: int | None = None,
+  ) -> jax.Array:
+    """Maps `x` [batch, length, embed] to the same.
+
+    When decoding, a first call at full length makes the cache; each call after
+    it takes one token.
+    """
+    cfg, dtype = self.config, activation_dtype(self.config.dtype)
+    causal = self.kind == 'decoder'
+    positions = keys = jnp.arange(x.shape[1])
+    mask = _sees(ctx, ctx) & (
+      (keys <= positions[:, None]) | jnp.bool_(not causal)
+    )
+    index = None
+    if decode:
+      ready = self.has_variable('cache', 'cache_index')
+      step = self.variable('cache', 'cache_index', jnp.zeros, (), jnp.int32)
+      index = step.value
+      if ready:
+        step.value = index + 1
+        positions, keys = index[None], jnp.arange(max_decode_length)
+        mask = (keys <= index)[None, None, None]
+    around = Surroundings(
+      ctx=ctx,
+      bias=RelativePositionBias(
+        cfg.num_heads,
+        cfg.relpos_buckets,
+        cfg.relpos_max_distance,
+        bidirectional=not causal,
+        init_scale=cfg.init_scale,
+        name='relpos_bias',
+      )(positions, keys),
+      mask=mask,
+      encoded=encoded,
+      encoded_mask=None if encoded is None else _sees(ctx, encoded_ctx),
+      index=index,
+    )
+    drop = nn.Dropout(cfg.dropout, broadcast_dims=(-2,))
+    x = drop(x.astype(dtype), deterministic=ctx.deterministic)
+    x = self._layers(x, around)
+    x = RMSNorm(dtype, name=f'{self.kind}_norm')(x)
+    return drop(x, deterministic=ctx.deterministic)
+
+  def _layers(self, x, around):
+    cfg = self.config
+    plan, group_size = cfg.plan(self.kind), cfg.stack(self.kind).group_size
+    scanned = 0
+    if cfg.scan_layers:
+      periods = len(plan.layers) // plan.period
+      scanned = periods * plan.period
+      x, _ = nn.scan(
+        Period,
+        variable_axes={
+          'params': 0,
+          'cache': 0,
+          'intermediates': 0,
+          'routing': 0,
+        },
+        split_rngs={'params': True, 'dropout': True},
+        in_axes=nn.broadcast,
+        length=periods,
+        metadata_params={nn.PARTITION_NAME: 'layers'},
+      )(cfg, plan.layers[: plan.period], group_size, name='layers')(x, around)
+    for i, sublayers in list(enumerate(plan.layers))[scanned:]:
+      x = _layer(cfg, sublayers, group_size, f'layers_{i}')(x, around)
+    return x
+
+
+def _sees(query: RouteContext, key: RouteContext) -> jax.Array:
+  """bool [batch, 1, q, k]: real tokens of the same packed example."""
+  sees = query.valid[:, :, None] & key.valid[:, None, :]
+  if query.segments is not None and key.segments is not None:
+    sees &= query.segments[:, :, None] == key.segments[:, None, :]
+  return sees[:, None]
+
+
+class Transformer(nn.Module):
+  """Encoder-decoder, encoder-only or decoder-only, as its config says."""
+
+  config: ModelConfig
+
+  def setup(self):
+    cfg, dtype = self.config, activation_dtype(self.config.dtype)
+    self.token_embedder = Embed(cfg.vocab_size, cfg.embed_dim, dtype)
+    for kind in cfg.stacks:
+      setattr(self, kind, Stack(cfg, kind))
+    if not cfg.tie_embeddings:
+      self.logits_dense = Kernel(
+        (cfg.embed_dim, cfg.vocab_size),
+        ('embed', 'vocab'),
+        cfg.init_scale,
+        jnp.float32,
+      )
+
+  def _context(self, tokens, valid, segments, positions, step, dropout):
+    if positions is None:
+      positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return RouteContext(
+      valid=valid,
+      tokens=tokens.astype(jnp.int32),
+      positions=positions,
+      segments=segments,
+      step=step,
+      deterministic=not dropout,
+    )
+
+  def encode(
+    self,
+    encoder_input_tokens,
+    encoder_segment_ids=None,
+    encoder_positions=None,
+    *,
+    enable_dropout: bool = True,
+    step=None,
+  ) -> jax.Array:
+    """Token ids [batch, length], 0 is padding, to [batch, length, embed]."""
+    tokens = encoder_input_tokens
+    ctx = self._context(
+      tokens,
+      tokens > 0,
+      encoder_segment_ids,
+      encoder_positions,
+      step,
+      enable_dropout,
+    )
+    return self.encoder(self.token_embedder(tokens), ctx)
+
+  def decode(
+    self,
+    encoded,
+    encoder_input_tokens,
+    decoder_input_tokens,
+    decoder_target_tokens,
+    encoder_segment_ids=None,
+    decoder_segment_ids=None,
+    decoder_positions=None,
+    *,
+    enable_dropout: bool = True,
+    decode: bool = False,
+    max_decode_length: int | None = None,
+    step=None,
+  ) -> jax.Array:
+    """Logits float32 [batch, length, vocab] of the token after each input."""
+    tokens = decoder_input_tokens
+    # Inputs begin with a 0 that is no padding; targets say what is.
+    valid = decoder_target_tokens > 0
+    if decode:
+      valid = jnp.full(tokens.shape, True)
+    ctx = self._context(
+      tokens,
+      valid,
+      decoder_segment_ids,
+      decoder_positions,
+      step,
+      enable_dropout,
+    )
+    encoded_ctx = None
+    if encoded is not None:
+      encoded_ctx = RouteContext(
+        valid=encoder_input_tokens > 0, segments=encoder_segment_ids
+      )
+    x = self.decoder(
+      self.token_embedder(tokens),
+      ctx,
+      encoded=encoded,
+      encoded_ctx=encoded_ctx,
+      decode=decode,
+      max_decode_length=max_decode_length,
+    )
+    return self._logits(x)
+
+  def _logits(self, x) -> jax.Array:
+    # Before the product: logits rounded to bfloat16 would lose near ties.
+    x = x.astype(jnp.float32)
+    if self.config.tie_embeddings:
+      logits = self.token_embedder.attend(x)
+    else:
+      logits = jnp.einsum('bld,dv->blv', x, self.logits_dense())
+    return constrain(logits, 'batch', 'length', 'activation_vocab')
+
+  def __call__(
+    self,
+    encoder_input_tokens=None,
+    decoder_input_tokens=None,
+    decoder_target_tokens=None,
+    encoder_segment_ids=None,
+    decoder_segment_ids=None,
+    encoder_positions=None,
+    decoder_positions=None,
+    *,
+    enable_dropout: bool = True,
+    decode: bool = False,
+    step=None,
+  ) -> jax.Array:
+    """Logits of the last stack, for teacher forcing."""
+    encoded = None
+    if self.config.encoder:
+      encoded = self.encode(
+        encoder_input_tokens,
+        encoder_segment_ids,
+        encoder_positions,
+        enable_dropout=enable_dropout,
+        step=step,
+      )
+    if not self.config.decoder:
+      return self._logits(encoded)
+    return self.decode(
+      encoded,
+      encoder_input_tokens,
+      decoder_input_tokens,
+      decoder_target_tokens,
+      encoder_segment_ids,
+      decoder_segment_ids,
+      decoder_positions,
+      enable_dropout=enable_dropout,
+      decode=decode,
+      step=step,
+    )

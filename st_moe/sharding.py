@@ -1,0 +1,177 @@
+"""Logical axes: the only module that knows the mesh.
+
+Models name what an axis is (`'batch'`, `'expert'`); the rules below say along
+which mesh axes it is split. Weights and activations use different names, so
+sharding a weight never shards an activation by accident.
+"""
+
+import contextlib
+import logging
+import math
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ('data', 'fsdp', 'expert', 'model')
+_BATCH = ('data', 'fsdp', 'expert')
+
+RULES = (
+  # Parameters: the names T5X uses.
+  ('embed', 'fsdp'),
+  ('vocab', 'model'),
+  ('heads', 'model'),
+  ('kv', None),
+  ('mlp', 'model'),
+  ('layers', None),
+  ('expert', 'expert'),
+  ('expert_mlp', 'model'),
+  ('relpos_buckets', None),
+  ('unmodeled', None),
+  # Activations.
+  ('batch', _BATCH),
+  ('length', None),
+  ('group', _BATCH),
+  ('slot', None),
+  ('expert_replicas', ('data', 'fsdp')),
+  ('activation_embed', None),
+  ('activation_heads', 'model'),
+  ('activation_kv', None),
+  ('activation_mlp', 'model'),
+  ('activation_vocab', 'model'),
+)
+
+annotate = nn.with_logical_partitioning
+
+
+def make_mesh(
+  *,
+  data: int = 0,
+  fsdp: int = 1,
+  expert: int = 1,
+  model: int = 1,
+  num_experts: int = 0,
+  devices=None,
+) -> Mesh:
+  """A mesh with the axes `AXES`; `data` 0 takes what the others leave.
+
+  An expert axis longer than the experts there are becomes data x experts.
+
+  Raises:
+    ValueError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  if num_experts and expert > num_experts:
+    if expert % num_experts:
+      raise ValueError(
+        f'An expert axis of {expert} does not divide into copies of'
+        f' {num_experts} experts; use mesh.expert={num_experts}.'
+      )
+    copies = expert // num_experts
+    logging.info(
+      'mesh.expert=%d for %d experts: %d copies of each along data.',
+      expert,
+      num_experts,
+      copies,
+    )
+    expert, data = num_experts, data * copies
+  if num_experts and num_experts % expert:
+    fits = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
+    raise ValueError(
+      f'{num_experts} experts do not split over mesh.expert={expert}; it must'
+      f' be one of {fits}.'
+    )
+  rest = fsdp * expert * model
+  data = data or max(len(devices) // rest, 1)
+  if data * rest != len(devices):
+    raise ValueError(
+      f'A mesh of data {data} x fsdp {fsdp} x expert {expert} x model {model}'
+      f' needs {data * rest} devices; there are {len(devices)}.'
+    )
+  return Mesh(
+    np.reshape(devices, (data, fsdp, expert, model)),
+    AXES,
+    axis_types=(AxisType.Auto,) * len(AXES),
+  )
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh, rules=RULES):
+  """Makes `constrain` effective. A bare `with mesh:` would drop it silently."""
+  with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+    yield mesh
+
+
+def _spec(axes, rules) -> PartitionSpec:
+  table = dict(rules)
+  missing = {a for a in axes if a is not None} - set(table)
+  if missing:
+    raise ValueError(f'No sharding rule for {sorted(missing)} in {axes}.')
+  return PartitionSpec(*(table[a] if a else None for a in axes))
+
+
+def _parts(mesh, entry) -> int:
+  names = (entry,) if isinstance(entry, str) else entry or ()
+  return math.prod(mesh.shape[n] for n in names)
+
+
+def shards(axis: str) -> int:
+  """Into how many parts the rules in force cut the logical `axis`."""
+  rules, mesh = nn.get_logical_axis_rules(), jax.sharding.get_abstract_mesh()
+  if not rules or mesh.empty:
+    return 1
+  return _parts(mesh, _spec((axis,), rules)[0])
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+  """Asks for `x` laid out by logical `axes`; a no-op outside `use`.
+
+  Raises:
+    ValueError: an axis without a rule, or one that does not divide (JAX would
+      drop both without a word).
+  """
+  if len(axes) != x.ndim:
+    raise ValueError(f'{axes} names {len(axes)} axes of a rank-{x.ndim} array.')
+  rules, mesh = nn.get_logical_axis_rules(), jax.sharding.get_abstract_mesh()
+  if not rules or mesh.empty:
+    return x
+  spec = _spec(axes, rules)
+  for size, axis, entry in zip(x.shape, axes, spec, strict=True):
+    if size % _parts(mesh, entry):
+      raise ValueError(
+        f'Axis {axis!r} of size {size} does not split over the'
+        f' {_parts(mesh, entry)} devices of mesh axes {entry}.'
+      )
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+def of_boxed(abstract, mesh: Mesh, rules=RULES):
+  """Shardings for a tree whose leaves are boxed by `annotate` or bare."""
+
+  def sharding(leaf):
+    names = leaf.names if isinstance(leaf, nn.Partitioned) else ()
+    return NamedSharding(mesh, _spec(names, rules))
+
+  return jax.tree.map(sharding, abstract, is_leaf=_is_box)
+
+
+def axis_names(boxed):
+  """The logical axes of every boxed parameter, as a tree of tuples."""
+  return jax.tree.map(lambda box: box.names, boxed, is_leaf=_is_box)
+
+
+def unbox(boxed):
+  """The bare arrays; flax's own `unbox` would constrain them on the way."""
+  return jax.tree.map(
+    lambda leaf: leaf.value if _is_box(leaf) else leaf, boxed, is_leaf=_is_box
+  )
+
+
+def _is_box(x) -> bool:
+  return isinstance(x, nn.Partitioned)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """How a batch lies: its first axis over everything but `model`."""
+  return NamedSharding(mesh, PartitionSpec(_BATCH))
