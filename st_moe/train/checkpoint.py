@@ -1,0 +1,285 @@
+"""Checkpoints: every call of Orbax is in this file.
+
+A checkpoint is a directory WORKDIR/checkpoints/STEP with `params`, `rest` (what
+training needs besides) and `run`: config, vocabulary, versions, tokens seen. It
+needs nothing else. Beside it, STEP.files lists its files and sizes, so that a
+missing or truncated one is noticed and the newest intact one used instead.
+"""
+
+import base64
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import platform
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers as policies
+
+from st_moe.config import CheckpointConfig
+
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+
+
+def versions() -> dict[str, str]:
+  """Of Python and of every package that can change a number."""
+  found = {p: importlib.metadata.version(p) for p in _PACKAGES}
+  return {'python': platform.python_version(), **found}
+
+
+class Checkpoints:
+  """The checkpoints of one run."""
+
+  def __init__(self, workdir, config: CheckpointConfig):
+    self.directory = epath.Path(workdir) / 'checkpoints'
+    self.directory.mkdir(parents=True, exist_ok=True)
+    self._config = config
+    keep = [policies.LatestN(config.keep_last)]
+    if config.keep_every:
+      keep.append(policies.EveryNSteps(config.keep_every))
+    if config.keep_best:
+      keep.append(
+        policies.BestN(
+          get_metric_fn=self._score, n=1, keep_checkpoints_without_metrics=False
+        )
+      )
+    self._manager = ocp.CheckpointManager(
+      self.directory.resolve(),
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(keep),
+        enable_async_checkpointing=config.asynchronous,
+        cleanup_tmp_directories=True,
+      ),
+      item_names=('params', 'rest', 'run'),
+    )
+    self._unlisted: list[int] = []
+
+  def _score(self, metrics) -> float:
+    name = self._config.keep_best
+    return -metrics[name[1:]] if name.startswith('-') else metrics[name]
+
+  def save(self, step: int, state, run: dict, metrics: dict | None = None):
+    """Starts writing; training may go on (and donate `state`) at once.
+
+    Raises:
+      ValueError: the disk is full; what was saved before is untouched.
+    """
+    self._finish()
+    params, rest = _split(state)
+    args = ocp.args.Composite(
+      params=ocp.args.StandardSave(params),
+      rest=ocp.args.StandardSave(rest),
+      run=ocp.args.JsonSave(run),
+    )
+    with _told_if_full(self.directory):
+      self._manager.save(step, args=args, metrics=metrics, force=True)
+    self._unlisted.append(step)
+
+  def _finish(self):
+    """Waits for what is being written, then lists its files."""
+    with _told_if_full(self.directory):
+      self._manager.wait_until_finished()
+    for step in self._unlisted:
+      if (self.directory / str(step)).exists():
+        listing = self.directory / f'{step}.files'
+        listing.write_text(json.dumps(_sizes(self.directory / str(step))))
+    self._unlisted.clear()
+    for listing in self.directory.glob('*.files'):
+      if not (self.directory / listing.stem).exists():
+        listing.unlink()
+
+  def close(self):
+    self._finish()
+    self._manager.close()
+
+  def restore(self, abstract, notify: Callable = logging.warning):
+    """The newest intact checkpoint as (state, run), or None.
+
+    Args:
+      abstract: the state as ShapeDtypeStructs with shardings.
+      notify: told about every checkpoint that had to be passed over.
+
+    Raises:
+      ValueError: the state has another shape; names the first difference.
+    """
+    params, rest = _split(abstract)
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      directory = self.directory / str(step)
+      wrong = damage(directory)
+      if not wrong:
+        try:
+          found = _restore(directory, {'params': params, 'rest': rest})
+          state = abstract.replace(params=found['params'], **found['rest'])
+          return state, found['run']
+        except ValueError as e:
+          if str(e).startswith(_OTHER_MODEL):
+            raise
+          wrong = _unreadable(e)
+        except Exception as e:  # Whatever Orbax makes of a broken file.
+          wrong = _unreadable(e)
+      notify(f'Checkpoint {step} is damaged: {wrong}. Trying an older one.')
+      self._set_aside(step)
+    return None
+
+  def _set_aside(self, step: int):
+    """Keeps a damaged checkpoint out of the way of its successor."""
+    aside = self.directory.parent / 'damaged'
+    aside.mkdir(exist_ok=True)
+    number = len(list(aside.iterdir()))
+    (self.directory / str(step)).rename(aside / f'{step}-{number}')
+    self._manager.reload()
+
+
+def _split(state) -> tuple[dict, dict]:
+  rest = {
+    f.name: getattr(state, f.name)
+    for f in dataclasses.fields(state)
+    if f.name != 'params'
+  }
+  return state.params, rest
+
+
+@contextlib.contextmanager
+def _told_if_full(directory):
+  try:
+    yield
+  except Exception as e:
+    if 'No space left' not in f'{e} {e.__cause__}':
+      raise
+    raise ValueError(
+      f'The disk of {directory} is full. Older checkpoints there are intact:'
+      ' free some space and run the same command again.'
+    ) from None
+
+
+def _unreadable(e: Exception) -> str:
+  line = (str(e).strip() or repr(e)).splitlines()[0][:200]
+  return f'it cannot be read ({type(e).__name__}: {line})'
+
+
+def _sizes(directory: epath.Path) -> dict[str, int]:
+  found = {}
+  for path in directory.iterdir():
+    if path.is_dir():
+      nested = _sizes(path).items()
+      found.update({f'{path.name}/{name}': size for name, size in nested})
+    else:
+      found[path.name] = path.stat().length
+  return found
+
+
+def damage(directory: epath.Path) -> str:
+  """What is wrong with the files of a checkpoint; '' if nothing is."""
+  listing = directory.parent / f'{directory.name}.files'
+  if not listing.exists():
+    return ''  # Killed between writing and listing; reading will tell.
+  sizes = _sizes(directory)
+  for name, size in json.loads(listing.read_text()).items():
+    if name not in sizes:
+      return f'its file {name} is missing'
+    if sizes[name] != size:
+      return f'its file {name} has {sizes[name]} bytes instead of {size}'
+  return ''
+
+
+def _restore(directory: epath.Path, wanted: dict) -> dict:
+  """Items of a checkpoint by name, and its `run`."""
+  handlers = {name: ocp.StandardCheckpointHandler() for name in wanted}
+  handlers['run'] = ocp.JsonCheckpointHandler()
+  args = {k: ocp.args.StandardRestore(v) for k, v in wanted.items()}
+  with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as reader:
+    saved = reader.metadata(directory).item_metadata
+    for name, abstract in wanted.items():
+      _check_shapes(directory, getattr(saved[name], 'tree', saved[name]), abstract)
+    found = reader.restore(
+      directory, ocp.args.Composite(run=ocp.args.JsonRestore(), **args)
+    )
+  return {name: found[name] for name in (*wanted, 'run')}
+
+
+_OTHER_MODEL = 'Another model:'
+
+
+def _check_shapes(directory, saved, abstract) -> None:
+  """Raises a ValueError naming the first leaf that is missing or differs."""
+  theirs, ours = _named(saved), _named(abstract)
+  for name in sorted(set(ours) | set(theirs)):
+    a, b = theirs.get(name, 'absent'), ours.get(name, 'absent')
+    if a != b:
+      raise ValueError(
+        f'{_OTHER_MODEL} {name} is {a} in the checkpoint {directory} and {b} in'
+        ' this config. Use the config it was trained with, or another workdir.'
+      )
+
+
+def _named(tree) -> dict[str, str]:
+  """Path -> 'float32[3, 4]' of every leaf, whatever container it is in."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+  name = lambda path: '/'.join(
+    str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k)))) for k in path
+  )
+  return {
+    name(path): f'{np.dtype(leaf.dtype).name}{list(leaf.shape)}'
+    for path, leaf in flat
+  }
+
+
+def describe_run(config: dict, vocabulary: bytes, **rest) -> dict:
+  """What a checkpoint says about its run, as JSON."""
+  return {
+    'config': config,
+    'vocabulary': base64.b64encode(vocabulary).decode(),
+    'versions': versions(),
+    **rest,
+  }
+
+
+def find(path) -> epath.Path:
+  """The checkpoint meant by a checkpoint's path or a workdir's: its newest.
+
+  Raises:
+    ValueError: there is none.
+  """
+  path = epath.Path(path).expanduser()
+  if (path / 'params').exists():
+    return path
+  for directory in (path / 'checkpoints', path):
+    steps = []
+    if directory.exists():
+      steps = [int(p.name) for p in directory.iterdir() if p.name.isdigit()]
+    for step in sorted(steps, reverse=True):
+      if not damage(directory / str(step)):
+        return directory / str(step)
+  raise ValueError(
+    f'No checkpoint in {path}: give a workdir of `st-moe train`, or one of its'
+    ' checkpoints/STEP.'
+  )
+
+
+def read_run(path) -> dict:
+  """What the checkpoint at `path` says about its run."""
+  return _restore(find(path), {})['run']
+
+
+def load_params(path, abstract) -> dict:
+  """The parameters of the checkpoint at `path`, in the layout of `abstract`."""
+  return _restore(find(path), {'params': abstract})['params']
+
+
+def vocabulary_of(run: dict) -> bytes:
+  """The SentencePiece model a run was trained with; b'' for bytes."""
+  return base64.b64decode(run['vocabulary'])
+
+
+def with_shardings(abstract, shardings):
+  """Shapes that say where their arrays go."""
+  return jax.tree.map(
+    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+    abstract,
+    shardings,
+  )

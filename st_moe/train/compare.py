@@ -1,0 +1,92 @@
+"""`st-moe report`: finished runs side by side, from the files they wrote."""
+
+import json
+
+import numpy as np
+from etils import epath
+
+from st_moe.train.report import read_rows
+
+
+def compare(workdirs: list[str], *, baseline: str = '') -> None:
+  """Prints what each stage did and how its tasks were answered.
+
+  Args:
+    workdirs: of runs, in order.
+    baseline: of a run fine-tuned alike from random parameters.
+  """
+  from rich.console import Console
+  from rich.table import Table
+
+  console = Console()
+  runs = [_Run(w) for w in (*workdirs, *([baseline] if baseline else []))]
+  stages = Table('stage', 'steps', 'tokens/s', 'loss first', 'loss last')
+  stages.title = 'Stages'
+  for column in ('load min..max of even', 'dropped routes'):
+    stages.add_column(column)
+  for run in runs:
+    stages.add_row(*run.stage())
+  console.print(stages)
+
+  scratch = _Run(baseline).scores if baseline else {}
+  tasks = Table('task', 'metric', 'examples', 'majority', 'untrained', 'ours')
+  tasks.title = 'Tasks (validation)'
+  for run in runs[: len(workdirs)]:
+    for name, value in run.scores.items():
+      task, metric = name.split('/')[1:]
+      if metric == 'loss' or f'eval/{task}/majority_{metric}' not in run.scores:
+        continue
+      score = lambda found, key: f'{found[key]:.1f}' if key in found else ''
+      tasks.add_row(
+        task,
+        metric,
+        score(run.scores, f'eval/{task}/examples').removesuffix('.0'),
+        score(run.scores, f'eval/{task}/majority_{metric}'),
+        score(scratch, name),
+        f'{value:.1f}',
+      )
+  if tasks.row_count:
+    console.print(tasks)
+  console.print('Files:')
+  for run in runs:
+    console.print(f'  {run.workdir}: {run.files()}', highlight=False)
+
+
+class _Run:
+  """What the files of a workdir say."""
+
+  def __init__(self, workdir: str):
+    self.workdir = epath.Path(workdir)
+    if not (self.workdir / 'config.json').exists():
+      raise ValueError(f'{workdir} is no workdir of `st-moe train`.')
+    self.config = json.loads((self.workdir / 'config.json').read_text())
+    rows = read_rows(self.workdir)
+    self.steps = [r for r in rows if 'loss' in r]
+    measured = [r for r in rows if any(k.startswith('eval/') for k in r)]
+    if not self.steps or not measured:
+      raise ValueError(f'{workdir} has measured nothing yet.')
+    last = measured[-1]
+    self.scores = {k: v for k, v in last.items() if k.startswith('eval/')}
+
+  def stage(self) -> list[str]:
+    first, last = self.steps[0], self.steps[-1]
+    # The first row holds the compilation.
+    rates = [r['tokens_per_second'] for r in self.steps[1:]] or [0]
+    load = [np.ravel(v) for k, v in last.items() if k.endswith('/load')]
+    even = [rows / max(rows.mean(), 1) for rows in load]
+    dropped = [v for k, v in last.items() if k.endswith('/dropped_routes')]
+    return [
+      self.workdir.name,
+      f'{last["step"]}',
+      f'{np.median(rates):,.0f}',
+      f'{first["loss"]:.3f}',
+      f'{last["loss"]:.3f}',
+      f'{min(map(np.min, even)):.2f}..{max(map(np.max, even)):.2f}'
+      if even
+      else 'dense',
+      f'{100 * np.mean(dropped):.1f} %' if dropped else '',
+    ]
+
+  def files(self) -> str:
+    there = [p.name for p in self.workdir.iterdir()]
+    return ', '.join(sorted(n for n in there if not n.startswith('.')))

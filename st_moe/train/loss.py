@@ -1,0 +1,76 @@
+"""What is minimised, as sums and weights.
+
+Every term is a pair (sum, weight), a scalar or one entry per sparse layer.
+Terms are added over microbatches before anything is divided, so cutting a batch
+into microbatches changes neither losses nor gradients.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from st_moe.config import LossConfig
+
+
+def cross_entropy(logits, targets, *, label_smoothing: float = 0.0):
+  """-log p(target) and logsumexp(logits)^2, both float32 [batch, length]."""
+  log_z = jax.nn.logsumexp(logits, axis=-1)
+  picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  loss = log_z - picked
+  if label_smoothing:
+    even = log_z - logits.mean(-1)
+    loss = (1 - label_smoothing) * loss + label_smoothing * even
+  return loss, log_z**2
+
+
+def token_terms(logits, targets, weights, *, label_smoothing: float = 0.0):
+  """Cross-entropy, output z-loss and accuracy per weighted target token."""
+  loss, z = cross_entropy(logits, targets, label_smoothing=label_smoothing)
+  hits = (logits.argmax(-1) == targets).astype(jnp.float32)
+  count = weights.sum()
+  over = lambda value: ((value * weights).sum(), count)
+  return {'cross_entropy': over(loss), 'z_loss': over(z), 'accuracy': over(hits)}
+
+
+def records(intermediates: Mapping) -> dict[str, list]:
+  """The `record`s that sparse layers sowed, per stack: leaves [layers, ...].
+
+  A scanned layer comes with a leading axis of its repetitions, an unrolled one
+  without; both end as rows.
+  """
+  found = {}
+
+  def visit(tree, stack):
+    for key in sorted(tree):
+      if key == 'record':
+        rows = jax.tree.map(jnp.asarray, tree[key])
+        if rows['load'].ndim == 1:
+          rows = jax.tree.map(lambda a: a[None], rows)
+        found.setdefault(stack, []).append(rows)
+      elif isinstance(tree[key], Mapping):
+        visit(tree[key], stack)
+
+  for stack in intermediates:
+    visit(intermediates[stack], stack)
+  join = lambda *rows: jnp.concatenate(rows)
+  return {stack: jax.tree.map(join, *rows) for stack, rows in found.items()}
+
+
+def router_terms(by_stack: dict) -> dict:
+  """Losses of all sparse layers: name -> (sums, weights), each [layers]."""
+  losses = [by_stack[stack]['losses'] for stack in sorted(by_stack)]
+  if not losses:
+    return {}
+  return jax.tree.map(lambda *rows: jnp.concatenate(rows), *losses)
+
+
+def total(terms: Mapping, weights: Mapping, config: LossConfig) -> jax.Array:
+  """The objective: sums of `terms` over the whole batch's `weights`."""
+  share = lambda name: terms[name][0] / jnp.maximum(weights[name], 1)
+  loss = share('cross_entropy') + config.z_loss * share('z_loss')
+  for name, coefficient in config.router.items():
+    if name in terms:  # A dense model has no routers.
+      layers = share(name)
+      loss += coefficient * getattr(layers, config.layers)()
+  return loss

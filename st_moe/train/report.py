@@ -1,0 +1,218 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, W&B, the terminal."""
+
+import json
+import logging
+import math
+import time
+
+import numpy as np
+from etils import epath
+
+from st_moe.config import Config
+
+
+class Report:
+  """Writes rows of numbers and draws progress; nothing here may stop a run."""
+
+  def __init__(self, workdir, config: Config, *, start: int):
+    from rich.console import Console
+
+    self.console = Console()
+    self._workdir = epath.Path(workdir)
+    self._rows = Rows(self._workdir, start=start)
+    self._others = []
+    if config.log.tensorboard:
+      self._try(lambda: _TensorBoard(self._workdir, start))
+    if config.log.wandb:
+      self._try(lambda: _Wandb(config, self._workdir))
+    self._progress = None
+    self._total = config.total_steps
+
+  def _try(self, make):
+    try:
+      self._others.append(make())
+    except Exception as e:  # A missing package, no network, no permission.
+      self.note(f'Going on without a log: {e}')
+
+  def note(self, text: str):
+    """One line for the reader."""
+    self.console.print(text, highlight=False, soft_wrap=True)
+    logging.debug(text)
+
+  def write(self, step: int, row: dict):
+    """A row of metrics: scalars, and arrays such as the load per expert."""
+    row = {k: np.asarray(v) for k, v in row.items()}
+    self._rows.write({'step': step, **{k: _plain(v) for k, v in row.items()}})
+    scalars = {k: float(v) for k, v in row.items() if v.ndim == 0}
+    for writer in list(self._others):
+      try:
+        writer.write(step, scalars)
+      except Exception as e:
+        self.note(f'Going on without {type(writer).__name__[1:]}: {e}')
+        self._others.remove(writer)
+
+  def progress(self, step: int, row: dict):
+    """Moves the bar; a line each time where there is no terminal."""
+    loss, rate = float(row['loss']), float(row['tokens_per_second'])
+    if not self.console.is_terminal:
+      left = _clock(row['seconds_per_step'] * (self._total - step))
+      self.note(
+        f'step {step}/{self._total}  loss {loss:.3f}  {rate:,.0f} tokens/s'
+        f'  ETA {left}'
+      )
+      return
+    if self._progress is None:
+      self._progress, self._task = _bar(self.console, self._total, step)
+    self._progress.update(self._task, completed=step, loss=loss, rate=rate)
+
+  def close(self):
+    if self._progress is not None:
+      self._progress.stop()
+    for writer in [self._rows, *self._others]:
+      writer.close()
+
+
+def _bar(console, total, step):
+  from rich import progress as bars
+
+  bar = bars.Progress(
+    bars.TextColumn('step'),
+    bars.MofNCompleteColumn(),
+    bars.BarColumn(),
+    bars.TextColumn('loss {task.fields[loss]:.3f}'),
+    bars.TextColumn('{task.fields[rate]:,.0f} tokens/s'),
+    bars.TimeRemainingColumn(),
+    console=console,
+  )
+  bar.start()
+  return bar, bar.add_task('', total=total, completed=step, loss=0.0, rate=0.0)
+
+
+def _clock(seconds: float) -> str:
+  minutes, seconds = divmod(int(seconds), 60)
+  return f'{minutes // 60}:{minutes % 60:02d}:{seconds:02d}'
+
+
+def _plain(value: np.ndarray):
+  """For JSON, which knows no NaN: what is not finite becomes a string."""
+  if value.ndim:
+    return [_plain(v) for v in value]
+  value = value.item()
+  if isinstance(value, float):
+    return float(f'{value:.7g}') if math.isfinite(value) else str(value)
+  return value
+
+
+class Rows:
+  """metrics.jsonl; numbered parts beside it where nothing can be appended to.
+
+  Rows past `start` are of a run that was cut off before its next checkpoint:
+  they will be written again, so they go first.
+  """
+
+  def __init__(self, workdir: epath.Path, *, start: int):
+    self._appends = '://' not in str(workdir)
+    self._path = workdir / 'metrics.jsonl'
+    kept = [r for r in read_rows(workdir) if r['step'] <= start]
+    for path in workdir.glob('metrics*.jsonl'):
+      path.unlink()
+    self._buffer: list[str] = [json.dumps(r) for r in kept]
+    self._part = 0
+    if kept or self._appends:
+      self._flush()
+
+  def write(self, row: dict):
+    self._buffer.append(json.dumps(row))
+    if self._appends or len(self._buffer) >= 100:
+      self._flush()
+
+  def _flush(self):
+    text = ''.join(f'{line}\n' for line in self._buffer)
+    self._buffer.clear()
+    if self._appends:
+      with self._path.open('a') as f:
+        f.write(text)
+    elif text:
+      name = f'metrics-{self._part:05d}.jsonl'
+      (self._path.parent / name).write_text(text)
+      self._part += 1
+
+  def close(self):
+    self._flush()
+
+
+def read_rows(workdir) -> list[dict]:
+  """All rows of a run, in order; a last one cut short is left out."""
+  rows = []
+  for path in sorted(epath.Path(workdir).glob('metrics*.jsonl')):
+    for line in path.read_text().splitlines():
+      try:
+        rows.append(json.loads(line))
+      except json.JSONDecodeError:
+        break
+  return rows
+
+
+class _TensorBoard:
+  def __init__(self, workdir, start):
+    from tensorboardX import SummaryWriter
+
+    self._writer = SummaryWriter(
+      str(workdir / 'tensorboard'), purge_step=start + 1
+    )
+
+  def write(self, step, scalars):
+    for name, value in scalars.items():
+      self._writer.add_scalar(name, value, step)
+
+  def close(self):
+    self._writer.close()
+
+
+class _Wandb:
+  def __init__(self, config, workdir):
+    try:
+      import wandb
+    except ImportError:
+      raise RuntimeError(
+        "config.log.wandb needs the package: pip install 'st_moe[wandb]'"
+      ) from None
+    from st_moe.config_file import to_dict
+
+    identity = workdir / 'wandb_id'
+    self._run = wandb.init(
+      project=config.log.wandb_project,
+      name=workdir.name,
+      id=identity.read_text() if identity.exists() else None,
+      resume='allow',
+      config=to_dict(config),
+    )
+    identity.write_text(self._run.id)
+
+  def write(self, step, scalars):
+    self._run.log(scalars, step=step)
+
+  def close(self):
+    self._run.finish()
+
+
+class Clock:
+  """Seconds and tokens between two looks."""
+
+  def __init__(self):
+    self._since = time.perf_counter()
+    self._tokens = self._steps = 0
+
+  def tick(self, tokens: int):
+    self._tokens += tokens
+    self._steps += 1
+
+  def read(self) -> dict[str, float]:
+    now = time.perf_counter()
+    seconds = now - self._since
+    found = {
+      'tokens_per_second': self._tokens / seconds,
+      'seconds_per_step': seconds / max(self._steps, 1),
+    }
+    self._since, self._tokens, self._steps = now, 0, 0
+    return found

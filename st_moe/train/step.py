@@ -1,0 +1,250 @@
+"""One step of training: `train_step(state, batch) -> (state, metrics)`, pure."""
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from st_moe import schedules, sharding
+from st_moe.config import Config, ModelConfig
+from st_moe.train import loss as losses
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a run is, besides its data order, which follows from `step`."""
+
+  step: jax.Array  # int32 [], steps taken.
+  params: dict
+  opt_state: tuple
+  bad_steps: jax.Array  # int32 [], steps in a row that were not applied.
+
+
+def inputs_of(batch: dict, config: ModelConfig) -> dict:
+  """What the model reads of a batch, by the names of its arguments."""
+  read = ('_input_tokens', '_segment_ids', '_positions')
+  found = {
+    k: v
+    for k, v in batch.items()
+    if k.startswith(config.stacks) and k.endswith(read)
+  }
+  if config.decoder:
+    found['decoder_target_tokens'] = batch['decoder_target_tokens']
+  return found
+
+
+def targets_of(batch: dict, config: ModelConfig):
+  """Targets and weights of the stack that predicts."""
+  stack = config.stacks[-1]
+  return batch[f'{stack}_target_tokens'], batch[f'{stack}_loss_weights']
+
+
+def init_params(model, key, batch: dict) -> dict:
+  """New parameters, boxed with their logical axes."""
+  inputs = jax.tree.map(jnp.ones_like, inputs_of(batch, model.config))
+  return model.init(key, **inputs, enable_dropout=False)['params']
+
+
+def dummy_batch(config: ModelConfig) -> dict:
+  """The smallest batch the mesh in force can split: parameters need no more."""
+  tokens = jnp.ones((sharding.shards('batch'), 1), jnp.int32)
+  kinds = ('input_tokens', 'target_tokens')
+  return {f'{s}_{kind}': tokens for s in config.stacks for kind in kinds}
+
+
+def init_state(model, optimizer, key) -> TrainState:
+  """A new run, its arrays boxed with their logical axes."""
+  params = init_params(model, key, dummy_batch(model.config))
+  zero = jnp.zeros((), jnp.int32)
+  return TrainState(zero, params, optimizer.init(params), zero)
+
+
+def forward(model, config: Config, params, batch, *, rng, step=None):
+  """Terms of the loss, and what the routers recorded.
+
+  Args:
+    rng: of dropout and routing noise; None evaluates.
+  """
+  logits, sown = model.apply(
+    {'params': params},
+    **inputs_of(batch, model.config),
+    enable_dropout=rng is not None,
+    step=step,
+    rngs=None if rng is None else {'dropout': rng},
+    mutable=['intermediates'],
+  )
+  by_stack = losses.records(sown.get('intermediates', {}))
+  terms = losses.token_terms(
+    logits,
+    *targets_of(batch, model.config),
+    label_smoothing=config.loss.label_smoothing if rng is not None else 0.0,
+  )
+  return {**terms, **losses.router_terms(by_stack)}, by_stack
+
+
+def make_train_step(model, optimizer, config: Config):
+  """The step of `config`, ready to be jitted with its state donated."""
+  objective = functools.partial(_objective, model, config)
+  schedule = schedules.learning_rate(config.optimizer)
+
+  def train_step(state: TrainState, batch: dict):
+    rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    grads, terms, by_stack = _gradients(
+      objective, state, batch, rng, config.microbatches
+    )
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    norms = {
+      'l2_grads': optax.global_norm(grads),
+      'l2_params': optax.global_norm(state.params),
+      'l2_updates': optax.global_norm(updates),
+    }
+    weights = jax.tree.map(lambda t: t[1], terms, is_leaf=_is_pair)
+    loss = losses.total(terms, weights, config.loss)
+    good = jnp.isfinite(loss) & jnp.isfinite(norms['l2_grads'])
+    keep = lambda new, old: jax.tree.map(
+      lambda a, b: jnp.where(good, a, b), new, old
+    )
+    state = TrainState(
+      step=state.step + 1,
+      params=keep(params, state.params),
+      opt_state=keep(opt_state, state.opt_state),
+      bad_steps=jnp.where(good, 0, state.bad_steps + 1),
+    )
+    metrics = {
+      'loss': loss,
+      'learning_rate': schedule(state.step - 1),
+      'bad_steps': state.bad_steps,
+      **norms,
+      **summary(terms, by_stack),
+    }
+    return state, metrics
+
+  return train_step
+
+
+def _is_pair(x) -> bool:
+  return isinstance(x, tuple)
+
+
+def _objective(model, config, params, batch, rng, step, weights=None):
+  terms, by_stack = forward(model, config, params, batch, rng=rng, step=step)
+  own = jax.tree.map(lambda t: t[1], terms, is_leaf=_is_pair)
+  loss = losses.total(terms, own if weights is None else weights, config.loss)
+  return loss, (terms, by_stack)
+
+
+def _gradients(objective, state, batch, rng, microbatches):
+  """Gradients, terms and records of a whole batch."""
+  grad = jax.grad(objective, has_aux=True)
+  if microbatches == 1:
+    grads, found = grad(state.params, batch, rng, state.step)
+    return grads, *found
+
+  def cut(a):
+    a = a.reshape(microbatches, -1, *a.shape[1:])
+    return sharding.constrain(a, None, 'batch', *(None,) * (a.ndim - 2))
+
+  parts = (jax.tree.map(cut, batch), jax.random.split(rng, microbatches))
+
+  # Weights first: they depend on the tokens alone, so the compiler drops the
+  # rest of this forward pass, and every microbatch divides by the same totals.
+  def weigh(part):
+    _, (terms, _) = objective(state.params, *part, state.step)
+    return jax.tree.map(lambda t: t[1], terms, is_leaf=_is_pair)
+
+  weights = jax.tree.map(lambda w: w.sum(0), jax.lax.map(weigh, parts))
+
+  def add(total, part):
+    grads, found = grad(state.params, *part, state.step, weights)
+    return jax.tree.map(jnp.add, total, (grads, *found)), None
+
+  shapes = jax.eval_shape(
+    lambda p: grad(state.params, *p, state.step), jax.tree.map(lambda a: a[0], parts)
+  )
+  zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+  (grads, terms, by_stack), _ = jax.lax.scan(
+    add, (zeros[0], *zeros[1]), parts
+  )
+  return grads, terms, by_stack
+
+
+def summary(terms: dict, by_stack: dict) -> dict:
+  """Terms as means; per stack, the gauges of its routers and expert loads."""
+  mean = lambda t: (t[0] / jnp.maximum(t[1], 1)).mean()
+  found = {k: mean(t) for k, t in terms.items()}
+  found['target_tokens'] = terms['cross_entropy'][1]
+  for stack, record in by_stack.items():
+    for name, pair in record['gauges'].items():
+      found[f'{stack}/{name}'] = mean(pair)
+    found[f'{stack}/load'] = record['load']  # int32 [layers, e].
+  return found
+
+
+def check_sizes(config: Config, mesh) -> None:
+  """Refuses a batch that does not divide, with the sizes that would.
+
+  Raises:
+    ValueError: batch against devices or microbatches, or a microbatch that is
+      no whole number of groups.
+  """
+  batch, parts = config.data.batch_size, config.microbatches
+  shards = int(np.prod([mesh.shape[a] for a in sharding.AXES if a != 'model']))
+  if batch % (parts * shards):
+    raise ValueError(
+      f'data.batch_size={batch} does not divide into {parts} microbatches on'
+      f' {shards} devices; the nearest that do are'
+      f' {_nearest(batch, parts * shards)}.'
+    )
+  if parts == 1 or config.model.dense:
+    return
+  lengths = {
+    'encoder': config.data.inputs_length,
+    'decoder': config.data.targets_length,
+  }
+  for stack in config.model.stacks:
+    if not config.model.plan(stack).num_sparse:
+      continue
+    group = min(
+      config.model.stack(stack).group_size, batch * lengths[stack]
+    )
+    tokens = batch // parts * lengths[stack]
+    if tokens % group:
+      raise ValueError(
+        f'A microbatch of {batch // parts} x {lengths[stack]} tokens is no'
+        f' whole number of {stack} groups of {group}; the nearest group sizes'
+        f' that divide are {_divisors(tokens, group)}'
+        f' (model.{stack}.group_size).'
+      )
+
+
+def _nearest(n: int, factor: int) -> str:
+  low = n // factor * factor
+  return f'{low} and {low + factor}' if low else f'{factor}'
+
+
+def _divisors(n: int, near: int) -> str:
+  divisors = [i for i in range(1, n + 1) if n % i == 0]
+  low = max(d for d in divisors if d <= near)
+  above = [d for d in divisors if d > near]
+  return f'{low} and {min(above)}' if above else f'{low}'
+
+
+def parameter_axes(model):
+  """The logical axes of every parameter, from shapes alone."""
+  init = functools.partial(
+    init_params, model, batch=dummy_batch(model.config)
+  )
+  return sharding.axis_names(jax.eval_shape(init, jax.random.key(0)))
+
+
+def plan_init(model, optimizer, mesh):
+  """How a run begins: (key -> state in its shards, their shardings, shapes)."""
+  init = functools.partial(init_state, model, optimizer)
+  abstract = jax.eval_shape(init, jax.random.key(0))
+  shardings = sharding.of_boxed(abstract, mesh)
+  make = jax.jit(lambda k: sharding.unbox(init(k)), out_shardings=shardings)
+  return make, shardings, sharding.unbox(abstract)
