@@ -1,0 +1,40 @@
+r"""Fine-tunes any checkpoint on tasks; by default on the embedded toy tasks.
+
+  st-moe train --config=configs/finetune.py --workdir=runs/tuned \
+      --config.init=runs/tiny
+
+Model and vocabulary are those of `init`. `:scratch` takes only these and starts
+from random parameters, for comparison. `:mixture=NAME` is another task.
+"""
+
+from ml_collections import config_dict
+
+from st_moe.config_file import parse_arg
+
+
+def get_config(arg=None):
+  arg = parse_arg(arg, scratch=False, seed=0, mixture='tiny_glue', runlocal=False)
+  c = config_dict.ConfigDict()
+  c.seed = arg.seed
+  c.total_steps = 1000
+  c.init = ''
+  c.init_take = 'architecture' if arg.scratch else 'params'
+
+  c.data = dict(
+      mixture={arg.mixture: 1.0}, inputs_length=64, targets_length=8,
+      batch_size=32, seed=arg.seed)
+
+  # ST-MoE: dropout 0.1 everywhere, more inside the experts (section 4.1).
+  c.model = dict(dropout=0.1, moe=dict(expert_dropout=0.2))
+
+  c.optimizer = dict(learning_rate=1e-3, decay='none')
+  c.checkpoint = dict(every=500)
+  c.evaluate = dict(every=500)
+  c.log = dict(every=50)
+
+  if arg.runlocal:
+    c.total_steps = 8
+    c.data.update(batch_size=8)
+    c.checkpoint.every, c.evaluate.every, c.log.every = 4, 8, 2
+    c.evaluate.batches = 1
+  return c

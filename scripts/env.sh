@@ -1,0 +1,16 @@
+# Makes or reuses .venv with this checkout installed; sourced by the other scripts.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-python3}
+if ! [ -x .venv/bin/python ]; then
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    { echo "st_moe needs Python 3.11 or later; set PYTHON=/path/to/python3." >&2; exit 1; }
+  "$python" -m venv .venv
+fi
+# Installed for exactly this setup.py? A changed one is installed again.
+if ! cmp -s setup.py .venv/installed; then
+  .venv/bin/python -m pip install --quiet --upgrade pip
+  .venv/bin/python -m pip install --quiet -e '.[dev]'
+  cp setup.py .venv/installed
+fi
+export PATH="$PWD/.venv/bin:$PATH"

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Installs, pre-trains, fine-tunes and evaluates a small ST-MoE: about ten minutes
+# on two cores. Run again, it resumes. The runs land in runs/quickstart.
+source "$(dirname "$0")/env.sh"
+run=${1:-runs/quickstart}
+st-moe train --config=configs/st_moe_tiny.py --workdir="$run/pretrain"
+st-moe train --config=configs/finetune.py --config.init="$run/pretrain" --workdir="$run/finetune"
+st-moe train --config=configs/finetune.py:scratch --config.init="$run/pretrain" --workdir="$run/scratch"
+st-moe report "$run/pretrain" "$run/finetune" --baseline="$run/scratch"

@@ -1,0 +1,264 @@
+"""The command `st-moe`: its verbs, their flags, and errors in plain words."""
+
+import argparse
+import os
+import sys
+
+_VERBS = {
+  'train': 'pre-train or fine-tune: config, workdir -> checkpoints, metrics',
+  'evaluate': 'score a checkpoint on its tasks -> metrics.json, predictions',
+  'prepare': 'train a vocabulary, write a mixture to indexed shards',
+  'report': 'stages and task scores of finished runs, side by side',
+  'doctor': 'devices, versions, memory, write access, data found',
+  'list': 'configs, tasks or methods there are',
+  'config': 'show a resolved config, or `diff` two of them',
+}
+
+_EPILOG = """
+--config=configs/NAME.py[:argument,argument=value] names a config file;
+--config.path.to.field=value sets a field of it.
+ST_MOE_TRACEBACK=1 shows where in the code an error arose.
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+  """Runs a verb; a user's mistake is one message and exit status 1."""
+  try:
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+  except KeyboardInterrupt:
+    sys.exit(130)
+  except BrokenPipeError:
+    os._exit(0)  # `st-moe ... | head`; nobody is left to be told.
+  except (ValueError, OSError) as e:
+    if os.environ.get('ST_MOE_TRACEBACK'):
+      raise
+    print(f'st-moe: {_plainly(e)}', file=sys.stderr)
+    sys.exit(1)
+
+
+def _plainly(e: Exception) -> str:
+  import errno
+
+  if isinstance(e, OSError) and e.errno == errno.ENOSPC:
+    where = f' of {e.filename}' if e.filename else ''
+    return (
+      f'The disk{where} is full. What was saved before is intact: free some'
+      ' space and run the same command again.'
+    )
+  return str(e)
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog='st-moe',
+    description='Sparse expert encoder-decoder models in JAX.',
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    epilog=_EPILOG,
+    allow_abbrev=False,
+  )
+  verbs = parser.add_subparsers(dest='verb', metavar='VERB')
+  made = {
+    name: verbs.add_parser(
+      name,
+      help=text,
+      description=text,
+      epilog=_EPILOG,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+      allow_abbrev=False,
+    )
+    for name, text in _VERBS.items()
+  }
+  for name in ('train', 'prepare', 'config'):
+    made[name].add_argument('--config', metavar='FILE[:ARG]', default='')
+  for name in ('train', 'prepare', 'evaluate'):
+    made[name].add_argument(
+      '--module_import',
+      metavar='MODULE',
+      action='append',
+      default=[],
+      help='imported first: where your own seqio tasks are registered',
+    )
+  made['train'].add_argument('--workdir', required=True)
+  made['prepare'].add_argument(
+    '--vocabulary', default='', help='where a new vocabulary goes'
+  )
+  made['evaluate'].add_argument(
+    '--checkpoint', required=True, help='a workdir, or its checkpoints/STEP'
+  )
+  made['evaluate'].add_argument(
+    '--mixture', default='', help="NAME or NAME,NAME; '': what it trained on"
+  )
+  made['evaluate'].add_argument(
+    '--output', default='', help="'': WORKDIR/evaluation"
+  )
+  made['report'].add_argument('workdirs', nargs='+')
+  made['report'].add_argument(
+    '--baseline', default='', help='a run fine-tuned alike from scratch'
+  )
+  made['doctor'].add_argument('--workdir', default='.')
+  made['list'].add_argument('what', choices=('configs', 'tasks', 'methods'))
+  made['config'].add_argument(
+    'files', nargs='*', help='diff CONFIG CONFIG, each FILE[:ARG] or a workdir'
+  )
+  return parser
+
+
+def run(argv: list[str]) -> int:
+  """Parses and runs; returns the exit status."""
+  parser = _parser()
+  flags, rest = parser.parse_known_args(argv)
+  if not flags.verb:
+    parser.print_help()
+    return 2
+  overrides = _overrides(rest)
+  if overrides and flags.verb in ('report', 'doctor', 'list'):
+    raise ValueError(f'`st-moe {flags.verb}` has no config to set fields of.')
+  return _RUN[flags.verb](flags, overrides) or 0
+
+
+def _overrides(rest: list[str]) -> dict[str, str]:
+  """`--config.a.b=value` as {'a.b': 'value'}; anything else is refused."""
+  found, rest = {}, list(rest)
+  while rest:
+    flag, equals, value = rest.pop(0).partition('=')
+    if not flag.startswith('--config.'):
+      raise ValueError(
+        f'Unknown flag {flag!r}; fields of the config are --config.FIELD=VALUE,'
+        ' the rest is in `st-moe VERB --help`.'
+      )
+    if not equals:
+      if not rest:
+        raise ValueError(f'{flag} needs a value: {flag}=VALUE.')
+      value = rest.pop(0)
+    found[flag.removeprefix('--config.')] = value
+  return found
+
+
+def _start(flags) -> None:
+  """What must happen before JAX and TensorFlow do."""
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  import importlib
+  import logging
+
+  logging.getLogger('absl').setLevel(logging.ERROR)
+  sys.path.insert(0, os.getcwd())
+  for name in getattr(flags, 'module_import', ()):
+    try:
+      importlib.import_module(name)
+    except ImportError as e:
+      raise ValueError(f'--module_import={name}: {e}.') from None
+
+
+def _load(flags, overrides):
+  if not flags.config:
+    raise ValueError(
+      'Which config? Pass --config=configs/NAME.py; `st-moe list configs` shows'
+      ' them.'
+    )
+  from st_moe import config_file
+
+  def base(init):
+    from st_moe.train import checkpoint
+
+    return checkpoint.read_run(init)['config']
+
+  return config_file.load(flags.config, overrides, base=base)
+
+
+def _train(flags, overrides):
+  config = _load(flags, overrides)
+  _start(flags)
+  from st_moe.train import loop
+
+  loop.train(config, flags.workdir, config_path=flags.config)
+
+
+def _prepare(flags, overrides):
+  config = _load(flags, overrides)
+  _start(flags)
+  from st_moe.train import loop
+
+  loop.prepare(config, flags.vocabulary)
+
+
+def _evaluate(flags, overrides):
+  _start(flags)
+  from st_moe.infer import evaluate
+
+  evaluate.evaluate(
+    flags.checkpoint,
+    mixture=[name for name in flags.mixture.split(',') if name],
+    output=flags.output,
+    overrides=overrides,
+  )
+
+
+def _report(flags, overrides):
+  from st_moe.train import compare
+
+  compare.compare(flags.workdirs, baseline=flags.baseline)
+
+
+def _doctor(flags, overrides):
+  _start(flags)
+  from st_moe import doctor
+
+  return doctor.examine(flags.workdir)
+
+
+def _list(flags, overrides):
+  from st_moe import config_file
+
+  if flags.what == 'configs':
+    for path in config_file.shipped():
+      print(f'configs/{path.name:24}{config_file.summary(path)}')
+  elif flags.what == 'tasks':
+    _start(flags)
+    from st_moe.data import tasks
+
+    for name in (*tasks.TASKS, *tasks.MIXTURES):
+      print(name)
+  else:
+    _start(flags)
+    from st_moe.model import dispatch, gates
+    from st_moe.routing import losses, selectors
+
+    for kind, table in {
+      'gate': gates.GATES,
+      'selector': selectors.SELECTORS,
+      'dispatcher': dispatch.DISPATCHERS,
+      'loss': losses.LOSSES,
+    }.items():
+      for name, method in table.items():
+        first = (method.__doc__ or '').strip().splitlines()[0]
+        print(f'{kind:12}{name:16}{first}')
+
+
+def _config(flags, overrides):
+  from st_moe import config_file
+
+  if flags.files and flags.files[0] == 'diff' and len(flags.files) == 3:
+    a, b = (config_file.read(name) for name in flags.files[1:])
+    for line in config_file.diff(a, b):
+      print(line)
+  elif flags.files:
+    raise ValueError(
+      f'`st-moe config {" ".join(flags.files)}`: only `config diff A B`, or'
+      ' `config --config=FILE` to see one whole.'
+    )
+  else:
+    print(config_file.to_json(_load(flags, overrides)))
+
+
+_RUN = {
+  'train': _train,
+  'evaluate': _evaluate,
+  'prepare': _prepare,
+  'report': _report,
+  'doctor': _doctor,
+  'list': _list,
+  'config': _config,
+}
+
+if __name__ == '__main__':
+  main()
