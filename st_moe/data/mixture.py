@@ -1,0 +1,142 @@
+"""What the names in a mixture stand for, and how often each is drawn.
+
+A name is, in this order: a text source of `data.files`, the embedded corpus, a
+registered SeqIO task or mixture.
+"""
+
+import functools
+from collections.abc import Mapping
+
+from st_moe.config import DataConfig, unknown
+from st_moe.data import shards, sources, span_corruption, text_shards
+from st_moe.data.vocabulary import Vocabulary
+
+
+class Library:
+  """What the names of a config stand for, and their shards."""
+
+  def __init__(
+    self,
+    config: DataConfig,
+    vocabulary: Vocabulary,
+    progress: shards.Progress | None = None,
+  ):
+    self.config, self.vocabulary = config, vocabulary
+    self._progress = progress
+
+  @functools.cached_property
+  def registry(self):
+    """SeqIO's tasks. Takes seconds: asked only for names unknown so far."""
+    from st_moe.data import task_shards
+
+    return task_shards.Registry(self.vocabulary, self.config.data_dir)
+
+  def is_text(self, name: str) -> bool:
+    return name in self.config.files or name == sources.EMBEDDED
+
+  def members(self, name: str) -> dict[str, float | None]:
+    """The sources behind a name and their shares: a mixture has several."""
+    if self.is_text(name):
+      return {name: 1.0}
+    if name not in self.registry.names():
+      known = {*self.config.files, sources.EMBEDDED, *self.registry.names()}
+      raise unknown('data source', name, known)
+    return self.registry.tasks(name)
+
+  def sources(self) -> list[str]:
+    """Every source of the mixture, once, in the order of the config."""
+    if not self.config.mixture:
+      raise ValueError(
+        'data.mixture is empty; name what to train on, for example'
+        f' --config.data.mixture.{sources.EMBEDDED}=1'
+      )
+    return list(
+      dict.fromkeys(
+        m for name in self.config.mixture for m in self.members(name)
+      )
+    )
+
+  def splits(self, name: str) -> list[str]:
+    if name in self.config.files:
+      return list(self.config.files[name])
+    if name == sources.EMBEDDED:
+      return ['train', 'validation']
+    return self.registry.splits(name)
+
+  def open(self, name: str, split: str) -> shards.Shards:
+    """The shards of a split, written now if they are not there."""
+    if split not in self.splits(name):
+      way = f'; add --config.data.files.{name}.{split}=GLOB'
+      raise ValueError(
+        f'{name!r} has no split {split!r}, only {sorted(self.splits(name))}'
+        + (way if name in self.config.files else '.')
+      )
+    config = self.config
+    if not self.is_text(name):
+      return self.registry.write(
+        name,
+        split,
+        inputs_length=config.inputs_length,
+        targets_length=config.targets_length,
+        cache_dir=config.cache_dir,
+        progress=self._progress,
+      )
+    embedded = f'{sources.EMBEDDED}:{split}'
+    return text_shards.write_text(
+      name,
+      split,
+      config.files[name][split] if name in config.files else embedded,
+      vocabulary=self.vocabulary,
+      raw_tokens=raw_tokens(config),
+      text_field=config.text_field,
+      cache_dir=config.cache_dir,
+      workers=config.workers,
+      progress=self._progress,
+    )
+
+
+def raw_tokens(config: DataConfig) -> int:
+  """The length of raw chunks, if their targets fit into `targets_length`."""
+  noise = dict(density=config.noise_density, mean_span=config.mean_span)
+  tokens, needed = span_corruption.chunk_lengths(config.inputs_length, **noise)
+  if config.targets_length < needed:
+    raise ValueError(
+      f'data.targets_length {config.targets_length} is too short: span'
+      f' corruption of inputs_length {config.inputs_length} at noise_density'
+      f' {config.noise_density} and mean_span {config.mean_span} needs'
+      f' {needed}.'
+    )
+  span_corruption.check_sentinels(tokens, **noise)
+  return tokens
+
+
+def rates(
+  config: DataConfig, sizes: Mapping[str, int], library: Library
+) -> dict[str, float]:
+  """The rate of every source; `sizes` are their training examples.
+
+  'size' is T5's rule: the size, cut off at `size_cap`, to the power of
+  1 / `temperature`. A number given to a mixture is shared out among its tasks
+  as the mixture has it; 'size' is counted for each of them.
+  """
+  total = dict.fromkeys(sizes, 0.0)
+  for name, rate in config.mixture.items():
+    shares = library.members(name)
+    if rate == 'size':
+      for member in shares:
+        size = min(sizes[member], config.size_cap or sizes[member])
+        total[member] += size ** (1 / config.temperature)
+    elif isinstance(rate, int | float) and rate > 0:
+      if None in shares.values():
+        raise ValueError(
+          f'The rates of mixture {name!r} are counts of examples that its tasks'
+          f" do not know; set data.mixture.{name} to 'size'."
+        )
+      for member, share in shares.items():
+        total[member] += rate * share / sum(shares.values())
+    else:
+      raise ValueError(
+        f'data.mixture.{name} is {rate!r}; a rate is a number above 0, or'
+        " 'size'. To leave a source out, do not name it."
+      )
+  return total

@@ -1,0 +1,316 @@
+"""Mixtures of text and tasks -> batches.
+
+Training batch n is a function of (config, n): any batch can be had without
+those before it, on any number of hosts, and a run that starts again reads what
+it would have read. Text is corrupted as it is read, by (seed, position in the
+stream of its source), so each epoch takes out other spans.
+
+A batch has, for batch size B and lengths Li, Lt:
+
+  encoder_input_tokens   int32 [B, Li]   0 pads
+  decoder_input_tokens   int32 [B, Lt]   targets shifted right, a 0 in front
+  decoder_target_tokens  int32 [B, Lt]
+  decoder_loss_weights   float32 [B, Lt] 1 on targets, 0 on padding
+  source                 int32 [B]       place of the source in `sources`
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from st_moe.config import DataConfig
+from st_moe.data import (
+  mixture,
+  shards,
+  sources,
+  span_corruption,
+  text_shards,
+  tiny_world,
+)
+from st_moe.data import vocabulary as vocabulary_lib
+from st_moe.data.vocabulary import Vocabulary
+
+Batch = dict[str, np.ndarray]
+
+_EVAL_SEED = 1  # Of nobody's choice: validation losses of all runs compare.
+
+
+class TrainData:
+  """The training stream, in batches that can be asked for in any order.
+
+  Of each global batch, host `host_index` of `host_count` gets the rows from
+  host_index / host_count onwards; what the rows are does not depend on it.
+  """
+
+  def __init__(
+    self,
+    config: DataConfig,
+    vocabulary: Vocabulary,
+    *,
+    host_index: int = 0,
+    host_count: int = 1,
+    progress: shards.Progress | None = None,
+  ):
+    import grain
+
+    if config.batch_size % host_count:
+      raise ValueError(
+        f'data.batch_size {config.batch_size} does not divide among'
+        f' {host_count} hosts; make it a multiple.'
+      )
+    library = mixture.Library(config, vocabulary, progress)
+    opened = {name: library.open(name, 'train') for name in library.sources()}
+    self.info = {name: _summary(found) for name, found in opened.items()}
+    found = mixture.rates(
+      config, {name: len(found) for name, found in opened.items()}, library
+    )
+    self.sources = tuple(opened)
+    self.rates = tuple(found[n] / sum(found.values()) for n in self.sources)
+    self._global_rows = config.batch_size
+    self._rows = config.batch_size // host_count
+    self._first = host_index * self._rows
+
+    streams = []
+    for index, (name, records) in enumerate(opened.items()):
+      convert = _Convert(config, vocabulary, library.is_text(name), index)
+      streams.append(
+        grain.MapDataset.source(records)
+        # Both look at the position in the endless stream, not in the epoch.
+        .shuffle(seed=_seed(config.seed, name, 'order'))
+        .repeat()
+        .random_map(convert, seed=_seed(config.seed, name, 'noise'))
+      )
+    self._examples = grain.MapDataset.mix(streams, self.rates)
+
+  def batch(self, n: int) -> Batch:
+    """This host's rows of global batch `n`."""
+    first = n * self._global_rows + self._first
+    return _stack([self._examples[first + i] for i in range(self._rows)])
+
+  def iterate(self, start: int = 0, *, threads: int = 4) -> Iterator[Batch]:
+    """batch(start), batch(start + 1), ... without end, made ahead of use."""
+    import grain
+
+    batches = grain.MapDataset.range(start, sys.maxsize).map(self.batch)
+    options = grain.ReadOptions(threads, 2 * threads)
+    # `yield from` closes it, threads and all, when the caller stops early.
+    yield from iter(batches.to_iter_dataset(options))
+
+
+class EvalData:
+  """One split of one source, in a fixed order, each example once."""
+
+  def __init__(self, library: mixture.Library, name: str, split: str):
+    if list(library.members(name)) != [name]:
+      raise ValueError(
+        f'{name!r} is a mixture; evaluate its tasks one by one:'
+        f' {sorted(library.members(name))}.'
+      )
+    self.name, self.split = name, split
+    self.is_text = library.is_text(name)
+    self._records = library.open(name, split)
+    self.info = _summary(self._records)
+    self.labels = () if self.is_text else library.registry.labels(name)
+    self.metric_fns = () if self.is_text else library.registry.metric_fns(name)
+    config = library.config
+    self._convert = _Convert(config, library.vocabulary, self.is_text, 0)
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def example(self, index: int) -> Batch:
+    """One row of a batch."""
+    rng = np.random.default_rng([_EVAL_SEED, index])
+    return self._convert(self._records[index], rng)
+
+  def batches(
+    self, batch_size: int, *, host_index: int = 0, host_count: int = 1
+  ) -> Iterator[Batch]:
+    """All examples; `valid` [B] is False on the rows that fill the last batch.
+
+    Such rows are all 0, loss weights included. Every host gets as many batches.
+    """
+    if batch_size % host_count:
+      raise ValueError(
+        f'Batch size {batch_size} does not divide among {host_count} hosts;'
+        ' make it a multiple.'
+      )
+    rows = batch_size // host_count
+    empty = {k: np.zeros_like(v) for k, v in self.example(0).items()}
+    for first in range(
+      host_index * rows, _ceil(len(self), batch_size), batch_size
+    ):
+      wanted = range(first, first + rows)
+      valid = np.array([i < len(self) for i in wanted])
+      examples = [self.example(i) if i < len(self) else empty for i in wanted]
+      yield {**_stack(examples), 'valid': valid}
+
+  @functools.cached_property
+  def examples(self) -> 'Sequence[Example]':
+    """What decoding and metrics need of a task, in the order of the rows."""
+    if self.is_text:
+      raise ValueError(
+        f'{self.name!r} is text: it has a loss, but nothing to answer.'
+      )
+    made = []
+    for record in self._records:
+      row = json.loads(record)
+      text = row['targets_text']
+      row['label'] = self.labels.index(text) if text in self.labels else None
+      made.append(Example(**row))
+    return made
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+  """One example of a task as it lies on disk, cut but not padded."""
+
+  inputs: list[int]
+  targets: list[int]
+  targets_text: str
+  idx: Any
+  fields: dict[str, Any]  # Whatever else the task has, for its metrics.
+  label: int | None  # Place of the answer in `labels`.
+
+
+def source_names(config: DataConfig, vocabulary: Vocabulary) -> list[str]:
+  """Every source of the mixture, once, in the order of the config."""
+  return mixture.Library(config, vocabulary).sources()
+
+
+def open_eval(
+  config: DataConfig,
+  vocabulary: Vocabulary,
+  name: str,
+  split: str = 'validation',
+) -> EvalData:
+  return EvalData(mixture.Library(config, vocabulary), name, split)
+
+
+def check(config: DataConfig) -> None:
+  """Looks at every file a mixture names, before work starts.
+
+  Raises:
+    ValueError: a missing, empty or broken file, by name.
+  """
+  used = {n: config.files[n] for n in config.mixture if n in config.files}
+  sources.check(used, config.text_field)
+
+
+def prepare(
+  config: DataConfig,
+  vocabulary: Vocabulary,
+  *,
+  splits: Sequence[str] = ('train', 'validation'),
+  progress: shards.Progress | None = None,
+) -> dict[str, dict[str, dict[str, int]]]:
+  """Writes every shard of a mixture; returns counts by source and split."""
+  library = mixture.Library(config, vocabulary, progress)
+  names = library.sources()
+  check(config)
+  return {
+    name: {
+      split: _summary(library.open(name, split))
+      for split in splits
+      if split in library.splits(name)
+    }
+    for name in names
+  }
+
+
+def train_vocabulary(
+  config: DataConfig,
+  path: str,
+  size: int,
+) -> Vocabulary:
+  """Trains a vocabulary on the training text of a mixture.
+
+  Tasks have text only once there is a vocabulary to read them with: what they
+  should add is `data.vocabulary_extra`.
+  """
+
+  def texts():
+    for name in config.mixture:
+      if name in config.files:
+        yield from sources.documents(
+          config.files[name]['train'], config.text_field
+        )
+      elif name == sources.EMBEDDED:
+        yield from sources.embedded_corpus('train')
+    if config.vocabulary_extra == 'tiny_world':
+      yield from tiny_world.text()
+    elif config.vocabulary_extra:
+      yield from sources.documents(config.vocabulary_extra, config.text_field)
+
+  return vocabulary_lib.train(texts(), path, size=size, seed=config.seed)
+
+
+class _Convert:
+  """A record and an rng -> one row of a batch."""
+
+  def __init__(
+    self, config: DataConfig, vocabulary: Vocabulary, is_text: bool, source: int
+  ):
+    self._lengths = config.inputs_length, config.targets_length
+    self._corrupt = is_text and functools.partial(
+      span_corruption.corrupt,
+      density=config.noise_density,
+      mean_span=config.mean_span,
+      first_sentinel=vocabulary.sentinel(0),
+      num_sentinels=vocabulary_lib.SENTINELS,
+      eos=vocabulary.eos,
+    )
+    self._eos, self._source = vocabulary.eos, source
+
+  def __call__(self, record: bytes, rng: np.random.Generator) -> Batch:
+    if self._corrupt:
+      inputs, targets = self._corrupt(text_shards.tokens_of(record), rng)
+    else:
+      row = json.loads(record)
+      inputs, targets = row['inputs'], row['targets']
+    inputs = _fit(inputs, self._lengths[0], self._eos)
+    used = min(len(targets), self._lengths[1])
+    targets = _fit(targets, self._lengths[1], self._eos)
+    shifted = np.zeros_like(targets)
+    shifted[1:] = targets[:-1]
+    return {
+      'encoder_input_tokens': inputs,
+      'decoder_input_tokens': shifted,
+      'decoder_target_tokens': targets,
+      'decoder_loss_weights': (np.arange(len(targets)) < used).astype('f4'),
+      'source': np.int32(self._source),
+    }
+
+
+def _fit(ids: Sequence[int], length: int, eos: int) -> np.ndarray:
+  """`ids` padded, or cut with the last place left to an EOS."""
+  fitted = np.zeros(length, np.int32)
+  fitted[: len(ids)] = ids[:length]
+  if len(ids) > length and ids[-1] == eos:
+    fitted[-1] = eos
+  return fitted
+
+
+def _stack(examples: Sequence[Batch]) -> Batch:
+  return {k: np.stack([e[k] for e in examples]) for k in examples[0]}
+
+
+def _summary(found: shards.Shards) -> dict[str, int]:
+  info = found.info
+  return {key: info[key] for key in ('documents', 'tokens', 'records')}
+
+
+def _ceil(n: int, multiple: int) -> int:
+  return -(-n // multiple) * multiple
+
+
+def _seed(seed: int, *names: str) -> int:
+  """32 bits that no two streams share; Grain takes no more."""
+  text = '/'.join([str(seed), *names])
+  return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], 'little')

@@ -1,0 +1,215 @@
+"""SeqIO tasks as shards: JSON with the token ids of one example.
+
+The only door to SeqIO and TensorFlow. Both take seconds to import, so they wait
+until somebody asks for a task.
+
+A record is {'inputs': ids, 'targets': ids, 'targets_text': str, 'idx': any,
+'fields': whatever else the task hands to its metrics}.
+"""
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import importlib
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+
+from etils import epath
+
+from st_moe.data import files, shards
+from st_moe.data.vocabulary import Vocabulary
+
+_OURS = 'st_moe.data.tasks'
+_MOST_PARTS = 64
+
+
+class Registry:
+  """The registered tasks, as they read with a vocabulary of ours."""
+
+  def __init__(self, vocabulary: Vocabulary, data_dir: str = ''):
+    ours = importlib.import_module(_OURS)
+    # From here on our tasks are registered with this vocabulary.
+    ours.register(vocabulary.to_seqio(), data_dir)
+    self._vocabulary, self._data_dir = vocabulary, data_dir
+    self._labels = ours.LABELS
+
+  def names(self) -> list[str]:
+    import seqio
+
+    return sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
+
+  def tasks(self, name: str) -> dict[str, float | None]:
+    """Tasks behind a name, with their rates if it is a mixture (else 1).
+
+    None where the rate is made of a count that nobody knows yet.
+    """
+    import seqio
+
+    found = seqio.get_mixture_or_task(name)
+    if isinstance(found, seqio.Task):
+      return {name: 1.0}
+    try:
+      rates = {task.name: found.get_rate(task) for task in found.tasks}
+      return {name: rate for name, rate in rates.items() if rate}
+    except TypeError:  # SeqIO computes with `num_input_examples` of None.
+      return {task.name: None for task in found.tasks}
+
+  def splits(self, name: str) -> list[str]:
+    import seqio
+
+    return list(seqio.TaskRegistry.get(name).splits)
+
+  def labels(self, name: str) -> tuple[str, ...]:
+    """The answers that rank classification chooses from; () if it does not."""
+    return tuple(self._labels.get(name, ()))
+
+  def metric_fns(self, name: str) -> tuple:
+    """Functions (targets, predictions) -> {metric: value}, both texts."""
+    import seqio
+
+    return tuple(seqio.TaskRegistry.get(name).metric_fns)
+
+  def write(
+    self,
+    name: str,
+    split: str,
+    *,
+    inputs_length: int,
+    targets_length: int,
+    cache_dir: str = '',
+    progress: shards.Progress | None = None,
+  ) -> shards.Shards:
+    """Writes the examples of a task, unless that was done before.
+
+    In this process: TensorFlow has threads of its own, and a worker would not
+    know tasks that somebody registered by hand.
+    """
+    task = self._task(name)
+    if split not in task.splits:
+      raise ValueError(
+        f'Task {name!r} has no split {split!r}, only {sorted(task.splits)}.'
+      )
+    lengths = {'inputs': inputs_length, 'targets': targets_length}
+    source_files = task.source.list_shards(split)
+    recipe = {
+      'name': name,
+      'split': split,
+      'files': self._stamps(name, source_files),
+      'code': _code(task),
+      'lengths': lengths,
+      'vocabulary': self._vocabulary.fingerprint,
+    }
+    parts = min(len(source_files), _MOST_PARTS)
+    jobs = [
+      functools.partial(self._records, task, split, lengths, part, parts)
+      for part in range(parts)
+    ]
+    return shards.write(recipe, jobs, cache_dir=cache_dir, progress=progress)
+
+  def _task(self, name: str):
+    """The task with our vocabulary in place of the one it came with."""
+    import seqio
+
+    task = seqio.TaskRegistry.get(name)
+    features = task.output_features
+    if not {'inputs', 'targets'} <= set(features):
+      raise ValueError(
+        f'Task {name!r} makes {sorted(features)}, but an encoder-decoder needs'
+        " 'inputs' and 'targets'."
+      )
+    ours = self._vocabulary.to_seqio()
+    return task.replace(
+      output_features={
+        key: dataclasses.replace(feature, vocabulary=ours)
+        for key, feature in features.items()
+        if key in ('inputs', 'targets')
+      }
+    )
+
+  def _stamps(self, name: str, source_files) -> list:
+    """What is known of the files behind a task."""
+    paths = [path for path in source_files if '/' in path]
+    if self._data_dir and name in self._labels:
+      paths += map(str, epath.Path(self._data_dir).expanduser().glob('*/*'))
+    return [
+      files.stamp(path) for path in sorted(paths) if epath.Path(path).exists()
+    ]
+
+  def _records(
+    self,
+    task,
+    split: str,
+    lengths: Mapping[str, int],
+    part: int,
+    parts: int,
+    counts: collections.Counter,
+  ) -> Iterator[bytes]:
+    import seqio
+
+    shard = seqio.ShardInfo(part, parts) if parts > 1 else None
+    with seqio.utils.map_seed_manager(0):  # Same examples on every run.
+      dataset = task.get_dataset(
+        lengths, split, shuffle=False, shard_info=shard
+      )
+    for i, row in enumerate(dataset.as_numpy_iterator()):
+      row = {key: _plain(value) for key, value in row.items()}
+      ids = {key: row.pop(key) for key in ('inputs', 'targets')}
+      for key, values in ids.items():
+        feature = task.output_features[key]
+        if feature.add_eos and values[-1:] != [self._vocabulary.eos]:
+          values.append(self._vocabulary.eos)
+      texts = {key: row.pop(f'{key}_pretokenized', None) for key in ids}
+      if texts['targets'] is None:
+        texts['targets'] = self._vocabulary.decode(ids['targets'])
+      counts['documents'] += 1
+      counts['tokens'] += sum(map(len, ids.values()))
+      record = {
+        **ids,
+        'targets_text': texts['targets'],
+        'idx': row.pop('idx', part + i * parts),
+        'fields': row,
+      }
+      yield json.dumps(record).encode()
+
+
+def _code(task) -> str:
+  """A hash of the modules that make a task's examples.
+
+  Those of its functions, and what these import from their own package; an edit
+  there makes examples that lie on disk stale.
+  """
+  functions = [getattr(task.source, '_dataset_fn', type(task.source))]
+  modules = set()
+  for function in [*functions, *task.preprocessors]:
+    while isinstance(function, functools.partial):
+      function = function.func
+    module = inspect.getmodule(function)
+    if module is None or module.__name__.startswith('seqio.'):
+      continue
+    package = module.__name__.split('.')[0]
+    modules.add(module)
+    modules.update(
+      value
+      for value in vars(module).values()
+      if inspect.ismodule(value) and value.__name__.split('.')[0] == package
+    )
+  digest = hashlib.sha256()
+  for module in sorted(modules, key=lambda m: m.__name__):
+    try:
+      digest.update(inspect.getsource(module).encode())
+    except (OSError, TypeError):  # A notebook cell has no file.
+      pass
+  return digest.hexdigest()
+
+
+def _plain(value):
+  """A feature as JSON can hold it."""
+  if hasattr(value, 'to_list'):  # Ragged.
+    value = value.to_list()
+  elif hasattr(value, 'tolist'):
+    value = value.tolist()
+  if isinstance(value, list):
+    return [_plain(item) for item in value]
+  return value.decode() if isinstance(value, bytes) else value

@@ -1,0 +1,594 @@
+"""From a config to batches: which examples, what order, what noise."""
+
+import collections
+import dataclasses
+import itertools
+import json
+import pathlib
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from st_moe.config import DataConfig
+from st_moe.data import mixture, pipeline, sources, text_shards, vocabulary
+
+BYTES = vocabulary.load('bytes')
+SENTINEL = BYTES.sentinel(0)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """Two text sources, of 136 and some 40 chunks; the shards lie here too."""
+  folder = tmp_path_factory.mktemp('pipeline')
+  for name, count in (('big', 200), ('small', 60), ('held', 11)):
+    rows = [{'text': f'{name} {i} ' * 6} for i in range(count)]
+    path = folder / f'{name}.jsonl'
+    path.write_text('\n'.join(map(json.dumps, rows)))
+  return folder
+
+
+def config(folder, **changes):
+  names = ('big', 'small')
+  values = dict(
+    mixture={'big': 3, 'small': 1},
+    files={
+      name: {
+        'train': f'{folder}/{name}.jsonl',
+        'validation': f'{folder}/held.jsonl',
+      }
+      for name in names
+    },
+    inputs_length=61,
+    targets_length=16,
+    batch_size=8,
+    cache_dir=f'{folder}/cache',
+  )
+  return DataConfig(**{**values, **changes})
+
+
+def equal(a, b):
+  assert a.keys() == b.keys()
+  return all(a[k].dtype == b[k].dtype and np.array_equal(a[k], b[k]) for k in a)
+
+
+def restore(inputs, targets):
+  """The chunk that a row of a batch was made of."""
+  spans, tokens = {}, []
+  for token in targets[targets > 0][:-1].tolist():
+    if token > 258:
+      span = spans.setdefault(token, [])
+    else:
+      span.append(token)
+  for token in inputs[inputs > 0][:-1].tolist():
+    tokens += spans[token] if token > 258 else [token]
+  return tuple(tokens)
+
+
+def chunks_of(data, rows, source=0):
+  """Chunks of `source` in the first `rows` examples, in order."""
+  size = len(data.batch(0)['source'])
+  return [
+    restore(inputs, targets)
+    for n in range(rows // size)
+    for batch in [data.batch(n)]
+    for inputs, targets, row_source in zip(
+      batch['encoder_input_tokens'],
+      batch['decoder_target_tokens'],
+      batch['source'],
+      strict=True,
+    )
+    if row_source == source
+  ]
+
+
+def test_importing_it_is_cheap():
+  heavy = ('jax', 'tensorflow', 'seqio', 'grain', 'sentencepiece')
+  code = (
+    'import sys, st_moe.data.pipeline;'
+    f'print([m for m in {heavy} if m in sys.modules])'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True
+  )
+  assert done.stdout.strip() == '[]'
+
+
+def test_text_needs_no_tensorflow(folder):
+  code = (
+    'import sys\n'
+    'from st_moe.config import DataConfig\n'
+    'from st_moe.data import pipeline, vocabulary\n'
+    f'c = DataConfig(mixture={{"big": 1}}, files={config(folder).files!r},'
+    f' inputs_length=61, targets_length=16, cache_dir="{folder}/cache")\n'
+    'v = vocabulary.load("bytes")\n'
+    'pipeline.TrainData(c, v).batch(0)\n'
+    'next(pipeline.open_eval(c, v, "big").batches(2))\n'
+    'print([m for m in ("tensorflow", "seqio") if m in sys.modules])'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True
+  )
+  assert done.stdout.strip() == '[]'
+
+
+def test_a_batch_of_text(folder):
+  data = pipeline.TrainData(config(folder), BYTES)
+  assert data.sources == ('big', 'small') and data.rates == (0.75, 0.25)
+  batch = data.batch(0)
+  assert {k: (v.shape, v.dtype.name) for k, v in batch.items()} == {
+    'encoder_input_tokens': ((8, 61), 'int32'),
+    'decoder_input_tokens': ((8, 16), 'int32'),
+    'decoder_target_tokens': ((8, 16), 'int32'),
+    'decoder_loss_weights': ((8, 16), 'float32'),
+    'source': ((8,), 'int32'),
+  }
+  # 67 raw tokens: 10 of noise in 3 spans, so 61 inputs and 14 targets.
+  row = {k: v[0] for k, v in batch.items()}
+  assert (row['encoder_input_tokens'] > 0).all()
+  assert row['encoder_input_tokens'][-1] == 1
+  assert (row['decoder_target_tokens'] > 0).tolist() == [True] * 14 + [
+    False
+  ] * 2
+  assert row['decoder_target_tokens'][0] == SENTINEL
+  assert row['decoder_target_tokens'][13] == 1
+  assert row['decoder_loss_weights'].tolist() == [1.0] * 14 + [0.0] * 2
+  assert row['decoder_input_tokens'][0] == 0
+  assert (
+    row['decoder_input_tokens'][1:] == row['decoder_target_tokens'][:-1]
+  ).all()
+  chunk = restore(row['encoder_input_tokens'], row['decoder_target_tokens'])
+  assert len(chunk) == 67 and 'big' in BYTES.decode(chunk)
+
+
+def test_any_batch_in_any_order_any_way(folder):
+  order = [7, 0, 300, 3, 7]
+  data = pipeline.TrainData(config(folder), BYTES)
+  found = {n: data.batch(n) for n in order}
+  fresh = pipeline.TrainData(config(folder), BYTES)
+  assert all(equal(fresh.batch(n), found[n]) for n in sorted(order))
+  assert not equal(found[0], found[3])
+  for threads in (1, 4):
+    for n, batch in zip(range(9), fresh.iterate(threads=threads), strict=False):
+      assert n not in found or equal(batch, found[n])
+    assert equal(next(fresh.iterate(300, threads=threads)), found[300])
+
+
+def test_hosts_share_a_batch(folder):
+  whole = pipeline.TrainData(config(folder), BYTES).batch(5)
+  for count in (2, 4, 8):
+    shares = [
+      pipeline.TrainData(
+        config(folder), BYTES, host_index=i, host_count=count
+      ).batch(5)
+      for i in range(count)
+    ]
+    together = {k: np.concatenate([s[k] for s in shares]) for k in whole}
+    assert equal(together, whole)
+  with pytest.raises(ValueError, match='batch_size 8 does not divide among 3'):
+    pipeline.TrainData(config(folder), BYTES, host_count=3)
+
+
+def test_epochs_shuffle_and_corrupt_anew(folder):
+  one = config(folder, mixture={'small': 1}, batch_size=1)
+  data = pipeline.TrainData(one, BYTES)
+  size = data.info['small']['records']
+  assert 40 < size < 100
+  chunks = chunks_of(data, 2 * size)
+  first, second = chunks[:size], chunks[size:]
+  # Every chunk once an epoch, in an order of its own.
+  stored = mixture.Library(one, BYTES).open('small', 'train')
+  stored = [tuple(text_shards.tokens_of(r).tolist()) for r in stored]
+  assert collections.Counter(first) == collections.Counter(stored)
+  assert collections.Counter(second) == collections.Counter(stored)
+  assert first != stored and first != second
+  # The same chunk, other holes.
+  rows = [data.batch(n)['encoder_input_tokens'][0] for n in range(2 * size)]
+  again = [rows[size + second.index(chunk)] for chunk in first]
+  same = [np.array_equal(a, b) for a, b in zip(rows, again, strict=False)]
+  assert sum(same) <= 2
+
+
+def test_the_seed_is_in_everything(folder):
+  a = pipeline.TrainData(config(folder), BYTES)
+  b = pipeline.TrainData(config(folder, seed=1), BYTES)
+  assert chunks_of(a, 80) != chunks_of(b, 80)
+  # Not even a source with one chunk has the same holes.
+  one = {
+    'mixture': {'small': 1},
+    'batch_size': 4,
+    'files': {'small': {'train': f'{folder}/one.txt'}},
+  }
+  (folder / 'one.txt').write_text('one chunk of text ' * 3)
+  rows = [
+    pipeline.TrainData(config(folder, seed=s, **one), BYTES).batch(0)
+    for s in (0, 1)
+  ]
+  assert not np.array_equal(*[r['encoder_input_tokens'] for r in rows])
+
+
+def test_sources_do_not_share_their_noise(folder):
+  # The same text under two names.
+  files = {n: {'train': f'{folder}/small.jsonl'} for n in ('a', 'b')}
+  data = pipeline.TrainData(
+    config(folder, mixture={'a': 1, 'b': 1}, files=files, batch_size=40), BYTES
+  )
+  assert chunks_of(data, 40, 0)[:9] != chunks_of(data, 40, 1)[:9]
+
+
+@pytest.mark.parametrize(
+  'rates', [(0.9, 0.1), (0.07, 0.93), (1, 1), (2, 3), (1, 1.99)]
+)
+def test_examples_are_drawn_at_the_rates(folder, rates):
+  mix = dict(zip(('big', 'small'), rates, strict=True))
+  data = pipeline.TrainData(config(folder, mixture=mix, batch_size=100), BYTES)
+  drawn = np.concatenate([data.batch(n)['source'] for n in range(10)])
+  expected = rates[0] / sum(rates)
+  assert (drawn == 0).mean() == pytest.approx(expected, abs=0.01)
+  assert data.rates[0] == pytest.approx(expected)
+  # Not in blocks: any hundred in a row are mixed alike.
+  assert (drawn[300:400] == 0).mean() == pytest.approx(expected, abs=0.03)
+
+
+def rates_of(mix, sizes, **changes):
+  files = {name: {'train': '-'} for name in sizes}
+  c = DataConfig(mixture=mix, files=files, **changes)
+  return mixture.rates(c, sizes, mixture.Library(c, BYTES))
+
+
+def test_rates_by_hand():
+  sizes = {'a': 100, 'b': 400}
+  by_size = {'a': 'size', 'b': 'size'}
+  assert rates_of(by_size, sizes) == {'a': 100, 'b': 400}
+  assert rates_of(by_size, sizes, size_cap=200) == {'a': 100, 'b': 200}
+  assert rates_of(by_size, sizes, temperature=2) == {'a': 10, 'b': 20}
+  assert rates_of(by_size, sizes, size_cap=144, temperature=2) == {
+    'a': 10,
+    'b': 12,
+  }
+  # Numbers stay as they are.
+  assert rates_of({'a': 0.5, 'b': 'size'}, sizes, temperature=2) == {
+    'a': 0.5,
+    'b': 20,
+  }
+
+
+@pytest.mark.parametrize('rate', [0, -1, 'all', None])
+def test_rates_that_are_none(rate):
+  with pytest.raises(ValueError, match='data.mixture.a is .* above 0, or'):
+    rates_of({'a': rate}, {'a': 100})
+
+
+def test_names_that_are_none(folder):
+  with pytest.raises(ValueError, match='data.mixture is empty; name what to'):
+    pipeline.TrainData(config(folder, mixture={}), BYTES)
+  with pytest.raises(ValueError, match="'smal'. Did you mean 'small'.*tiny_cb"):
+    pipeline.TrainData(config(folder, mixture={'smal': 1}), BYTES)
+  with pytest.raises(
+    ValueError, match='no split .test., only.*--config.data.files.big.test='
+  ):
+    pipeline.open_eval(config(folder), BYTES, 'big', 'test')
+  with pytest.raises(ValueError, match="'tiny_cb' has no split 'test'"):
+    pipeline.open_eval(config(folder), BYTES, 'tiny_cb', 'test')
+
+
+def test_lengths_that_do_not_fit(folder):
+  c = config(folder, inputs_length=512, targets_length=113)
+  with pytest.raises(ValueError, match='targets_length 113 .* needs 114.'):
+    pipeline.TrainData(c, BYTES)
+  c = config(folder, inputs_length=4096, targets_length=2000)
+  with pytest.raises(ValueError, match='spans, but there are 100 sentinels'):
+    pipeline.TrainData(c, BYTES)
+
+
+def test_evaluation_of_text(folder):
+  data = pipeline.open_eval(config(folder), BYTES, 'big')
+  batches = list(data.batches(4))
+  assert data.is_text and len(data) > 4 and len(data) % 4
+  last = batches.pop()
+  assert all(b['valid'].all() for b in batches)
+  real = len(data) % 4
+  assert last['valid'].tolist() == [True] * real + [False] * (4 - real)
+  for key in last.keys() - {'valid'}:
+    assert not last[key][real:].any() and last[key].shape[0] == 4
+  assert last['decoder_loss_weights'][:real].any(-1).all()
+  # In the order of the files, each chunk once.
+  stored = mixture.Library(config(folder), BYTES).open('big', 'validation')
+  rows = [
+    restore(*pair)
+    for b in [*batches, last]
+    for pair in zip(
+      b['encoder_input_tokens'], b['decoder_target_tokens'], strict=True
+    )
+  ]
+  assert rows[: len(data)] == [
+    tuple(text_shards.tokens_of(r).tolist()) for r in stored
+  ]
+  # The same holes whatever the seed, so losses of runs compare.
+  other = pipeline.open_eval(config(folder, seed=5), BYTES, 'big')
+  assert equal(next(iter(other.batches(4))), batches[0])
+  with pytest.raises(ValueError, match="'big' is text: it has a loss"):
+    _ = data.examples
+
+
+def test_evaluation_on_hosts(folder):
+  data = pipeline.open_eval(config(folder), BYTES, 'big')
+  whole = list(data.batches(8))
+  shares = [list(data.batches(8, host_index=i, host_count=4)) for i in range(4)]
+  assert {len(share) for share in shares} == {len(whole)}
+  for n, batch in enumerate(whole):
+    together = {k: np.concatenate([s[n][k] for s in shares]) for k in batch}
+    assert equal(together, batch)
+  with pytest.raises(ValueError, match='8 does not divide among 3 hosts'):
+    next(data.batches(8, host_count=3))
+
+
+def test_prepare_counts_and_checks_first(folder):
+  seen = []
+  c = config(folder, cache_dir=f'{folder}/fresh')
+  counts = pipeline.prepare(c, BYTES, progress=lambda *args: seen.append(args))
+  assert list(counts) == ['big', 'small']
+  assert counts['big'].keys() == {'train', 'validation'}
+  assert counts['big']['train']['documents'] == 200
+  text = (folder / 'big.jsonl').read_text().splitlines()
+  tokens = sum(len(json.loads(row)['text']) + 1 for row in text)
+  assert counts['big']['train']['tokens'] == tokens
+  assert tokens == 136 * 67 + 28  # And 28 tokens are too few for a chunk.
+  assert counts['big']['train']['records'] == 136
+  assert seen[:2] == [('big-train', 0, 1), ('big-train', 1, 1)]
+  # A typo in the last file is found before the first is read.
+  files = {**c.files, 'small': {'train': f'{folder}/smal.jsonl'}}
+  c = config(folder, cache_dir=f'{folder}/fresher', files=files)
+  with pytest.raises(ValueError, match='smal.jsonl: no such file'):
+    pipeline.prepare(c, BYTES)
+  assert not pathlib.Path(c.cache_dir).exists()
+
+
+def test_check_looks_at_what_is_used_only(folder):
+  unused = {'other': {'train': f'{folder}/none.jsonl'}}
+  c = config(folder, files={**config(folder).files, **unused})
+  pipeline.check(c)
+  with pytest.raises(ValueError, match='none.jsonl: no such file'):
+    pipeline.check(dataclasses.replace(c, mixture={'other': 1}))
+
+
+def test_the_embedded_corpus_and_a_vocabulary_of_it(tmp_path):
+  c = DataConfig(
+    mixture={sources.EMBEDDED: 1},
+    inputs_length=128,
+    targets_length=30,
+    batch_size=4,
+    cache_dir=str(tmp_path),
+  )
+  v = pipeline.train_vocabulary(c, str(tmp_path / 'v.model'), 400)
+  assert v.size == 400
+  counts = pipeline.prepare(c, v)[sources.EMBEDDED]
+  assert counts['train']['records'] > 1000 > counts['validation']['records'] > 9
+  batch = pipeline.TrainData(c, v).batch(0)
+  assert (batch['decoder_target_tokens'][:, 0] == 399).all()
+
+
+def test_a_vocabulary_learns_from_files_and_extra_text(folder, tmp_path):
+  train = lambda extra: pipeline.train_vocabulary(
+    config(folder, mixture={'big': 1}, vocabulary_extra=extra),
+    str(tmp_path / 'v.model'),
+    210,
+  )
+  plain = train('')
+  (folder / 'extra.txt').write_text('ğ ' * 2000)
+  assert plain.unk in plain.encode('ğ')
+  assert plain.unk not in train(f'{folder}/extra.txt').encode('ğ')
+  # The embedded tasks say 'choice' more often than anything.
+  assert len(train('tiny_world').encode('choice')) < len(plain.encode('choice'))
+
+
+# Tasks. SeqIO is imported from here on.
+
+
+@pytest.fixture(scope='module')
+def weather():
+  """A user's task of 7 examples, and a mixture; labels as a task of ours."""
+  import seqio
+  import tensorflow as tf
+
+  from st_moe.data import tasks
+
+  rows = [(f'rain {i}', 'wet' if i % 2 else 'dry') for i in range(7)]
+
+  def dataset(split, shuffle_files, seed=None):
+    inputs, targets = map(list, zip(*rows, strict=True))
+    return tf.data.Dataset.from_tensor_slices(
+      {'inputs': inputs, 'targets': targets, 'idx': [[i, 9] for i in range(7)],
+       'answers': [['a', 'b']] * 7}
+    )  # fmt: skip
+
+  # A vocabulary that must give way to the one of the config.
+  feature = seqio.Feature(seqio.PassThroughVocabulary(9), add_eos=True)
+  for name in ('weather', 'climate'):
+    seqio.TaskRegistry.add(
+      name,
+      source=seqio.FunctionDataSource(dataset, splits=('train', 'validation')),
+      preprocessors=[
+        seqio.preprocessors.tokenize,
+        seqio.preprocessors.append_eos_after_trim,
+      ],
+      output_features={'inputs': feature, 'targets': feature},
+    )
+  seqio.MixtureRegistry.add('outdoors', [('weather', 3), ('climate', 1)])
+  seqio.MixtureRegistry.add('dropped', [('weather', 3), ('climate', 0)])
+  seqio.MixtureRegistry.add(
+    'uncounted', ['weather'], default_rate=seqio.mixing_rate_num_examples
+  )
+  tasks.LABELS['weather'] = ('dry', 'wet')
+  yield
+  del tasks.LABELS['weather']
+  for name in ('weather', 'climate'):
+    seqio.TaskRegistry.remove(name)
+  for name in ('outdoors', 'dropped', 'uncounted'):
+    seqio.MixtureRegistry.remove(name)
+
+
+def of_tasks(tmp_path, mix, **changes):
+  values = dict(inputs_length=8, targets_length=6, batch_size=7)
+  return DataConfig(
+    mixture=mix, cache_dir=str(tmp_path), **{**values, **changes}
+  )
+
+
+def test_a_batch_of_a_task_by_hand(weather, tmp_path):
+  data = pipeline.open_eval(of_tasks(tmp_path, {}), BYTES, 'weather')
+  batches = list(data.batches(4))
+  rain = [117, 100, 108, 113, 35]
+  assert batches[0]['encoder_input_tokens'][:2].tolist() == [
+    [*rain, 51, 1, 0],
+    [*rain, 52, 1, 0],
+  ]
+  dry, wet = [103, 117, 124], [122, 104, 119]
+  assert batches[0]['decoder_target_tokens'][:2].tolist() == [
+    [*dry, 1, 0, 0],
+    [*wet, 1, 0, 0],
+  ]
+  assert batches[0]['decoder_input_tokens'][1].tolist() == [0, *wet, 1, 0]
+  assert batches[0]['decoder_loss_weights'][1].tolist() == [1, 1, 1, 1, 0, 0]
+  assert batches[1]['valid'].tolist() == [True, True, True, False]
+  assert data.labels == ('dry', 'wet')
+  assert data.examples[5] == pipeline.Example(
+    inputs=[*rain, 56, 1],
+    targets=[*wet, 1],
+    targets_text='wet',
+    idx=[5, 9],
+    fields={'answers': ['a', 'b']},
+    label=1,
+  )
+
+
+def test_long_examples_keep_their_eos(weather, tmp_path):
+  c = of_tasks(tmp_path, {}, inputs_length=4, targets_length=2)
+  batch = next(pipeline.open_eval(c, BYTES, 'weather').batches(7))
+  assert batch['encoder_input_tokens'][0].tolist() == [117, 100, 108, 1]
+  assert batch['decoder_target_tokens'][0].tolist() == [103, 1]
+  assert batch['decoder_loss_weights'][0].tolist() == [1, 1]
+  # Cut examples are not taken for whole ones.
+  c = of_tasks(tmp_path, {}, inputs_length=9, targets_length=3)
+  batch = next(pipeline.open_eval(c, BYTES, 'weather').batches(7))
+  assert batch['encoder_input_tokens'][0].tolist()[5:] == [51, 1, 0, 0]
+  # What a task did not cut itself is cut when it is read.
+  fit = lambda ids: pipeline._fit(ids, 3, 1).tolist()
+  assert fit([5, 6, 7, 1]) == [5, 6, 1] and fit([5, 1]) == [5, 1, 0]
+  assert fit([5, 6, 1]) == [5, 6, 1] and fit([5, 6, 7, 8]) == [5, 6, 7]
+
+
+def test_tasks_and_mixtures_train(weather, tmp_path):
+  mix = {'outdoors': 2, 'weather': 'size'}
+  data = pipeline.TrainData(of_tasks(tmp_path, mix), BYTES)
+  assert pipeline.source_names(of_tasks(tmp_path, mix), BYTES) == (
+    list(data.sources)
+  )
+  # 2 to 'outdoors' as 3 to 1, and 7 examples to 'weather'.
+  assert dict(zip(data.sources, data.rates, strict=True)) == {
+    'climate': pytest.approx(0.5 / 9),
+    'weather': pytest.approx(8.5 / 9),
+  }
+  data = pipeline.TrainData(of_tasks(tmp_path, {'dropped': 1}), BYTES)
+  assert data.sources == ('weather',)
+  # An epoch of a task is each example once.
+  data = pipeline.TrainData(of_tasks(tmp_path, {'weather': 1}), BYTES)
+  for n in range(3):
+    inputs = data.batch(n)['encoder_input_tokens']
+    assert sorted(inputs[:, 5].tolist()) == list(range(51, 58))
+  assert not equal(data.batch(0), data.batch(1))
+
+
+def test_a_mixture_of_uncounted_tasks_goes_by_size(weather, tmp_path):
+  with pytest.raises(ValueError, match="set data.mixture.uncounted to 'size'"):
+    pipeline.TrainData(of_tasks(tmp_path, {'uncounted': 1}), BYTES)
+  data = pipeline.TrainData(of_tasks(tmp_path, {'uncounted': 'size'}), BYTES)
+  assert data.sources == ('weather',)
+
+
+def test_a_mixture_is_not_evaluated_as_one(weather, tmp_path):
+  with pytest.raises(ValueError, match="by one: \\['climate', 'weather'\\]"):
+    pipeline.open_eval(of_tasks(tmp_path, {}), BYTES, 'outdoors')
+
+
+def test_our_tasks_read_their_files(tmp_path):
+  def write(split, labels):
+    rows = [
+      {'premise': 'It rains.', 'hypothesis': 'It is wet', 'label': y, 'idx': i}
+      for i, y in enumerate(labels)
+    ]
+    path = tmp_path / 'data' / 'CB' / f'{split}.jsonl'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('\n'.join(map(json.dumps, rows)))
+
+  write('val', ['entailment', 'neutral'])
+  c = of_tasks(tmp_path / 'cache', {}, data_dir=str(tmp_path / 'data'))
+  data = pipeline.open_eval(c, BYTES, 'tiny_cb')
+  assert [e.targets_text for e in data.examples] == ['entailment', 'neutral']
+  assert [e.label for e in data.examples] == [0, 2]
+  assert len(data.metric_fns) == 2 and data.labels[2] == 'neutral'
+  # Another file, another cache.
+  write('val', ['neutral', 'neutral', 'contradiction'])
+  data = pipeline.open_eval(c, BYTES, 'tiny_cb')
+  assert [e.label for e in data.examples] == [2, 2, 1]
+  assert len(list((tmp_path / 'cache').iterdir())) == 2
+
+
+def test_changed_code_makes_a_task_stale(weather, monkeypatch):
+  import seqio
+
+  from st_moe.data import task_shards, tiny_world
+
+  task = seqio.TaskRegistry.get('tiny_cb')
+  before = task_shards._code(task)
+  source = task_shards.inspect.getsource
+  assert before == task_shards._code(task)
+  monkeypatch.setattr(
+    task_shards.inspect,
+    'getsource',
+    lambda module: source(module) + '# edited' * (module is tiny_world),
+  )
+  assert before != task_shards._code(task)
+
+
+def test_a_task_without_inputs_is_refused(tmp_path):
+  import seqio
+
+  task = seqio.TaskRegistry.get('tiny_cb')
+  features = {'targets': task.output_features['targets']}
+  seqio.TaskRegistry.add(
+    'only_targets', source=task.source, output_features=features,
+    preprocessors=task.preprocessors,
+  )  # fmt: skip
+  try:
+    with pytest.raises(
+      ValueError, match=r"makes \['targets'\], but an encoder"
+    ):
+      pipeline.open_eval(of_tasks(tmp_path, {}), BYTES, 'only_targets')
+  finally:
+    seqio.TaskRegistry.remove('only_targets')
+
+
+def test_iterate_stops_its_threads(folder):
+  data = pipeline.TrainData(config(folder), BYTES)
+  before = threading.active_count()
+  iterator = data.iterate(threads=4)
+  assert equal(next(iterator), data.batch(0))
+  assert threading.active_count() > before
+  iterator.close()
+  for _ in range(100):  # They end when they next look up from their work.
+    if threading.active_count() <= before:
+      break
+    time.sleep(0.05)
+  assert threading.active_count() <= before
+
+
+def test_configs_are_values(folder):
+  # Nothing of a run is kept in the config.
+  c = config(folder)
+  copy = dataclasses.replace(c)
+  list(itertools.islice(pipeline.TrainData(c, BYTES).iterate(), 2))
+  assert c == copy
