@@ -60,9 +60,7 @@ def main():
 
   def variant(**changes):
     moe = dataclasses.replace(base.moe, **changes)
-    return dataclasses.replace(
-      config, model=dataclasses.replace(base, moe=moe)
-    )
+    return dataclasses.replace(config, model=dataclasses.replace(base, moe=moe))
 
   variants = {
     name: variant(dispatcher=name) for name in ('index', 'mask', 'grouped')

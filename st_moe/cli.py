@@ -140,7 +140,9 @@ def _start(flags) -> None:
   import importlib
   import logging
 
-  logging.getLogger('absl').setLevel(logging.ERROR)
+  # Orbax logs what it raises, with a trace; `main` says it in one line.
+  if not os.environ.get('ST_MOE_TRACEBACK'):
+    logging.getLogger('absl').setLevel(logging.CRITICAL)
   sys.path.insert(0, os.getcwd())
   for name in getattr(flags, 'module_import', ()):
     try:
@@ -166,19 +168,36 @@ def _load(flags, overrides):
 
 
 def _train(flags, overrides):
-  config = _load(flags, overrides)
   _start(flags)
+  config = _load(flags, overrides)
   from st_moe.train import loop
 
   loop.train(config, flags.workdir, config_path=flags.config)
 
 
 def _prepare(flags, overrides):
-  config = _load(flags, overrides)
   _start(flags)
-  from st_moe.train import loop
+  config = _load(flags, overrides)
+  from st_moe.data import pipeline, vocabulary
 
-  loop.prepare(config, flags.vocabulary)
+  pipeline.check(config.data)
+  if config.data.vocabulary:
+    vocab = vocabulary.load(config.data.vocabulary)
+  else:
+    path = flags.vocabulary or f'{config.name}.model'
+    vocab = pipeline.train_vocabulary(
+      config.data, path, config.data.vocabulary_size
+    )
+    print(
+      f'wrote {path}: {vocab.size} ids; use --config.data.vocabulary={path}'
+    )
+  show = lambda name, done, total: print(f'{name}: part {done} of {total}')
+  counts = pipeline.prepare(config.data, vocab, progress=show)
+  for name, splits in counts.items():
+    for split, count in splits.items():
+      print(
+        f'{name} {split}:', ', '.join(f'{v:,} {k}' for k, v in count.items())
+      )
 
 
 def _evaluate(flags, overrides):
@@ -214,10 +233,9 @@ def _list(flags, overrides):
       print(f'configs/{path.name:24}{config_file.summary(path)}')
   elif flags.what == 'tasks':
     _start(flags)
-    from st_moe.data import tasks
+    from st_moe.data import task_shards
 
-    for name in (*tasks.TASKS, *tasks.MIXTURES):
-      print(name)
+    print('\n'.join(task_shards.registered()))
   else:
     _start(flags)
     from st_moe.model import dispatch, gates

@@ -85,7 +85,7 @@ class Capacity:
     """Places per expert in a group of `group_size` tokens, never more."""
     if self.dropless:
       return group_size
-    # Fractions, because floor(0.7 * 10 / 7) must not depend on float noise.
+    # Fractions, because floor(1.15 * 100 / 5) must not depend on float noise.
     share = fractions.Fraction(str(self.factor)) * group_size / num_experts
     slots = self.count or _ROUND[self.rounding](
       share * (k if self.times_k else 1)
@@ -357,7 +357,8 @@ class DataConfig:
   mean_span: float = 3.0
 
   # Path of a SentencePiece model, or 'bytes'; both get 100 sentinels on top.
-  # '': that of `init`, else one of `vocabulary_size` trained on the mixture.
+  # '': that of `init`, else one of `vocabulary_size` ids, sentinels included,
+  # trained on the mixture.
   vocabulary: str = ''
   vocabulary_size: int = 4000
   # What else a new vocabulary learns from: a glob of text, or 'tiny_world', the

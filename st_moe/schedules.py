@@ -12,7 +12,9 @@ def learning_rate(config: OptimizerConfig):
   first 10,000 steps, then 1 / sqrt(step).
   """
   if config.decay not in ('rsqrt', 'none'):
-    raise ValueError(f'optimizer.decay {config.decay!r} is no rsqrt and no none.')
+    raise ValueError(
+      f'optimizer.decay {config.decay!r} is no rsqrt and no none.'
+    )
 
   def schedule(step):
     step = jnp.asarray(step, jnp.float32)

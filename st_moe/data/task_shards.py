@@ -8,12 +8,15 @@ A record is {'inputs': ids, 'targets': ids, 'targets_text': str, 'idx': any,
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib
 import inspect
 import json
+import os
+import sys
 from collections.abc import Iterator, Mapping
 
 from etils import epath
@@ -25,20 +28,31 @@ _OURS = 'st_moe.data.tasks'
 _MOST_PARTS = 64
 
 
+def registered() -> list[str]:
+  """Every SeqIO task and mixture there is, ours included."""
+  _ours()
+  import seqio
+
+  return sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
+
+
+def _ours():
+  with _without_banners():
+    return importlib.import_module(_OURS)
+
+
 class Registry:
   """The registered tasks, as they read with a vocabulary of ours."""
 
   def __init__(self, vocabulary: Vocabulary, data_dir: str = ''):
-    ours = importlib.import_module(_OURS)
+    ours = _ours()
     # From here on our tasks are registered with this vocabulary.
     ours.register(vocabulary.to_seqio(), data_dir)
     self._vocabulary, self._data_dir = vocabulary, data_dir
     self._labels = ours.LABELS
 
   def names(self) -> list[str]:
-    import seqio
-
-    return sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
+    return registered()
 
   def tasks(self, name: str) -> dict[str, float | None]:
     """Tasks behind a name, with their rates if it is a mixture (else 1).
@@ -172,6 +186,20 @@ class Registry:
         'fields': row,
       }
       yield json.dumps(record).encode()
+
+
+@contextlib.contextmanager
+def _without_banners():
+  """TensorFlow greets on the raw stderr, whatever its log level is."""
+  sys.stderr.flush()
+  kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+  os.dup2(nowhere, 2)
+  try:
+    yield
+  finally:
+    os.dup2(kept, 2)
+    os.close(kept)
+    os.close(nowhere)
 
 
 def _code(task) -> str:

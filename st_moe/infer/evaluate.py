@@ -70,7 +70,10 @@ class Evaluator:
     loss = [t['cross_entropy'] for t in terms]
     total, weight = np.sum(loss, axis=0, dtype=float)
     found, rows = {'loss': total / max(weight, 1)}, []
-    for way, texts in (('', ranked), ('decoded_', decoded)):
+    for by, way, texts in (
+      ('rank', '', ranked),
+      ('decoding', 'decoded_', decoded),
+    ):
       if not texts:
         continue
       examples = source.examples[: len(texts)]
@@ -82,7 +85,7 @@ class Evaluator:
       found |= {f'majority_{k}': v for k, v in baseline}
       found['examples'] = len(texts)
       rows += [
-        {'idx': e.idx, 'by': way or 'rank', 'target': t, 'prediction': p}
+        {'idx': e.idx, 'by': by, 'target': t, 'prediction': p}
         for e, t, p in zip(examples, targets, texts, strict=True)
       ]
     return found, rows
@@ -117,7 +120,10 @@ def evaluate(
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   names = mixture or pipeline.source_names(config.data, loaded.vocabulary)
   checkpoint = epath.Path(loaded.path)
-  to = epath.Path(output or checkpoint.parent.parent / 'evaluation')
+  beside = checkpoint.parent
+  if beside.name == 'checkpoints':
+    beside = beside.parent
+  to = epath.Path(output or beside / 'evaluation').expanduser()
   to.mkdir(parents=True, exist_ok=True)
   capacity = config.model.moe.eval_capacity
   print(

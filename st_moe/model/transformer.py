@@ -1,6 +1,6 @@
 """The model: stacks of layers between an embedding and logits.
 
-`encode`, `decode` and `__call__` have T5X's signatures; submodules have its names.
+`encode`, `decode` and `__call__` have T5X's signatures, submodules its names.
 """
 
 import flax.linen as nn
@@ -135,21 +135,20 @@ class Period(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, around: Surroundings):
     for i, sublayers in enumerate(self.layers):
-      x = _layer(self.config, sublayers, self.group_size, f'layer_{i}')(
-        x, around
+      layer = _layer(
+        self.config, sublayers, self.group_size, f'layer_{i}', scanned=True
       )
+      x = layer(x, around)
     return x, None
 
 
-def _layer(config, sublayers, group_size, name) -> Layer:
+def _layer(config, sublayers, group_size, name, *, scanned=False) -> Layer:
   cls = Layer
   if config.remat != 'none':
     if config.remat not in REMAT:
       raise ValueError(f'remat {config.remat!r} is none of {list(REMAT)}.')
     # A scan keeps the compiler from merging the two passes by itself.
-    cls = nn.remat(
-      Layer, policy=REMAT[config.remat], prevent_cse=not config.scan_layers
-    )
+    cls = nn.remat(Layer, policy=REMAT[config.remat], prevent_cse=not scanned)
   return cls(config, sublayers, group_size, name=name)
 
 

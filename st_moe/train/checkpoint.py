@@ -22,6 +22,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from st_moe.config import CheckpointConfig
+from st_moe.data import files
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
@@ -52,6 +53,8 @@ class Checkpoints:
       self.directory.resolve(),
       options=ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(keep),
+        # Saves the scores too: a restart still knows the best.
+        best_fn=self._score if config.keep_best else None,
         enable_async_checkpointing=config.asynchronous,
         cleanup_tmp_directories=True,
       ),
@@ -87,7 +90,8 @@ class Checkpoints:
     for step in self._unlisted:
       if (self.directory / str(step)).exists():
         listing = self.directory / f'{step}.files'
-        listing.write_text(json.dumps(_sizes(self.directory / str(step))))
+        sizes = _sizes(self.directory / str(step))
+        files.write_whole(listing, json.dumps(sizes).encode())
     self._unlisted.clear()
     for listing in self.directory.glob('*.files'):
       if not (self.directory / listing.stem).exists():
@@ -193,9 +197,9 @@ def _restore(directory: epath.Path, wanted: dict) -> dict:
   handlers['run'] = ocp.JsonCheckpointHandler()
   args = {k: ocp.args.StandardRestore(v) for k, v in wanted.items()}
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as reader:
-    saved = reader.metadata(directory).item_metadata
     for name, abstract in wanted.items():
-      _check_shapes(directory, getattr(saved[name], 'tree', saved[name]), abstract)
+      saved = handlers[name].metadata(directory / name)
+      _check_shapes(directory, getattr(saved, 'tree', saved), abstract)
     found = reader.restore(
       directory, ocp.args.Composite(run=ocp.args.JsonRestore(), **args)
     )
@@ -221,7 +225,8 @@ def _named(tree) -> dict[str, str]:
   """Path -> 'float32[3, 4]' of every leaf, whatever container it is in."""
   flat, _ = jax.tree_util.tree_flatten_with_path(tree)
   name = lambda path: '/'.join(
-    str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k)))) for k in path
+    str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k))))
+    for k in path
   )
   return {
     name(path): f'{np.dtype(leaf.dtype).name}{list(leaf.shape)}'
@@ -243,16 +248,15 @@ def find(path) -> epath.Path:
   """The checkpoint meant by a checkpoint's path or a workdir's: its newest.
 
   Raises:
-    ValueError: there is none.
+    ValueError: there is none, or the one meant is damaged.
   """
   path = epath.Path(path).expanduser()
-  if (path / 'params').exists():
+  if any((path / item).exists() for item in ('params', 'run')):
+    if wrong := damage(path):
+      raise ValueError(f'The checkpoint {path} is damaged: {wrong}.')
     return path
   for directory in (path / 'checkpoints', path):
-    steps = []
-    if directory.exists():
-      steps = [int(p.name) for p in directory.iterdir() if p.name.isdigit()]
-    for step in sorted(steps, reverse=True):
+    for step in _steps(directory):
       if not damage(directory / str(step)):
         return directory / str(step)
   raise ValueError(
@@ -261,14 +265,41 @@ def find(path) -> epath.Path:
   )
 
 
+def last_step(workdir) -> int:
+  """The step of the newest intact checkpoint of a run; 0 before the first."""
+  directory = epath.Path(workdir) / 'checkpoints'
+  intact = (s for s in _steps(directory) if not damage(directory / str(s)))
+  return next(intact, 0)
+
+
+def _steps(directory: epath.Path) -> list[int]:
+  """Steps of the finished checkpoints in a directory, newest first."""
+  if not directory.exists():
+    return []
+  names = (path.name for path in directory.iterdir())
+  return sorted((int(n) for n in names if n.isdigit()), reverse=True)
+
+
 def read_run(path) -> dict:
   """What the checkpoint at `path` says about its run."""
-  return _restore(find(path), {})['run']
+  return _read(path, {})['run']
 
 
 def load_params(path, abstract) -> dict:
   """The parameters of the checkpoint at `path`, in the layout of `abstract`."""
-  return _restore(find(path), {'params': abstract})['params']
+  return _read(path, {'params': abstract})['params']
+
+
+def _read(path, wanted: dict) -> dict:
+  directory = find(path)
+  try:
+    return _restore(directory, wanted)
+  except Exception as e:
+    if str(e).startswith(_OTHER_MODEL):
+      raise
+    raise ValueError(
+      f'The checkpoint {directory} is damaged: {_unreadable(e)}.'
+    ) from e
 
 
 def vocabulary_of(run: dict) -> bytes:

@@ -79,8 +79,8 @@ class _Run:
       self.workdir.name,
       f'{last["step"]}',
       f'{np.median(rates):,.0f}',
-      f'{first["loss"]:.3f}',
-      f'{last["loss"]:.3f}',
+      f'{float(first["loss"]):.3f}',  # What is not finite was written as text.
+      f'{float(last["loss"]):.3f}',
       f'{min(map(np.min, even)):.2f}..{max(map(np.max, even)):.2f}'
       if even
       else 'dense',

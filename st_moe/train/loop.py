@@ -11,11 +11,11 @@ from etils import epath
 
 from st_moe import config_file, sharding
 from st_moe.config import Config
-from st_moe.data import pipeline, vocabulary
+from st_moe.data import files, pipeline, vocabulary
 from st_moe.infer.evaluate import Evaluator
 from st_moe.model.transformer import Transformer
-from st_moe.train import checkpoint, optimizer, step
-from st_moe.train.report import Clock, Report
+from st_moe.train import checkpoint, loss, optimizer, step
+from st_moe.train.report import Clock, Report, read_rows
 
 # A run may go on with other values of these: they change none of its numbers.
 _FREE = (
@@ -34,8 +34,8 @@ _FREE = (
 def train(config: Config, workdir, *, config_path: str = '') -> dict:
   """Runs `config` in `workdir` to its end, from wherever it had come to.
 
-  The batch of step n follows from the seed and n alone, so a run that was killed
-  and started again ends with the bits of one that was not.
+  The batch of step n follows from the seed and n alone, so a run that was
+  killed and started again ends with the bits of one that was not.
 
   Returns:
     The last row of metrics.
@@ -48,17 +48,30 @@ def train(config: Config, workdir, *, config_path: str = '') -> dict:
   # --- What is asked for, and may it be done here? ---------------------------
   if config.total_steps < 1:
     raise ValueError('config.total_steps is 0; set how long to train.')
+  if config.model.stacks != ('encoder', 'decoder'):
+    raise ValueError(
+      'Inputs and targets take an encoder and a decoder to train on, but this'
+      f' model has only its {config.model.stacks[0]}.'
+    )
   _claim(workdir, config)
+  if checkpoint.last_step(workdir) >= config.total_steps:
+    print(f'{workdir} is finished: {config.total_steps} steps.')
+    return (read_rows(workdir) or [{}])[-1]
   mesh = sharding.make_mesh(
     **dataclasses.asdict(config.mesh), num_experts=_num_experts(config)
   )
   step.check_sizes(config, mesh)
+  loss.check_names(config.loss)
   pipeline.check(config.data)
-  _keep_config(workdir, config, config_path)
+  asked, vocab = config, find_vocabulary(config, workdir)
+  config = with_vocabulary_size(config, vocab)
+  model = Transformer(config.model)
+  with sharding.use(mesh):
+    tx = optimizer.make(config.optimizer, step.parameter_axes(model))
+  _keep_config(workdir, asked, config_path)
 
   # --- Data ------------------------------------------------------------------
-  vocab = find_vocabulary(config, workdir)
-  config = with_vocabulary(config, vocab)
+  vocab = _keep_vocabulary(workdir, config, vocab)
   data = pipeline.TrainData(
     config.data,
     vocab,
@@ -71,9 +84,7 @@ def train(config: Config, workdir, *, config_path: str = '') -> dict:
   ]
 
   # --- Shapes, before any memory ---------------------------------------------
-  model = Transformer(config.model)
   with sharding.use(mesh):
-    tx = optimizer.make(config.optimizer, step.parameter_axes(model))
     init, shardings, abstract = step.plan_init(model, tx, mesh)
 
     # --- State: where this run was, else a checkpoint, else random ------------
@@ -90,7 +101,7 @@ def train(config: Config, workdir, *, config_path: str = '') -> dict:
     start = int(state.step)
     seen = {name: run['tokens_seen'].get(name, 0) for name in data.sources}
 
-    # --- Steps ------------------------------------------------------------------
+    # --- Steps ---------------------------------------------------------------
     train_step = jax.jit(
       step.make_train_step(model, tx, config),
       donate_argnums=0,
@@ -99,7 +110,7 @@ def train(config: Config, workdir, *, config_path: str = '') -> dict:
     evaluate = Evaluator(model, config, vocab, mesh)
     report = Report(workdir, config, start=start)
     _announce(report, config, workdir, start, mesh)
-    row, pending, measured = {}, None, {}
+    row, pending, measured, scores = {}, None, {}, None
     clock = Clock()
 
     def describe():
@@ -115,23 +126,26 @@ def train(config: Config, workdir, *, config_path: str = '') -> dict:
           mine = batch['source'] == i
           seen[name] += int(batch['decoder_loss_weights'][mine].sum())
         state, metrics = train_step(state, _on_devices(batch, mesh))
-        clock.tick(_tokens(batch))
         # The numbers of the step before are read while this one runs.
         if pending:
           row = _look(pending, config, report, clock)
-        pending = n + 1, metrics, dict(seen)
-        done = n + 1
+        pending = n + 1, metrics, dict(seen), _tokens(batch)
+        done, scores = n + 1, None
         last = done == config.total_steps
         if last or _due(done, config.evaluate.every):
           row = _look(pending, config, report, clock, force=True)
           pending, measured = None, evaluate(state.params, evaluations)
           report.write(done, measured)
           report.note(_line(done, measured))
+          scores = _scores(measured, config)
           clock.read()
         if last or _due(done, config.checkpoint.every):
-          checkpoints.save(done, state, describe(), _scores(measured, config))
+          report.flush()
+          checkpoints.save(done, state, describe(), scores)
     except KeyboardInterrupt:
-      report.note('Interrupted; the same command goes on from the last checkpoint.')
+      report.note(
+        'Interrupted; the same command goes on from the last checkpoint.'
+      )
       raise
     finally:
       report.close()
@@ -139,31 +153,44 @@ def train(config: Config, workdir, *, config_path: str = '') -> dict:
   return {**row, **measured}
 
 
-def find_vocabulary(config: Config, workdir) -> vocabulary.Vocabulary:
-  """The run's own, else the one given, else that of `init`, else a new one."""
+def find_vocabulary(config: Config, workdir) -> vocabulary.Vocabulary | None:
+  """The run's own, else the one given, else that of `init`; None: a new one."""
   own = epath.Path(workdir) / 'vocabulary.model'
   if config.data.vocabulary == 'bytes':
     return vocabulary.load('bytes')
-  if own.exists():
-    return vocabulary.load(own)
-  if config.data.vocabulary:
-    own.write_bytes(vocabulary.load(config.data.vocabulary).model)
-  elif config.init:
+  if own.exists() or config.data.vocabulary:
+    return vocabulary.load(own if own.exists() else config.data.vocabulary)
+  if config.init:
     model = checkpoint.vocabulary_of(checkpoint.read_run(config.init))
-    if not model:
-      return vocabulary.load('bytes')
-    own.write_bytes(model)
-  else:
-    pipeline.train_vocabulary(config.data, own, config.data.vocabulary_size)
-  return vocabulary.load(own)
+    return vocabulary.Vocabulary(config.init, model)
+  return None
 
 
-def with_vocabulary(config: Config, vocab) -> Config:
+def with_vocabulary_size(config: Config, vocab) -> Config:
   """`config` with a vocabulary size of 0 settled: a multiple of 128."""
-  size = config.model.vocab_size or -(-vocab.size // 128) * 128
-  vocab.check_fits(size)
+  ids = vocab.size if vocab else config.data.vocabulary_size
+  size = config.model.vocab_size or -(-ids // 128) * 128
+  if vocab:
+    vocab.check_fits(size)
+  elif size < ids:
+    raise ValueError(
+      f'model.vocab_size {size} is smaller than the vocabulary to be trained:'
+      f' data.vocabulary_size is {ids}, of which {vocabulary.SENTINELS} are'
+      f' sentinels; make one larger or the other smaller.'
+    )
   model = dataclasses.replace(config.model, vocab_size=size)
   return dataclasses.replace(config, model=model)
+
+
+def _keep_vocabulary(workdir, config: Config, vocab) -> vocabulary.Vocabulary:
+  """Trains a vocabulary if there is none yet; keeps a copy in the workdir."""
+  own = workdir / 'vocabulary.model'
+  if vocab is None:
+    size = config.data.vocabulary_size
+    return pipeline.train_vocabulary(config.data, own, size)
+  if vocab.model and not own.exists():
+    files.write_whole(own, vocab.model)
+  return vocab
 
 
 def _num_experts(config: Config) -> int:
@@ -172,14 +199,17 @@ def _num_experts(config: Config) -> int:
 
 
 def _claim(workdir: epath.Path, config: Config):
-  """Refuses a workdir that belongs to another config."""
+  """Refuses a workdir in which another config has trained."""
   path = workdir / 'config.json'
   if not path.exists():
     return
   theirs = json.loads(path.read_text())
   lines = config_file.diff(theirs, config_file.to_dict(config))
   lines = [line for line in lines if not line.startswith(_FREE)]
-  if lines:
+  if lines and not checkpoint.last_step(workdir):
+    # Nothing is lost, and the advice of an error may be followed on the spot.
+    (workdir / 'vocabulary.model').unlink(missing_ok=True)
+  elif lines:
     listed = '\n  '.join(lines)
     raise ValueError(
       f'{workdir} belongs to another config:\n  {listed}\nUse another workdir,'
@@ -188,8 +218,8 @@ def _claim(workdir: epath.Path, config: Config):
 
 
 def _keep_config(workdir: epath.Path, config: Config, path: str):
-  workdir.mkdir(parents=True, exist_ok=True)
-  (workdir / 'config.json').write_text(config_file.to_json(config))
+  text = config_file.to_json(config)
+  files.write_whole(workdir / 'config.json', text.encode())
   if path:
     source = config_file.find(path.partition(':')[0])
     (workdir / 'config.py').write_text(source.read_text())
@@ -216,7 +246,9 @@ def _announce(report, config: Config, workdir, start, mesh):
   flops = config.model.forward_flops(
     config.data.inputs_length, config.data.targets_length
   )
-  report.note(f'{workdir}: {config.name}, {start} of {config.total_steps} steps done')
+  report.note(
+    f'{workdir}: {config.name}, {start} of {config.total_steps} steps done'
+  )
   report.note(f'parameters {sum(roles.values()):,} ({parts})')
   per_step = 3 * flops * config.data.batch_size
   shape = ' x '.join(f'{k} {v}' for k, v in mesh.shape.items())
@@ -245,7 +277,8 @@ def _due(step: int, every: int) -> bool:
 
 def _look(pending, config, report, clock, force=False) -> dict:
   """Reads the metrics of a step: stops a broken run, logs now and then."""
-  n, metrics, seen = pending
+  n, metrics, seen, tokens = pending
+  clock.tick(tokens)
   bad = int(metrics['bad_steps'])
   if bad:
     report.note(f'step {n} was not applied: loss {float(metrics["loss"])}')
@@ -276,5 +309,7 @@ def _scores(measured: dict, config: Config) -> dict | None:
 
 
 def _line(step: int, measured: dict) -> str:
-  found = '  '.join(f'{k.removeprefix("eval/")} {v:.4g}' for k, v in measured.items())
+  found = '  '.join(
+    f'{k.removeprefix("eval/")} {v:.4g}' for k, v in measured.items()
+  )
   return f'step {step} evaluated: {found}'

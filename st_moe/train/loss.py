@@ -10,7 +10,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from st_moe.config import LossConfig
+from st_moe.config import LossConfig, unknown
+from st_moe.routing.losses import LOSSES
 
 
 def cross_entropy(logits, targets, *, label_smoothing: float = 0.0):
@@ -30,19 +31,27 @@ def token_terms(logits, targets, weights, *, label_smoothing: float = 0.0):
   hits = (logits.argmax(-1) == targets).astype(jnp.float32)
   count = weights.sum()
   over = lambda value: ((value * weights).sum(), count)
-  return {'cross_entropy': over(loss), 'z_loss': over(z), 'accuracy': over(hits)}
+  return {
+    'cross_entropy': over(loss),
+    'z_loss': over(z),
+    'accuracy': over(hits),
+  }
 
 
 def records(intermediates: Mapping) -> dict[str, list]:
   """The `record`s that sparse layers sowed, per stack: leaves [layers, ...].
 
   A scanned layer comes with a leading axis of its repetitions, an unrolled one
-  without; both end as rows.
+  without; both end as rows, from the first layer to the last.
   """
   found = {}
 
+  def depth(name):  # layers_2 comes before layers_10.
+    head, _, number = name.rpartition('_')
+    return (head, int(number)) if number.isdigit() else (name, -1)
+
   def visit(tree, stack):
-    for key in sorted(tree):
+    for key in sorted(tree, key=depth):
       if key == 'record':
         rows = jax.tree.map(jnp.asarray, tree[key])
         if rows['load'].ndim == 1:
@@ -63,6 +72,13 @@ def router_terms(by_stack: dict) -> dict:
   if not losses:
     return {}
   return jax.tree.map(lambda *rows: jnp.concatenate(rows), *losses)
+
+
+def check_names(config: LossConfig) -> None:
+  """Raises for a router loss that nothing computes: `total` would skip it."""
+  for name in config.router:
+    if name not in LOSSES:
+      raise unknown('router loss', name, LOSSES)
 
 
 def total(terms: Mapping, weights: Mapping, config: LossConfig) -> jax.Array:

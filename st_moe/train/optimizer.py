@@ -110,7 +110,10 @@ def adafactor(
         row = mix(moments.row, square.mean(columns))
         column = mix(moments.column, square.mean(rows))
         moments = Moments(row=row, column=column)
-        row, column = jnp.expand_dims(row, columns), jnp.expand_dims(column, rows)
+        row, column = (
+          jnp.expand_dims(row, columns),
+          jnp.expand_dims(column, rows),
+        )
         mean = row.mean(rows, keepdims=True)
         u = g * jax.lax.rsqrt(row / mean) * jax.lax.rsqrt(column)
       u /= jnp.maximum(1, rms(u) / config.clip_threshold)

@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from st_moe.config import Config
+from st_moe.data import files
 
 
 class Report:
@@ -36,7 +37,7 @@ class Report:
 
   def note(self, text: str):
     """One line for the reader."""
-    self.console.print(text, highlight=False, soft_wrap=True)
+    self.console.print(text, highlight=False, markup=False, soft_wrap=True)
     logging.debug(text)
 
   def write(self, step: int, row: dict):
@@ -65,11 +66,19 @@ class Report:
       self._progress, self._task = _bar(self.console, self._total, step)
     self._progress.update(self._task, completed=step, loss=loss, rate=rate)
 
+  def flush(self):
+    """Before a checkpoint: rows up to it are not written again after a kill."""
+    self._rows.flush()
+
   def close(self):
     if self._progress is not None:
       self._progress.stop()
-    for writer in [self._rows, *self._others]:
-      writer.close()
+    self._rows.flush()
+    for writer in self._others:
+      try:
+        writer.close()
+      except Exception as e:
+        self.note(f'{type(writer).__name__[1:]} did not end well: {e}')
 
 
 def _bar(console, total, step):
@@ -111,34 +120,42 @@ class Rows:
   """
 
   def __init__(self, workdir: epath.Path, *, start: int):
-    self._appends = '://' not in str(workdir)
-    self._path = workdir / 'metrics.jsonl'
+    self._appends = not files.is_remote(workdir)
+    self._workdir, self._part = workdir, 0
     kept = [r for r in read_rows(workdir) if r['step'] <= start]
-    for path in workdir.glob('metrics*.jsonl'):
-      path.unlink()
+    old = set(workdir.glob('metrics*.jsonl'))
+    # In one file, and whole before the others go: it may be killed here too.
     self._buffer: list[str] = [json.dumps(r) for r in kept]
-    self._part = 0
     if kept or self._appends:
-      self._flush()
+      path = self._next()
+      files.write_whole(path, self._text().encode())
+      old.discard(path)
+    for path in old:
+      path.unlink()
+
+  def _next(self) -> epath.Path:
+    """The file that takes the next rows."""
+    name = (
+      'metrics.jsonl' if self._appends else f'metrics-{self._part:05d}.jsonl'
+    )
+    self._part += 1
+    return self._workdir / name
+
+  def _text(self) -> str:
+    """The rows that wait; from here on they do not."""
+    text = ''.join(f'{line}\n' for line in self._buffer)
+    self._buffer.clear()
+    return text
 
   def write(self, row: dict):
     self._buffer.append(json.dumps(row))
     if self._appends or len(self._buffer) >= 100:
-      self._flush()
+      self.flush()
 
-  def _flush(self):
-    text = ''.join(f'{line}\n' for line in self._buffer)
-    self._buffer.clear()
-    if self._appends:
-      with self._path.open('a') as f:
-        f.write(text)
-    elif text:
-      name = f'metrics-{self._part:05d}.jsonl'
-      (self._path.parent / name).write_text(text)
-      self._part += 1
-
-  def close(self):
-    self._flush()
+  def flush(self):
+    if self._buffer:
+      with self._next().open('a' if self._appends else 'w') as f:
+        f.write(self._text())
 
 
 def read_rows(workdir) -> list[dict]:

@@ -1,4 +1,4 @@
-"""One step of training: `train_step(state, batch) -> (state, metrics)`, pure."""
+"""One pure step of training: `train_step(state, batch) -> (state, metrics)`."""
 
 import functools
 
@@ -98,9 +98,9 @@ def make_train_step(model, optimizer, config: Config):
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     norms = {
-      'l2_grads': optax.global_norm(grads),
-      'l2_params': optax.global_norm(state.params),
-      'l2_updates': optax.global_norm(updates),
+      'l2_grads': optax.tree.norm(grads),
+      'l2_params': optax.tree.norm(state.params),
+      'l2_updates': optax.tree.norm(updates),
     }
     weights = jax.tree.map(lambda t: t[1], terms, is_leaf=_is_pair)
     loss = losses.total(terms, weights, config.loss)
@@ -163,12 +163,11 @@ def _gradients(objective, state, batch, rng, microbatches):
     return jax.tree.map(jnp.add, total, (grads, *found)), None
 
   shapes = jax.eval_shape(
-    lambda p: grad(state.params, *p, state.step), jax.tree.map(lambda a: a[0], parts)
+    lambda p: grad(state.params, *p, state.step),
+    jax.tree.map(lambda a: a[0], parts),
   )
   zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-  (grads, terms, by_stack), _ = jax.lax.scan(
-    add, (zeros[0], *zeros[1]), parts
-  )
+  (grads, terms, by_stack), _ = jax.lax.scan(add, (zeros[0], *zeros[1]), parts)
   return grads, terms, by_stack
 
 
@@ -192,7 +191,18 @@ def check_sizes(config: Config, mesh) -> None:
       no whole number of groups.
   """
   batch, parts = config.data.batch_size, config.microbatches
+  if batch < 1 or parts < 1:
+    raise ValueError(
+      f'data.batch_size={batch} and microbatches={parts} must both be at least'
+      ' 1.'
+    )
   shards = int(np.prod([mesh.shape[a] for a in sharding.AXES if a != 'model']))
+  measured = config.evaluate.batch_size
+  if measured % shards:
+    raise ValueError(
+      f'evaluate.batch_size={measured} does not divide among {shards} devices;'
+      f' the nearest that do are {_nearest(measured, shards)}.'
+    )
   if batch % (parts * shards):
     raise ValueError(
       f'data.batch_size={batch} does not divide into {parts} microbatches on'
@@ -208,9 +218,7 @@ def check_sizes(config: Config, mesh) -> None:
   for stack in config.model.stacks:
     if not config.model.plan(stack).num_sparse:
       continue
-    group = min(
-      config.model.stack(stack).group_size, batch * lengths[stack]
-    )
+    group = min(config.model.stack(stack).group_size, batch * lengths[stack])
     tokens = batch // parts * lengths[stack]
     if tokens % group:
       raise ValueError(
@@ -235,9 +243,7 @@ def _divisors(n: int, near: int) -> str:
 
 def parameter_axes(model):
   """The logical axes of every parameter, from shapes alone."""
-  init = functools.partial(
-    init_params, model, batch=dummy_batch(model.config)
-  )
+  init = functools.partial(init_params, model, batch=dummy_batch(model.config))
   return sharding.axis_names(jax.eval_shape(init, jax.random.key(0)))
 
 
