@@ -1,0 +1,234 @@
+"""Every dispatcher against one plain loop, in values and in gradients.
+
+The experts here are relu(x A_e) B_e, small enough for their gradients to be
+written down by hand: the oracle knows nothing of autodiff.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from st_moe.model.dispatch import DISPATCHERS, grouped, index, mask
+from st_moe.routing.seating import seat
+from st_moe.routing.types import Assignment, Seats
+from tests.helpers import jit
+
+G, S, D, F, E = 3, 6, 5, 7, 4
+
+KINDS = {
+  'mask': mask,
+  'index': index,
+  'grouped': grouped,
+  'grouped, block 1': functools.partial(grouped, block=1),
+  'grouped, block 4': functools.partial(grouped, block=4),
+}
+every_kind = pytest.mark.parametrize('kind', KINDS)
+
+
+class Bank(NamedTuple):
+  wi: np.ndarray  # [e, d, f]
+  wo: np.ndarray  # [e, f, d]
+
+  def __call__(self, xs, expert):
+    pick = lambda w: w.astype(xs.dtype) if expert is None else w[expert]
+    h = jax.nn.relu(jnp.einsum('b...d,bdf->b...f', xs, pick(self.wi)))
+    return jnp.einsum('b...f,bfd->b...d', h, pick(self.wo))
+
+
+def _oracle(x, weight, bank, seats, dy):
+  """y, and the gradients of sum(y * dy) by x, weight and bank, in float64."""
+  y, dx = np.zeros(x.shape), np.zeros(x.shape)
+  dweight = np.zeros(weight.shape)
+  dwi, dwo = np.zeros(bank.wi.shape), np.zeros(bank.wo.shape)
+  for g in range(len(x)):
+    for n in range(weight.shape[1]):
+      t, e = int(seats.token[g, n]), int(seats.expert[g, n])
+      if seats.place[g, n] < 0:
+        continue
+      a = x[g, t].astype(float) @ bank.wi[e]
+      h = np.maximum(a, 0)
+      y[g, t] += weight[g, n] * (h @ bank.wo[e])
+      dweight[g, n] = dy[g, t] @ (h @ bank.wo[e])
+      dwo[e] += weight[g, n] * np.outer(h, dy[g, t])
+      da = weight[g, n] * (bank.wo[e] @ dy[g, t]) * (a > 0)
+      dwi[e] += np.outer(x[g, t], da)
+      dx[g, t] += bank.wi[e] @ da
+  return y, (dx, dweight, Bank(dwi, dwo))
+
+
+@functools.cache
+def _compiled(kind, capacity):
+  def run(x, weight, bank, seats, dy):
+    def forward(x, weight, bank):
+      s = seats.replace(weight=weight)
+      return KINDS[kind](x, s, bank, capacity=capacity, num_experts=E)
+
+    y, pull = jax.vjp(forward, x, weight, bank)
+    return y, pull(dy)
+
+  return jit(run)
+
+
+def _case(seed, k, capacity, favourite=0.7):
+  """Tokens, seats of k choices, a bank and a cotangent; some padding."""
+  rng = np.random.default_rng(seed)
+  normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+  liking = rng.gumbel(size=(G, S, E)) - favourite * np.arange(E)
+  expert = np.argsort(-liking, axis=-1)[..., :k].astype(np.int32)
+  active = rng.random((G, S, k)) < 0.9
+  active &= (rng.random((G, S)) < 0.8)[..., None]
+  asked = Assignment(expert, rng.random((G, S, k)).astype(np.float32), active)
+  seats = jax.device_get(seat(asked, num_experts=E, capacity=capacity))
+  bank = Bank(normal(E, D, F), normal(E, F, D))
+  return normal(G, S, D), seats, bank, normal(G, S, D)
+
+
+def _check(kind, capacity, x, seats, bank, dy):
+  got = _compiled(kind, capacity)(x, seats.weight, bank, seats, dy)
+  want = _oracle(x, seats.weight, bank, seats, dy)
+  close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
+  jax.tree.map(close, got, want)
+  return got
+
+
+@every_kind
+@pytest.mark.parametrize(
+  ('k', 'capacity'),
+  [(1, 2), (2, 2), (3, 2), (2, S)],
+  ids=['k=1 drops', 'k=2 drops', 'k=3 drops', 'k=2 drops nothing'],
+)
+def test_equals_the_plain_loop(kind, k, capacity):
+  dropped = 0
+  for seed in range(3):
+    x, seats, bank, dy = _case(seed, k, capacity)
+    dropped += ((seats.place < 0) & seats.asked).sum()
+    _check(kind, capacity, x, seats, bank, dy)
+  assert (dropped > 0) == (capacity == 2)
+
+
+@every_kind
+def test_a_token_without_a_seat_hears_exactly_nothing(kind):
+  x, seats, bank, dy = _case(0, 2, 2, favourite=3.0)
+  silent = (seats.place.reshape(G, S, 2) < 0).all(-1)
+  assert silent.any() and not silent.all()
+  y, (dx, _, _) = _check(kind, 2, x, seats, bank, dy)
+  assert not np.asarray(y)[silent].any()
+  assert not np.asarray(dx)[silent].any()
+  assert np.asarray(y)[~silent].any(-1).all()
+
+
+@every_kind
+def test_an_expert_without_tokens_gets_exactly_no_gradient(kind):
+  # Nobody likes expert 3, of which float32 noise must make nothing.
+  x, seats, bank, dy = _case(0, 2, S, favourite=100.0)
+  assert seats.load.sum(0).tolist()[2:] == [0, 0]
+  _, (_, _, d) = _check(kind, S, x, seats, bank, dy)
+  for kernel in d:
+    assert not np.asarray(kernel[2:]).any()
+    assert np.asarray(kernel[:2]).any(axis=(1, 2)).all()
+
+
+def _expert_choice():
+  """Two tokens for each expert, hand-made: k is 0, routes are expert-major.
+
+  Token 0 sits everywhere, token 5 nowhere; one route found no seat.
+  """
+  token = np.tile([[0, 1, 0, 2, 3, 0, 0, 4]], (G, 1)).astype(np.int32)
+  expert = np.tile(np.repeat(np.arange(E, dtype=np.int32), 2), (G, 1))
+  place = np.tile([[0, 1]], (G, E)).astype(np.int32)
+  place[1, 7] = -1
+  rng = np.random.default_rng(0)
+  return Seats(
+    token=token,
+    expert=expert,
+    weight=rng.random(token.shape).astype(np.float32),
+    asked=np.full(token.shape, True),
+    place=place,
+    load=np.array([[2, 2, 2, 2], [2, 2, 2, 1], [2, 2, 2, 2]], np.int32),
+    k=0,
+  )
+
+
+@every_kind
+def test_routes_in_any_order(kind):
+  x, _, bank, dy = _case(0, 1, S)
+  y, (dx, _, _) = _check(kind, 2, x, _expert_choice(), bank, dy)
+  assert not np.asarray(y)[:, 5].any() and not np.asarray(dx)[:, 5].any()
+  # Group 1 lost the last route, token 4 at expert 3: its only one.
+  assert not np.asarray(y)[1, 4].any() and np.asarray(y)[0, 4].any()
+
+
+def _three_answers(kind, dtype):
+  """One token whose three experts answer 256, 1 and 1, each weighing 1."""
+  seats = Seats(
+    token=np.zeros((1, 3), np.int32),
+    expert=np.arange(3, dtype=np.int32)[None],
+    weight=np.ones((1, 3), np.float32),
+    asked=np.full((1, 3), True),
+    place=np.zeros((1, 3), np.int32),
+    load=np.ones((1, 3), np.int32),
+    k=3,
+  )
+  seen = []
+
+  def experts(xs, expert):
+    seen.append(xs.dtype)
+    says = jnp.array([256, 1, 1], xs.dtype)
+    says = says if expert is None else says[expert]
+    return xs * says.reshape(-1, *(1,) * (xs.ndim - 1))
+
+  x = jnp.ones((1, 1, 2), dtype)
+  run = functools.partial(KINDS[kind], experts=experts)
+  y = jit(functools.partial(run, capacity=1, num_experts=3))(x, seats)
+  assert set(seen) == {jnp.dtype(dtype)}
+  return y
+
+
+@every_kind
+def test_bfloat16_stays_bfloat16_but_is_summed_in_float32(kind):
+  # In bfloat16 256 + 1 is 256: adding up there would forget both ones.
+  assert jnp.bfloat16(256) + jnp.bfloat16(1) == 256
+  y = _three_answers(kind, jnp.bfloat16)
+  assert y.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(y.astype(jnp.float32), 258)
+  assert _three_answers(kind, jnp.float32).dtype == jnp.float32
+
+
+@every_kind
+def test_weights_are_not_rounded_to_bfloat16(kind):
+  # 1 - 2**-10 is 1 in bfloat16. With it and -1, 1024 tells the two apart.
+  seats = Seats(
+    token=np.zeros((1, 2), np.int32),
+    expert=np.arange(2, dtype=np.int32)[None],
+    weight=np.array([[1 - 2**-10, -1]], np.float32),
+    asked=np.full((1, 2), True),
+    place=np.zeros((1, 2), np.int32),
+    load=np.ones((1, 2), np.int32),
+    k=2,
+  )
+  x = jnp.full((1, 1, 1), 1024, jnp.bfloat16)
+  same = lambda xs, expert: xs
+  run = functools.partial(KINDS[kind], experts=same, capacity=1, num_experts=2)
+  y = jit(run)(x, seats)
+  assert y.item() == 1023 - 1024
+
+
+@every_kind
+def test_empty_places_hold_zeros(kind):
+  # Every token is ones and every expert answers with the sum of all it was
+  # given: what sits, and nothing in the places left.
+  _, seats, _, _ = _case(0, 2, 3)
+  total = lambda xs, expert: jnp.full(xs.shape, xs.sum())
+  run = functools.partial(KINDS[kind], experts=total, capacity=3, num_experts=E)
+  y = jit(run)(jnp.ones((G, S, D)), seats)
+  heard = (seats.weight * (seats.place >= 0)).reshape(G, S, 2).sum(-1)
+  given = seats.load.sum() * D
+  np.testing.assert_allclose(y[..., 0], heard * given, rtol=1e-6)
+
+
+def test_the_table():
+  assert set(DISPATCHERS) == {'mask', 'index', 'grouped'}

@@ -1,0 +1,387 @@
+"""Eight devices say what one says, by the collectives that were meant."""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import warnings
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from st_moe import sharding
+from st_moe.config import Capacity, Part, StackConfig
+from st_moe.model.moe import MoE
+from st_moe.model.transformer import Transformer
+from st_moe.routing.types import RouteContext
+from tests.helpers import (
+  assert_trees_close,
+  boxed_shapes,
+  examples,
+  jit,
+  padded_batch,
+  random_params,
+  tiny,
+  tree_paths,
+  with_moe,
+)
+
+MESHES = {
+  'data 8': dict(data=8),
+  'data 2 x expert 4': dict(data=2, expert=4),
+  'data 4 x expert 2': dict(data=4, expert=2),
+  'fsdp 2 x expert 2 x model 2': dict(fsdp=2, expert=2, model=2),
+}
+
+
+def _mesh(name):
+  return sharding.make_mesh(**MESHES[name], num_experts=4)
+
+
+def _use(name):
+  """The mesh of this name in force; one device for None."""
+  return sharding.use(_mesh(name)) if name else contextlib.nullcontext()
+
+
+# The whole model. Its encoder has 64 tokens in 8 groups of 8, one a device; its
+# decoder 48 in groups of 10, the fifth one not full and three more empty.
+MODEL = tiny(
+  encoder=StackConfig(1, 1, 0, group_size=8),
+  decoder=StackConfig(1, 1, 0, group_size=10),
+  moe={
+    'selector': Part.of('top_k', k=2, train_policy='all'),
+    'train_capacity': Capacity(1.0, minimum=1),
+  },
+)
+
+
+@functools.cache
+def _inputs():
+  lengths = [(5, 4), (8, 6), (3, 6), (7, 2)] * 2
+  batch = padded_batch(MODEL, examples(MODEL, lengths))
+  return random_params(Transformer(MODEL), **batch), batch
+
+
+def _losses(params, batch):
+  """Cross-entropy and the losses of both routers, noise off."""
+  logits, sown = Transformer(MODEL).apply(
+    {'params': params},
+    **batch,
+    rngs={'dropout': jax.random.key(0)},
+    mutable=['intermediates'],
+  )
+  targets = batch['decoder_target_tokens']
+  log_p = jnp.take_along_axis(
+    jax.nn.log_softmax(logits), targets[..., None], axis=-1
+  )[..., 0]
+  losses = {'cross_entropy': -(log_p * (targets > 0)).sum()}
+  for path, (total, weight) in _router_losses(sown):
+    losses[path] = (total / weight).sum()
+  return sum(losses.values()), losses
+
+
+def _router_losses(sown):
+  flat = tree_paths(sown)
+  for path in flat:
+    if '/losses/' in path and path.endswith('/0'):
+      yield path, (flat[path], flat[f'{path[:-1]}1'])
+
+
+@functools.cache
+def _measured(name):
+  """((loss, parts), gradients) on a mesh, parameters and batch in shards."""
+  params, batch = _inputs()
+  with _use(name) as mesh:
+    if mesh is not None:
+      boxed = boxed_shapes(Transformer(MODEL), **batch)
+      params = jax.device_put(params, sharding.of_boxed(boxed, mesh))
+      batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    step = jit(jax.value_and_grad(_losses, has_aux=True))
+    return jax.device_get(step(params, batch))
+
+
+@pytest.mark.parametrize('name', MESHES)
+def test_eight_devices_say_what_one_says(name):
+  one, eight = _measured(None), _measured(name)
+  # Five parts, each of them a number that matters.
+  assert len(one[0][1]) == 5 and all(v > 0.1 for v in one[0][1].values())
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=2e-5), eight[0], one[0]
+  )
+  assert_trees_close(eight[1], one[1], tolerance=2e-5)
+
+
+# One sparse layer.
+
+LAYER = with_moe(MODEL, selector=Part.of('top_k', k=2))  # Routes at random.
+
+
+def _layer_inputs(rows=16, train=True):
+  x = np.random.default_rng(0).standard_normal((rows, 4, 16), np.float32)
+  valid = np.arange(4) < 1 + np.arange(rows)[:, None] % 4
+  ctx = RouteContext(valid=jnp.asarray(valid), deterministic=not train)
+  return x, ctx
+
+
+def _layer_params(config):
+  params = random_params(MoE(config, 8), *_layer_inputs(train=False))
+  params['router']['kernel'] *= 3
+  return params
+
+
+def _answer(config, group_size, params, x, ctx):
+  return MoE(config, group_size).apply(
+    {'params': params}, x, ctx, rngs={'dropout': jax.random.key(3)}
+  )
+
+
+def _slope(config, group_size, params, x, ctx):
+  loss = lambda p, x: (_answer(config, group_size, p, x, ctx) ** 2).sum()
+  return jax.value_and_grad(loss, argnums=(0, 1))(params, x)
+
+
+@pytest.mark.parametrize(
+  ('dispatcher', 'group_size'), [('index', 10), ('grouped', 10)]
+)
+def test_noise_of_the_router_does_not_know_the_mesh(dispatcher, group_size):
+  # 64 tokens: seven groups of 10, one of them not full and, on eight devices,
+  # an empty one. Random numbers are a function of their place in the array,
+  # so those shift none.
+  config = with_moe(LAYER, dispatcher=dispatcher)
+  params, (x, ctx) = _layer_params(config), _layer_inputs()
+  run = functools.partial(_slope, config, group_size)
+  one = jit(run)(params, x, ctx)
+  with _use('data 2 x expert 4') as mesh:
+    x8 = jax.device_put(x, sharding.batch_sharding(mesh))
+    eight = jit(run)(params, x8, ctx)
+  np.testing.assert_allclose(eight[0], one[0], rtol=2e-5)
+  assert_trees_close(eight[1], one[1])
+
+
+def test_noise_of_the_router_is_there():
+  # Or the test above would show nothing.
+  params, (x, ctx) = _layer_params(LAYER), _layer_inputs()
+  all_stay = with_moe(LAYER, selector=Part.of('top_k', k=2, train_policy='all'))
+  run = lambda config: jit(functools.partial(_answer, config, 8))
+  a, b = (run(config)(params, x, ctx) for config in (LAYER, all_stay))
+  assert np.abs(a - b).max() > 0.1
+
+
+def _lowered(name, function, config=LAYER, rows=16, group_size=8):
+  params, (x, ctx) = _layer_params(config), _layer_inputs(rows)
+  with _use(name) as mesh:
+    x = jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=sharding.batch_sharding(mesh)
+    )
+    boxed = boxed_shapes(MoE(config, 8), *_layer_inputs(train=False))
+    params = jax.tree.map(
+      lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s),
+      params,
+      sharding.of_boxed(boxed, mesh),
+    )
+    run = jit(functools.partial(function, config, group_size))
+    return run.lower(params, x, ctx)
+
+
+def _count(lowered):
+  return lowered.as_text().count('sdy.sharding_constraint')
+
+
+def _all_to_alls(compiled):
+  return compiled.as_text().count(' all-to-all(')
+
+
+def test_constraints_are_in_the_program():
+  # Tokens in, tokens to experts (as they lie, as they should), answers back
+  # (likewise), tokens out.
+  assert _count(_lowered('data 2 x expert 4', _answer)) == 6
+  grouped = with_moe(LAYER, dispatcher='grouped')
+  assert _count(_lowered('data 2 x expert 4', _answer, grouped)) == 2
+
+
+def test_a_bare_mesh_has_no_constraints():
+  """The trap that `sharding.use` is for: right numbers, no parallel experts."""
+  params, (x, ctx) = _layer_params(LAYER), _layer_inputs()
+  lower = lambda: jit(functools.partial(_answer, LAYER, 8)).lower(
+    params, x, ctx
+  )
+  mesh = _mesh('data 2 x expert 4')
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')  # That jax deprecates it is the point.
+    with mesh, nn.logical_axis_rules(sharding.RULES):
+      assert _count(lower()) == 0
+  with jax.set_mesh(mesh):  # And without rules nothing has a name.
+    assert _count(lower()) == 0
+  with sharding.use(mesh):
+    assert _count(lower()) == 6
+
+
+@pytest.mark.parametrize('dispatcher', ['index', 'mask'])
+def test_two_all_to_alls_there_and_two_back(dispatcher):
+  config = with_moe(LAYER, dispatcher=dispatcher)
+  both = _lowered('data 2 x expert 4', _slope, config).compile()
+  assert _all_to_alls(both) == 4
+  if dispatcher == 'index':
+    forward = _lowered('data 2 x expert 4', _answer, config).compile()
+    assert _all_to_alls(forward) == 2
+
+
+def test_experts_on_one_device_travel_nowhere():
+  assert _all_to_alls(_lowered('data 8', _answer).compile()) == 0
+
+
+@pytest.mark.parametrize('remat', ['full', 'dots'])
+def test_remat_replays_no_exchange(remat):
+  # Two sparse layers in a scan: the program holds one of them, twice two.
+  config = dataclasses.replace(
+    MODEL, decoder=None, encoder=StackConfig(2, 1, 0, 8), remat=remat
+  )
+  batch = padded_batch(config, examples(config, [(8, 0)] * 8))
+  model = Transformer(config)
+
+  def loss(params):
+    logits = model.apply(
+      {'params': params}, **batch, rngs={'dropout': jax.random.key(0)}
+    )
+    return (logits**2).mean()
+
+  with _use('data 2 x expert 4') as mesh:
+    boxed = boxed_shapes(model, **batch)
+    params = jax.tree.map(
+      lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s),
+      sharding.unbox(boxed),
+      sharding.of_boxed(boxed, mesh),
+    )
+    compiled = jit(jax.grad(loss)).lower(params).compile()
+  assert _all_to_alls(compiled) == 4
+
+
+# Rules.
+
+
+def test_every_axis_has_a_rule_and_a_use():
+  config = with_moe(MODEL, multiplicative_bias=True)
+  _, batch = _inputs()
+  boxed = boxed_shapes(Transformer(config), **batch)
+  named = {a for axes in _leaves(sharding.axis_names(boxed)) for a in axes}
+  assert named <= {name for name, _ in sharding.RULES}
+  assert named == {
+    'embed', 'vocab', 'heads', 'kv', 'mlp', 'layers', 'expert', 'expert_mlp',
+    'unmodeled', 'relpos_buckets',
+  }  # fmt: skip
+  # Every leaf is boxed, with a name for every axis.
+  shapes = tree_paths(sharding.unbox(boxed))
+  axes = _leaves(sharding.axis_names(boxed))
+  assert len(axes) == len(shapes)
+  assert [len(a) for a in axes] == [s.ndim for s in shapes.values()]
+
+
+def _leaves(axes):
+  return jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def test_weights_and_activations_share_no_name():
+  # Splitting `embed` over fsdp must not split what flows between layers.
+  table = dict(sharding.RULES)
+  assert table['embed'] == 'fsdp' and table['activation_embed'] is None
+
+
+def test_what_lies_where():
+  mesh = _mesh('data 2 x expert 4')
+  boxed = boxed_shapes(MoE(LAYER, 8), *_layer_inputs(train=False))
+  spec = lambda s: tuple(s.spec)
+  specs = jax.tree.map(spec, sharding.of_boxed(boxed, mesh))
+  bank = ('expert', 'fsdp', 'model')
+  assert specs['experts']['wi_0']['kernel'] == bank
+  assert specs['experts']['wo']['kernel'] == ('expert', 'model', 'fsdp')
+  assert specs['router']['kernel'] == ('fsdp', None)
+  # What has no box lies on every device.
+  bare = sharding.of_boxed({'step': jnp.zeros(())}, mesh)
+  assert spec(bare['step']) == ()
+
+
+def test_shards_counts_the_devices_of_an_axis():
+  assert sharding.shards('group') == 1
+  with _use('data 2 x expert 4'):
+    assert sharding.shards('group') == sharding.shards('batch') == 8
+    assert sharding.shards('expert') == 4
+    assert sharding.shards('expert_replicas') == 2
+    assert sharding.shards('length') == 1
+  with _use('fsdp 2 x expert 2 x model 2'):
+    assert sharding.shards('group') == 4
+
+
+@pytest.mark.parametrize(
+  ('shape', 'axes', 'message'),
+  [
+    ((8, 3), ('batch', 'lenght'), "No sharding rule for \\['lenght'\\]"),
+    ((8, 3), ('batch',), r"\('batch',\) names 1 axes of a rank-2 array"),
+    (
+      (9, 3),
+      ('batch', 'length'),
+      "'batch' of size 9 does not split over the 8",
+    ),
+    ((6,), ('expert',), "'expert' of size 6 does not split over the 4 devices"),
+  ],
+)
+def test_constrain_refuses_what_jax_would_drop(shape, axes, message):
+  with (
+    _use('data 2 x expert 4'),
+    pytest.raises(ValueError, match=message),
+  ):
+    jax.eval_shape(lambda: sharding.constrain(jnp.zeros(shape), *axes))
+
+
+def test_constrain_outside_a_mesh_is_a_no_op():
+  x = jnp.zeros((9, 3))
+  assert sharding.constrain(x, 'batch', 'length') is x
+  with pytest.raises(ValueError, match='names 1 axes'):
+    sharding.constrain(x, 'batch')
+
+
+# Meshes.
+
+
+def _sizes(mesh):
+  return tuple(mesh.shape.values())
+
+
+def test_data_takes_what_the_others_leave():
+  assert _sizes(sharding.make_mesh()) == (8, 1, 1, 1)
+  assert _sizes(sharding.make_mesh(expert=4)) == (2, 1, 4, 1)
+  assert _sizes(sharding.make_mesh(fsdp=2, model=2)) == (2, 2, 1, 2)
+  one = sharding.make_mesh(devices=jax.devices()[:1])
+  assert _sizes(one) == (1, 1, 1, 1) and one.axis_names == sharding.AXES
+
+
+def test_an_expert_axis_longer_than_the_experts(caplog):
+  with caplog.at_level(logging.INFO):
+    mesh = sharding.make_mesh(expert=8, num_experts=4)
+  assert _sizes(mesh) == (2, 1, 4, 1)
+  assert (
+    'mesh.expert=8 for 4 experts: 2 copies of each along data' in caplog.text
+  )
+  four = jax.devices()[:4]
+  mesh = sharding.make_mesh(data=2, expert=2, num_experts=1, devices=four)
+  assert _sizes(mesh) == (4, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'message'),
+  [
+    (dict(data=3), 'data 3 x .* needs 3 devices; there are 8'),
+    (dict(expert=3), 'data 2 x fsdp 1 x expert 3 .* needs 6 devices'),
+    (dict(expert=16), 'expert 16 x model 1 needs 16 devices; there are 8'),
+    (dict(expert=8, num_experts=3), 'axis of 8 .* copies of 3 .*expert=3'),
+    (
+      dict(expert=4, num_experts=6),
+      r'6 experts do not split over mesh.expert=4; .* one of \[1, 2, 3, 6\]',
+    ),
+  ],
+)
+def test_sizes_that_do_not_fit(sizes, message):
+  with pytest.raises(ValueError, match=message):
+    sharding.make_mesh(**sizes)

@@ -1,0 +1,374 @@
+"""Config files, their arguments and overrides, and the numbers that follow."""
+
+import dataclasses
+import json
+
+import pytest
+
+from st_moe import config_file
+from st_moe.config import (
+  Capacity,
+  Config,
+  DataConfig,
+  LossConfig,
+  ModelConfig,
+  MoEConfig,
+  Part,
+  StackConfig,
+)
+
+FILE = """
+from ml_collections import ConfigDict
+from st_moe.config_file import parse_arg
+
+
+def get_config(arg=None):
+  arg = parse_arg(arg, dense=False, layers=4, rate=0.5, task='copy')
+  config = ConfigDict()
+  config.total_steps = 7
+  config.model = dict(
+    embed_dim=32,
+    dense=arg.dense,
+    encoder=dict(num_layers=arg.layers),
+    moe=dict(num_experts=8, selector='top_k'),
+    dropout=arg.rate,
+  )
+  config.data = dict(mixture={arg.task: 1, 'boolq': 'size'})
+  return config
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+  path = tmp_path / 'trial.py'
+  path.write_text(FILE)
+  return str(path)
+
+
+def test_a_file_names_only_what_it_changes(file):
+  config = config_file.load(file)
+  assert config.name == 'trial'
+  assert config.total_steps == 7
+  assert config.model.encoder == StackConfig(num_layers=4)
+  assert config.model.decoder == StackConfig(group_size=456)
+  assert config.model.moe == MoEConfig(num_experts=8, selector=Part('top_k'))
+  assert config.data.mixture == {'copy': 1.0, 'boolq': 'size'}
+  assert config.optimizer == Config().optimizer
+
+
+def test_arguments_of_the_file(file):
+  config = config_file.load(f'{file}:dense,layers=2,rate=0,task=none')
+  assert config.model.dense and config.model.encoder.num_layers == 2
+  # A whole number is a fine float, and a word stays a word.
+  assert config.model.dropout == 0.0
+  assert 'none' in config.data.mixture
+
+
+@pytest.mark.parametrize(
+  ('arg', 'message'),
+  [
+    ('dens', "Unknown config argument 'dens'. Did you mean 'dense'?"),
+    ('speed=1', "'speed'. Known: \\['dense', 'layers', 'rate', 'task'\\]"),
+    ('layers=many', "layers='many' should be a int"),
+    ('layers=true', "layers='true' should be a int"),
+    ('layers', "layers='' should be a int"),
+    ('dense=1', "dense='1' should be a bool"),
+  ],
+)
+def test_a_wrong_argument(file, arg, message):
+  with pytest.raises(ValueError, match=message):
+    config_file.load(f'{file}:{arg}')
+
+
+def test_overrides_come_as_text(file):
+  config = config_file.load(
+    file,
+    {
+      'total_steps': '20',
+      'model.dropout': '1',
+      'model.scan_layers': 'false',
+      'model.moe.num_experts': '4',
+      'model.decoder': 'none',
+      'model.moe.expert_dropout': 'none',
+      'loss.router': "{'router_z': 0.5}",
+      'name': '2024',
+    },
+  )
+  assert config.total_steps == 20
+  assert config.model.dropout == 1.0
+  assert config.model.scan_layers is False
+  assert config.model.moe.num_experts == 4
+  assert config.model.decoder is None
+  assert config.model.moe.expert_dropout is None
+  assert config.loss.router == {'router_z': 0.5}
+  assert config.name == '2024'
+
+
+def test_none_is_a_word_where_a_word_stands(file):
+  config = config_file.load(
+    file,
+    {
+      'model.remat': 'none',
+      'model.moe.extra_ffn': 'none',
+      'optimizer.decay': 'none',
+      'model.moe.selector.eval_policy': 'none',
+    },
+  )
+  assert config.model.remat == config.model.moe.extra_ffn == 'none'
+  assert config.optimizer.decay == 'none'
+  assert config.model.moe.selector.kwargs['eval_policy'] == 'none'
+
+
+def test_options_of_a_part(file):
+  load = lambda **kw: (
+    config_file.load(
+      file, {k.replace('__', '.'): v for k, v in kw.items()}
+    ).model.moe
+  )
+  # The file gives the selector by its name alone; the name stays.
+  assert load(model__moe__selector__k='1').selector == Part.of('top_k', k=1)
+  # The file says nothing of the gate, so it is the default one.
+  gate = load(model__moe__gate__jitter='0.1').gate
+  assert gate == Part.of('linear', jitter=0.1)
+  assert load(model__moe__gate='noisy').gate == Part('noisy')
+
+
+def test_a_field_the_file_does_not_name_keeps_its_neighbours(file):
+  config = config_file.load(file, {'model.decoder.num_layers': '2'})
+  # Not StackConfig's own default of 2048.
+  assert config.model.decoder == StackConfig(2, group_size=456)
+  config = config_file.load(file, {'model.moe.eval_capacity.minimum': '1'})
+  assert config.model.moe.eval_capacity == Capacity(2.0, minimum=1)
+
+
+def test_experts_follow_the_width_of_the_dense_ffn(tmp_path):
+  path = tmp_path / 'bare.py'
+  path.write_text(
+    'import ml_collections\n'
+    'def get_config(arg=None):\n'
+    '  return ml_collections.ConfigDict()\n'
+  )
+  config = config_file.load(str(path), {'model.mlp_dim': '64'})
+  assert config.model.expert_dim == 64
+  assert dataclasses.replace(config.model, mlp_dim=32).expert_dim == 32
+  wide = config_file.load(str(path), {'model.moe.hidden_dim': '48'}).model
+  assert (wide.expert_dim, wide.mlp_dim) == (48, 2048)
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'message'),
+  [
+    (
+      'total_step',
+      1,
+      "field of config 'total_step'. Did you mean 'total_steps'",
+    ),
+    ('modle.dropout', 1, "'modle'. Did you mean 'model'?"),
+    (
+      'model.moe.num_expert',
+      1,
+      "Unknown field of config.model.moe 'num_expert'. Did you mean 'num_exp",
+    ),
+    ('total_steps', '1.5', r'config.total_steps = 1.5 should be a int'),
+    ('total_steps', 'many', "config.total_steps = 'many' should be a int"),
+    ('model.dropout', 'a', "config.model.dropout = 'a' should be a float"),
+    ('model.dense', '1', 'config.model.dense = 1 should be a bool'),
+    ('model.encoder', '3', 'config.model.encoder = 3 should be a dict'),
+    ('model.moe.gate', '3', 'config.model.moe.gate = 3 needs a name'),
+    ('total_steps.x', '1', "config.total_steps = 7 has no field 'x'"),
+    ('data.mixture', '3', 'config.data.mixture = 3 should be a dict'),
+    ('model.moe.extra_ffn', 'no', "config.model.moe: extra_ffn 'no' is none"),
+    ('model.encoder.sparse_offset', '4', 'sparse_offset 4 is never reached'),
+    ('model.moe.train_capacity.factor', '0', 'train_capacity: .*cannot seat'),
+    ('loss.layers', 'max', "config.loss: loss.layers 'max'"),
+  ],
+)
+def test_a_wrong_override_says_where(file, field, value, message):
+  with pytest.raises(ValueError, match=message):
+    config_file.load(file, {field: value})
+
+
+def test_a_model_without_stacks_is_refused():
+  with pytest.raises(ValueError, match='needs an encoder, a decoder, or both'):
+    ModelConfig(encoder=None, decoder=None)
+
+
+def test_an_unknown_file_lists_the_known_ones():
+  with pytest.raises(ValueError, match="Unknown config file 'nothing.py'"):
+    config_file.load('nothing.py')
+
+
+def test_an_unknown_part_or_option():
+  def noisy(x, *, std=1.0):
+    return x * std
+
+  table = {'noisy': noisy}
+  assert Part.of('noisy', std=2.0).choose('gate', table)(3) == 6
+  with pytest.raises(ValueError, match="gate 'nosy'. Did you mean 'noisy'?"):
+    Part('nosy').choose('gate', table)
+  with pytest.raises(ValueError, match="option of gate 'noisy' 'sdt'. Did you"):
+    Part.of('noisy', sdt=1).choose('gate', table)
+
+
+FULL = Config(
+  name='all of it',
+  total_steps=3,
+  model=ModelConfig(
+    encoder=None,
+    moe=MoEConfig(
+      gate=Part.of('linear', jitter=0.01),
+      selector=Part.of('top_k', k=3, eval_policy='none'),
+      eval_capacity=Capacity(dropless=True),
+      expert_dropout=0.4,
+    ),
+  ),
+  data=DataConfig(
+    mixture={'copy': 1.0, 'boolq': 'size'}, files={'books': {'train': '*.txt'}}
+  ),
+  loss=LossConfig(router={'router_z': 1e-3}),
+)
+
+
+@pytest.mark.parametrize('config', [Config(), FULL], ids=['default', 'full'])
+def test_round_trip(config):
+  as_dict = config_file.to_dict(config)
+  assert config_file.from_dict(as_dict) == config
+  text = config_file.to_json(config)
+  assert config_file.from_dict(json.loads(text)) == config
+
+
+def test_diff():
+  a, b = (config_file.to_dict(c) for c in (Config(), FULL))
+  assert config_file.diff(a, a) == []
+  lines = config_file.diff(a, b)
+  assert "name: '' -> 'all of it'" in lines
+  assert 'total_steps: 0 -> 3' in lines
+  assert 'model.moe.selector.k: 2 -> 3' in lines
+  assert 'model.moe.gate.jitter: None -> 0.01' in lines
+  assert not any(line.startswith('optimizer') for line in lines)
+
+
+# Capacity: facts 2.3 and 2.8.
+
+
+@pytest.mark.parametrize(
+  ('group', 'experts', 'factor', 'slots'),
+  [
+    (2048, 32, 1.25, 80),
+    (456, 32, 1.25, 17),  # 17.8 rounded down.
+    (4096, 64, 1.25, 80),
+    (4096, 64, 2.0, 128),
+    (1024, 2048, 1.25, 4),  # The minimum.
+    (3, 32, 1.25, 3),  # Never more than there are tokens.
+    (100, 5, 1.15, 23),  # Exactly: 1.15 * 100 / 5 is 22.99... in floats.
+  ],
+)
+def test_capacity_of_the_paper(group, experts, factor, slots):
+  assert Capacity(factor).slots(group, experts) == slots
+  # Whatever the experts per token.
+  assert Capacity(factor).slots(group, experts, k=2) == slots
+
+
+def test_capacity_of_others():
+  ours = Capacity(1.25)
+  flaxformer = Capacity(1.25, rounding='round')
+  vmoe = Capacity(1.05, times_k=True, rounding='ceil', minimum=0, multiple=4)
+  gshard = Capacity(2.0, minimum=0)  # 2 S / E.
+  switch = Capacity(1.25, minimum=0, rounding='ceil')
+  # 1.25 * 456 / 32 = 17.81
+  assert ours.slots(456, 32) == 17
+  assert flaxformer.slots(456, 32) == 18
+  assert switch.slots(456, 32) == 18
+  # 1.05 * 2 * 400 / 8 = 105, made a multiple of 4; 54 for top-1: 52.5.
+  assert vmoe.slots(400, 8, k=2) == 108
+  assert vmoe.slots(400, 8, k=1) == 56
+  assert gshard.slots(1024, 128) == 16
+  assert Capacity(count=64).slots(2048, 8) == 64  # HuggingFace.
+  assert Capacity(dropless=True).slots(2048, 8) == 2048
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'rounding': 'up'}, "'up' is none of \\['ceil', 'floor', 'round'\\]"),
+    ({'factor': 0.0}, 'cannot seat anyone'),
+    ({'count': -1}, 'cannot seat anyone'),
+    ({'multiple': 0}, 'cannot seat anyone'),
+  ],
+)
+def test_capacity_refuses(fields, message):
+  with pytest.raises(ValueError, match=message):
+    Capacity(**fields)
+
+
+def test_training_and_evaluation_have_capacities_of_their_own():
+  moe = MoEConfig(num_experts=32)
+  assert moe.slots(2048, deterministic=False) == 80
+  assert moe.slots(2048, deterministic=True) == 128
+  dropless = ModelConfig(moe=moe).dropless().moe
+  assert dropless.slots(2048, deterministic=True) == 2048
+  assert dropless.slots(2048, deterministic=False) == 80
+
+
+# Which layers are sparse.
+
+
+def _sparse(stack, **changes):
+  plan = ModelConfig(encoder=stack, **changes).plan('encoder')
+  kinds = [[s.kind for s in layer] for layer in plan.layers]
+  return plan, [i for i, k in enumerate(kinds) if 'moe' in k]
+
+
+@pytest.mark.parametrize(
+  ('stack', 'sparse', 'period'),
+  [
+    (StackConfig(24, 4, 3), [3, 7, 11, 15, 19, 23], 4),  # ST-MoE.
+    (StackConfig(12, 2, 1), [1, 3, 5, 7, 9, 11], 2),  # HuggingFace Switch.
+    (StackConfig(6, 2, 0), [0, 2, 4], 2),
+    (StackConfig(3, 1, 0), [0, 1, 2], 1),  # Switch-C.
+    (StackConfig(12, 0, 0), [], 1),
+    (StackConfig(3, 4, 3), [], 1),
+    (StackConfig(5, 2, 1), [1, 3], 2),
+    (StackConfig(5, 4, 3), [3], 4),
+    (StackConfig(1, 1, 0), [0], 1),
+  ],
+)
+def test_sparse_positions_and_periods(stack, sparse, period):
+  plan, found = _sparse(stack)
+  assert found == sparse
+  assert plan.num_sparse == len(sparse)
+  assert plan.period == period
+
+
+@pytest.mark.parametrize(
+  ('where', 'kinds'),
+  [
+    ('after', ['self_attention', 'moe', 'mlp']),
+    ('before', ['self_attention', 'mlp', 'moe']),
+    ('none', ['self_attention', 'moe']),
+  ],
+)
+def test_the_extra_ffn(where, kinds):
+  plan, _ = _sparse(StackConfig(2, 2, 1), moe=MoEConfig(extra_ffn=where))
+  assert [s.kind for s in plan.layers[0]] == ['self_attention', 'mlp']
+  assert [s.kind for s in plan.layers[1]] == kinds
+  names = [s.name for s in plan.layers[1]]
+  assert len(set(names)) == len(names)
+
+
+def test_a_decoder_attends_to_an_encoder_if_there_is_one():
+  kinds = lambda c: [s.kind for s in c.plan('decoder').layers[0]]
+  assert kinds(ModelConfig()) == ['self_attention', 'cross_attention', 'mlp']
+  assert kinds(ModelConfig(encoder=None)) == ['self_attention', 'mlp']
+
+
+def test_the_dense_twin_is_as_wide_as_what_the_sparse_one_computes():
+  config = ModelConfig(moe=MoEConfig(num_experts=32), dense=True)
+  widths = lambda stack: [s.mlp_dim for s in config.plan(stack).layers[3]][-2:]
+  # The encoder executes 32 * 80 places for 2048 tokens: 1.25 experts a token.
+  assert widths('encoder') == [2560, 2048]
+  # The decoder 32 * 17 for 456: 1.19.
+  assert widths('decoder') == [round(2048 * 32 * 17 / 456), 2048]
+  assert config.plan('encoder').num_sparse == 0
+  # The rest stays: layers keep their positions, and with them the period.
+  assert config.plan('encoder').period == 4

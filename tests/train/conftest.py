@@ -1,0 +1,3 @@
+"""What the tests of this room share."""
+
+from tests.data.conftest import bucket  # noqa: F401

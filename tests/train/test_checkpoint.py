@@ -1,0 +1,396 @@
+"""What is saved comes back to the bit; what is broken is passed over."""
+
+import errno
+import pathlib
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import st_moe
+from st_moe import config_file, sharding
+from st_moe.config import (
+  CheckpointConfig,
+  Config,
+  DataConfig,
+  OptimizerConfig,
+  StackConfig,
+)
+from st_moe.data import vocabulary
+from st_moe.model.transformer import Transformer
+from st_moe.train import checkpoint, optimizer
+from st_moe.train.step import TrainState
+from tests.helpers import examples, padded_batch, random_params, tiny
+
+# What a state is made of, and how 8 devices hold it.
+_SHARDS = {
+  'bank': (('expert', 'fsdp', None), (4, 2, 3)),
+  'scale': ((), (5,)),
+}
+
+
+def _state(step, seed=0, mesh=None):
+  """A small state whose numbers have all their bits in use."""
+  rng = np.random.default_rng([seed, step])
+  devices = jax.devices()[:1]
+  mesh = mesh or sharding.make_mesh(devices=devices)
+
+  def draw():
+    return {
+      name: jax.device_put(
+        rng.standard_normal(shape).astype('f4'),
+        jax.NamedSharding(mesh, jax.P(*spec)),
+      )
+      for name, (spec, shape) in _SHARDS.items()
+    }
+
+  everywhere = jax.NamedSharding(mesh, jax.P())
+  number = lambda n: jax.device_put(jnp.int32(n), everywhere)
+  moments = {k: optimizer.Moments(full=v) for k, v in draw().items()}
+  return TrainState(
+    number(step), draw(), optimizer.AdafactorState(number(step), moments),
+    number(2),
+  )  # fmt: skip
+
+
+def _abstract(state):
+  return jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
+  )
+
+
+def _save(workdir, *steps, scores=None, **config):
+  checkpoints = checkpoint.Checkpoints(workdir, CheckpointConfig(**config))
+  for step in steps:
+    metrics = scores and scores.get(step)
+    checkpoints.save(step, _state(step), {'step': step}, metrics)
+  checkpoints.close()
+
+
+def _restore(workdir, like=None, **config):
+  """(state, run) and what was said on the way."""
+  said = []
+  checkpoints = checkpoint.Checkpoints(workdir, CheckpointConfig(**config))
+  found = checkpoints.restore(_abstract(like or _state(0)), notify=said.append)
+  checkpoints.close()
+  return found, said
+
+
+def _steps(workdir):
+  there = (workdir / 'checkpoints').iterdir()
+  return sorted(int(p.name) for p in there if p.is_dir())
+
+
+def _same_bits(a, b):
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), b)
+
+
+def _largest(directory: pathlib.Path) -> pathlib.Path:
+  """The file that most of the arrays are in."""
+  files = (p for p in directory.rglob('*') if p.is_file())
+  return max(files, key=lambda p: p.stat().st_size)
+
+
+def test_nothing_saved_is_nothing_restored(tmp_path):
+  assert _restore(tmp_path) == (None, [])
+  assert checkpoint.last_step(tmp_path) == 0
+
+
+def test_parameters_optimizer_and_counts_come_back(tmp_path):
+  _save(tmp_path, 7)
+  (state, run), said = _restore(tmp_path)
+  _same_bits(state, _state(7))
+  assert type(state.opt_state) is optimizer.AdafactorState
+  assert state.step == 7 and state.bad_steps == 2
+  assert run == {'step': 7} and said == []
+  assert checkpoint.last_step(tmp_path) == 7
+
+
+def test_a_state_may_be_overwritten_while_it_is_saved(tmp_path):
+  # The loop donates it to the next step at once.
+  checkpoints = checkpoint.Checkpoints(tmp_path, CheckpointConfig())
+  state = _state(3)
+  checkpoints.save(3, state, {})
+  jax.tree.map(lambda a: a.delete(), state)
+  checkpoints.close()
+  (found, _), _ = _restore(tmp_path)
+  _same_bits(found, _state(3))
+
+
+@pytest.mark.parametrize('asynchronous', [True, False])
+def test_the_last_two_stay(tmp_path, asynchronous):
+  _save(tmp_path, 1, 2, 3, 4, keep_last=2, asynchronous=asynchronous)
+  assert _steps(tmp_path) == [3, 4]
+  # And no list of files of those that went.
+  lists = sorted(p.name for p in (tmp_path / 'checkpoints').glob('*.files'))
+  assert lists == ['3.files', '4.files']
+
+
+def test_every_third_stays_for_ever(tmp_path):
+  _save(tmp_path, 1, 2, 3, 4, 5, 6, 7, keep_last=1, keep_every=3)
+  assert _steps(tmp_path) == [3, 6, 7]
+
+
+@pytest.mark.parametrize(('name', 'best'), [('score', 2), ('-score', 3)])
+def test_the_best_stays(tmp_path, name, best):
+  # Step 4 was not measured. A run that starts again still knows its best.
+  scores = {s: {'score': v} for s, v in {1: 2.0, 2: 5.0, 3: 1.0, 5: 3.0}.items()}
+  _save(tmp_path, 1, 2, 3, 4, 5, scores=scores, keep_best=name, keep_last=1)
+  assert _steps(tmp_path) == [best, 5]
+  _save(
+    tmp_path, 6, 7, scores={6: {'score': 4.0}}, keep_best=name, keep_last=1
+  )
+  assert _steps(tmp_path) == [best, 7]
+  (state, _), _ = _restore(tmp_path)
+  assert state.step == 7  # It goes on from the last all the same.
+
+
+# Damage.
+
+
+def _truncate(directory):
+  file = _largest(directory / 'params')
+  file.write_bytes(file.read_bytes()[:-5])
+
+
+def _lose_a_file(directory):
+  _largest(directory / 'rest').unlink()
+
+
+def _lose_an_item(directory):
+  shutil.rmtree(directory / 'params')
+
+
+def _lose_an_unlisted_item(directory):
+  # As when it was killed between the checkpoint and the list of its files.
+  directory.with_name(f'{directory.name}.files').unlink()
+  shutil.rmtree(directory / 'rest')
+
+
+_DAMAGES = {
+  _truncate: r'its file params/.* has \d+ bytes instead of \d+',
+  _lose_a_file: r'its file rest/.* is missing',
+  _lose_an_item: r'its file params/.* is missing',
+  _lose_an_unlisted_item: r'it cannot be read \(FileNotFoundError: .*/3/rest',
+}
+
+
+@pytest.mark.parametrize('damage', _DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage):
+  _save(tmp_path, 1, 2, 3, keep_last=3)
+  damage(tmp_path / 'checkpoints' / '3')
+  (state, run), said = _restore(tmp_path, keep_last=3)
+  _same_bits(state, _state(2))
+  assert run == {'step': 2}
+  assert len(said) == 1
+  message = f'Checkpoint 3 is damaged: {_DAMAGES[damage]}.* Trying an older one.'
+  assert re.fullmatch(message, said[0]), said
+  # It is out of the way, and not thrown away.
+  assert _steps(tmp_path) == [1, 2]
+  assert [p.name for p in (tmp_path / 'damaged').iterdir()] == ['3-0']
+  _save(tmp_path, 3, keep_last=3)
+  (state, _), said = _restore(tmp_path, keep_last=3)
+  _same_bits(state, _state(3))
+  assert said == [] and _steps(tmp_path) == [1, 2, 3]
+
+
+def test_two_damaged_ones_in_a_row(tmp_path):
+  _save(tmp_path, 1, 2, 3, keep_last=3)
+  _truncate(tmp_path / 'checkpoints' / '3')
+  _lose_an_item(tmp_path / 'checkpoints' / '2')
+  assert checkpoint.last_step(tmp_path) == 1
+  assert checkpoint.find(tmp_path).name == '1'
+  (state, _), said = _restore(tmp_path)
+  assert state.step == 1 and len(said) == 2
+  assert len(list((tmp_path / 'damaged').iterdir())) == 2
+
+
+def test_all_damaged_is_a_new_run_that_says_so(tmp_path):
+  _save(tmp_path, 1)
+  _truncate(tmp_path / 'checkpoints' / '1')
+  found, said = _restore(tmp_path)
+  assert found is None and len(said) == 1
+
+
+def test_a_checkpoint_that_was_never_finished(tmp_path):
+  """Killed while writing: Orbax names it last, so it is no checkpoint yet."""
+  _save(tmp_path, 1, 2)
+  checkpoints = tmp_path / 'checkpoints'
+  half = checkpoints / '3.orbax-checkpoint-tmp'
+  shutil.copytree(checkpoints / '2', half)
+  assert checkpoint.last_step(tmp_path) == 2
+  (state, _), said = _restore(tmp_path)
+  assert state.step == 2 and said == []
+
+
+def test_another_shape_is_no_damage(tmp_path):
+  _save(tmp_path, 1)
+  like = _state(0)
+  bank = jax.ShapeDtypeStruct((4, 2, 9), jnp.float32)
+  like = _abstract(like).replace(params={**like.params, 'bank': bank})
+  checkpoints = checkpoint.Checkpoints(tmp_path, CheckpointConfig())
+  message = (
+    r'Another model: bank is float32\[4, 2, 3\] in the checkpoint .*/1 and'
+    r' float32\[4, 2, 9\] in this config'
+  )
+  with pytest.raises(ValueError, match=message):
+    checkpoints.restore(like)
+  like = like.replace(params={'scale': like.params['scale']})
+  with pytest.raises(ValueError, match='bank is .*3\\] .* and absent in this'):
+    checkpoints.restore(like)
+  checkpoints.close()
+  assert _steps(tmp_path) == [1]  # Still where it was.
+
+
+# A full disk.
+
+
+@pytest.mark.parametrize('method', ['save', 'wait_until_finished'])
+def test_a_full_disk_is_said_in_words(tmp_path, monkeypatch, method):
+  checkpoints = checkpoint.Checkpoints(tmp_path, CheckpointConfig())
+  checkpoints.save(1, _state(1), {})
+  checkpoints.save(2, _state(2), {})
+
+  def full(*_, **__):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoints._manager, method, full)
+    with pytest.raises(
+      ValueError, match=r'The disk of .*checkpoints is full. Older .* intact'
+    ):
+      checkpoints.save(3, _state(3), {})
+  checkpoints.close()
+  (state, _), said = _restore(tmp_path)
+  assert state.step == 2 and said == []
+
+
+def test_other_errors_are_themselves(tmp_path, monkeypatch):
+  checkpoints = checkpoint.Checkpoints(tmp_path, CheckpointConfig())
+
+  def forbidden(*_, **__):
+    raise PermissionError(errno.EACCES, 'Permission denied')
+
+  monkeypatch.setattr(checkpoints._manager, 'save', forbidden)
+  with pytest.raises(PermissionError):
+    checkpoints.save(1, _state(1), {})
+  checkpoints.close()
+
+
+# Meshes.
+
+
+@pytest.mark.parametrize('there', [8, 1])
+def test_eight_devices_and_one_read_each_other(tmp_path, there):
+  meshes = {
+    8: sharding.make_mesh(data=2, fsdp=2, expert=2),
+    1: sharding.make_mesh(devices=jax.devices()[:1]),
+  }
+  checkpoints = checkpoint.Checkpoints(tmp_path, CheckpointConfig())
+  checkpoints.save(4, _state(4, mesh=meshes[there]), {})
+  checkpoints.close()
+  like = _state(0, mesh=meshes[9 - there])
+  (state, _), _ = _restore(tmp_path, like)
+  assert state.params['bank'].sharding == like.params['bank'].sharding
+  assert len(state.params['bank'].sharding.device_set) == 9 - there
+  _same_bits(state, _state(4))
+
+
+# Use.
+
+
+def test_find(tmp_path):
+  _save(tmp_path, 5, 10, keep_last=2)
+  checkpoints = tmp_path / 'checkpoints'
+  for path in (tmp_path, checkpoints, checkpoints / '10'):
+    assert checkpoint.find(str(path)).name == '10'  # Not 5, as text would sort.
+  assert checkpoint.find(checkpoints / '5').name == '5'
+  _truncate(checkpoints / '10')
+  assert checkpoint.find(tmp_path).name == '5'
+  with pytest.raises(ValueError, match='/10 is damaged: its file params/'):
+    checkpoint.find(checkpoints / '10')
+  for path in (tmp_path / 'nowhere', checkpoints / '7'):
+    message = f'No checkpoint in {path}: give a workdir of `st-moe train`'
+    with pytest.raises(ValueError, match=message):
+      checkpoint.find(path)
+
+
+# One sparse layer.
+_MODEL = tiny(
+  encoder=StackConfig(1, 1, 0, 16), decoder=None, moe={'extra_ffn': 'none'}
+)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  """(workdir, config, parameters, vocabulary) of a run at step 20."""
+  workdir = tmp_path_factory.mktemp('trained')
+  words = 'a cat sat on the mat and ate rice by the red door of an old inn'
+  vocab = vocabulary.train([words] * 50, workdir / 'v.model', size=200)
+  config = Config(
+    name='tuned',
+    model=_MODEL,
+    data=DataConfig(mixture={'text': 1.0}),
+    optimizer=OptimizerConfig(learning_rate=0.5),
+  )
+  params = random_params(Transformer(_MODEL), **_inputs())
+  run = checkpoint.describe_run(
+    config_file.to_dict(config), vocab.model, tokens_seen={'text': 7}
+  )
+  state = TrainState(jnp.int32(20), params, {}, jnp.int32(0))
+  checkpoints = checkpoint.Checkpoints(workdir, CheckpointConfig())
+  checkpoints.save(20, jax.tree.map(jnp.asarray, state), run)
+  checkpoints.close()
+  return workdir, config, params, vocab
+
+
+def _inputs():
+  return padded_batch(_MODEL, examples(_MODEL))
+
+
+def test_load_needs_the_step_directory_alone(trained, tmp_path):
+  workdir, config, params, vocab = trained
+  alone = tmp_path / '20'
+  shutil.copytree(workdir / 'checkpoints' / '20', alone)
+  for path in (workdir, alone):
+    loaded = st_moe.load(str(path))
+    assert loaded.config == config and loaded.model.config == _MODEL
+    assert loaded.step == 20
+    assert loaded.vocabulary.model == vocab.model
+    assert loaded.vocabulary.decode(vocab.encode('red cat')) == 'red cat'
+    _same_bits(loaded.params, params)
+  forward = jax.jit(
+    lambda p: loaded.model.apply({'params': p}, **_inputs(), enable_dropout=False)
+  )
+  np.testing.assert_array_equal(forward(loaded.params), forward(params))
+
+
+def test_load_on_eight_devices(trained):
+  mesh = sharding.make_mesh(data=2, expert=4)
+  loaded = st_moe.load(trained[0], mesh=mesh)
+  _same_bits(loaded.params, trained[2])
+  bank = loaded.params['encoder']['layers']['layer_0']['moe']['experts']
+  assert len(bank['wo']['kernel'].sharding.device_set) == 8
+  assert {s.data.shape[1] for s in bank['wo']['kernel'].addressable_shards} == {1}
+
+
+def test_a_run_says_what_it_was(trained):
+  run = checkpoint.read_run(trained[0])
+  assert run['tokens_seen'] == {'text': 7}
+  assert config_file.from_dict(run['config']) == trained[1]
+  assert {'python', 'jax', 'flax', 'numpy'} <= set(run['versions'])
+  assert run['versions']['jax'] == jax.__version__
+  assert checkpoint.vocabulary_of(run) == trained[3].model
+  bytes_run = checkpoint.describe_run({}, b'')
+  assert checkpoint.vocabulary_of(bytes_run) == b''
+
+
+def test_load_of_what_cannot_be_read(trained, tmp_path):
+  alone = tmp_path / '20'
+  shutil.copytree(trained[0] / 'checkpoints' / '20', alone)
+  _largest(alone / 'params').write_bytes(b'')
+  with pytest.raises(ValueError, match='/20 is damaged: it cannot be read'):
+    st_moe.load(alone)

@@ -1,0 +1,397 @@
+"""Whole runs of a tiny model: what they leave behind, and going on with them."""
+
+import dataclasses
+import json
+import math
+import random
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
+
+import st_moe
+from st_moe import config_file
+from st_moe.data import pipeline, vocabulary
+from st_moe.train import checkpoint, loop
+from st_moe.train.report import Clock, read_rows
+
+_WORDS = {
+  'reds': 'ruby rose rust brick wine cherry fire clay plum fox'.split(),
+  'blues': 'sky sea ink ice steel navy lake dusk jay whale'.split(),
+}
+
+# 8 devices: 2 x 4 experts. Every second route is drawn by lot, so a run that
+# goes on must draw the same lots.
+_CONFIG = """
+from ml_collections import config_dict
+
+def get_config(arg=None):
+  c = config_dict.ConfigDict()
+  c.total_steps = 6
+  c.model = dict(
+      vocab_size=0, embed_dim=16, num_heads=2, head_dim=8, mlp_dim=24,
+      encoder=dict(num_layers=1, sparse_every=1, sparse_offset=0, group_size=16),
+      decoder=dict(num_layers=1, sparse_every=1, sparse_offset=0, group_size=8),
+      moe=dict(num_experts=4, extra_ffn='none'))
+  c.data = dict(
+      mixture=dict(reds=2.0, blues=1.0), vocabulary_size=205,
+      inputs_length=16, targets_length=8, batch_size=8,
+      files={{n: dict(train=f'{texts}/{{n}}.txt', validation=f'{texts}/{{n}}.txt')
+              for n in ('reds', 'blues')}},
+      cache_dir='{texts}/cache')
+  c.mesh = dict(expert=4)
+  c.checkpoint = dict(every=2, keep_last=4)
+  c.evaluate = dict(every=2, batches=1)
+  c.log = dict(every=1)
+  if arg == 'tuned':  # The model is that of `init`.
+    c.total_steps = 1
+    c.model = dict()
+    c.data.mixture.blues = 9.0
+  return c
+"""
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compiled_once(tmp_path_factory):
+  """Every start compiles the same programs; all but the first read them."""
+  options = {
+    'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
+    'jax_persistent_cache_min_compile_time_secs': 0.1,
+    'jax_persistent_cache_min_entry_size_bytes': -1,
+  }
+  before = {name: getattr(jax.config, name) for name in options}
+  for name, value in options.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope='module')
+def written(tmp_path_factory):
+  """The path of the config, its texts beside it."""
+  texts, rng = tmp_path_factory.mktemp('texts'), random.Random(0)
+  for name, words in _WORDS.items():
+    lines = (' '.join(rng.choices(words, k=40)) for _ in range(40))
+    (texts / f'{name}.txt').write_text('\n\n'.join(lines))
+  path = texts / 'reds_and_blues.py'
+  path.write_text(_CONFIG.format(texts=texts))
+  return str(path)
+
+
+def _load(written, arg='', **overrides):
+  fields = {k.replace('__', '.'): v for k, v in overrides.items()}
+  base = lambda init: checkpoint.read_run(init)['config']
+  return config_file.load(f'{written}:{arg}', fields, base=base)
+
+
+@pytest.fixture(scope='module')
+def run(written, tmp_path_factory):
+  """The workdir of an unbroken run of 6 steps."""
+  workdir = tmp_path_factory.mktemp('runs') / 'whole'
+  loop.train(_load(written), workdir, config_path=written)
+  return workdir
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+  """The same run, to be changed."""
+  return shutil.copytree(run, tmp_path / 'copy')
+
+
+def _checkpoints(workdir):
+  there = (workdir / 'checkpoints').iterdir()
+  return sorted(int(p.name) for p in there if p.is_dir())
+
+
+def _params(path):
+  return jax.device_get(st_moe.load(path).params)
+
+
+def _norm(params):
+  leaves = jax.tree.leaves(params)
+  return math.sqrt(sum((np.float64(a) ** 2).sum() for a in leaves))
+
+
+def _steps(workdir):
+  """Rows of training steps, without what depends on the clock."""
+  clock = ('tokens_per_second', 'seconds_per_step')
+  rows = [r for r in read_rows(workdir) if 'loss' in r]
+  return [{k: v for k, v in row.items() if k not in clock} for row in rows]
+
+
+# What a run leaves behind.
+
+
+def test_a_workdir_explains_itself(run, written):
+  names = {p.name for p in run.iterdir()}
+  assert names == {
+    'config.py', 'config.json', 'about.json', 'vocabulary.model',
+    'metrics.jsonl', 'tensorboard', 'checkpoints',
+  }  # fmt: skip
+  assert (run / 'config.py').read_text() == epath.Path(written).read_text()
+  kept = json.loads((run / 'config.json').read_text())
+  assert config_file.from_dict(kept) == _load(written)
+  about = json.loads((run / 'about.json').read_text())
+  assert about['versions'] == checkpoint.versions()
+  assert 'commit' in about
+  assert vocabulary.load(run / 'vocabulary.model').size == 205
+  (events,) = (run / 'tensorboard').iterdir()
+  assert b'loss' in events.read_bytes()
+  assert _checkpoints(run) == [2, 4, 6]
+
+
+def test_every_step_has_a_row(run):
+  rows = read_rows(run)
+  assert [r['step'] for r in rows] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
+  measured = [r for r in rows if 'loss' not in r]
+  assert [r['step'] for r in measured] == [2, 4, 6]
+  for row in measured:
+    assert set(row) == {'step', 'eval/reds/loss', 'eval/blues/loss'}
+  for row in _steps(run):
+    assert np.shape(row['encoder/load']) == (1, 4)
+    assert 0 < row['loss'] < 10 and row['bad_steps'] == 0
+  # No step takes no time, whatever is read and measured around it.
+  rates = [r['tokens_per_second'] for r in rows if 'loss' in r]
+  assert min(rates) > 0
+
+
+def test_tokens_are_counted_by_source(run, written):
+  """By a loop over the same batches, which follow from the seed alone."""
+  config = _load(written)
+  data = pipeline.TrainData(
+    config.data, vocabulary.load(run / 'vocabulary.model')
+  )
+  seen, rows = {'reds': 0, 'blues': 0}, _steps(run)
+  assert set(data.sources) == set(seen)
+  for n, row in enumerate(rows):
+    batch = data.batch(n)
+    for i in range(8):
+      source = data.sources[batch['source'][i]]
+      seen[source] += np.count_nonzero(batch['decoder_target_tokens'][i])
+    assert {k: row[f'tokens_seen/{k}'] for k in seen} == seen
+  assert min(seen.values()) > 0
+  assert checkpoint.read_run(run)['tokens_seen'] == seen
+
+
+def test_a_checkpoint_answers_for_itself(run, written):
+  loaded = st_moe.load(run)
+  assert loaded.step == 6
+  assert loaded.config.data == _load(written).data
+  assert loaded.config.model.vocab_size == 256  # 205 in whole 128s.
+  assert loaded.vocabulary.model == (run / 'vocabulary.model').read_bytes()
+
+
+# Going on.
+
+
+def test_a_broken_run_ends_as_an_unbroken_one(copy, run, written, capsys):
+  """Killed in step 5, its last checkpoint damaged; two steps longer, too."""
+  shutil.rmtree(copy / 'checkpoints' / '6')
+  shutil.rmtree(copy / 'checkpoints' / '4' / 'rest')
+  loop.train(_load(written, total_steps='8'), copy, config_path=written)
+  said = capsys.readouterr().out
+  assert 'Checkpoint 4 is damaged: its file rest/' in said
+  assert '2 of 8 steps done' in said
+  assert _checkpoints(copy) == [2, 4, 6, 8]
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    _params(copy / 'checkpoints' / '6'),
+    _params(run),
+  )
+  # Nor do the numbers on the way differ, each written once.
+  rows = _steps(copy)
+  assert [row['step'] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 8]
+  assert rows[:6] == _steps(run)
+  assert len([r for r in read_rows(copy) if 'loss' not in r]) == 4
+
+
+def test_a_finished_run_is_left_alone(run, written, capsys):
+  before = {p: p.stat().st_mtime_ns for p in run.rglob('*')}
+  row = loop.train(_load(written), run)
+  assert capsys.readouterr().out == f'{run} is finished: 6 steps.\n'
+  assert row == read_rows(run)[-1]
+  assert {p: p.stat().st_mtime_ns for p in run.rglob('*')} == before
+
+
+def test_another_config_is_refused_by_its_fields(run, written):
+  other = _load(
+    written, seed='1', model__embed_dim='32', checkpoint__every='5'
+  )
+  with pytest.raises(ValueError) as e:
+    loop.train(other, run)
+  assert str(e.value) == (
+    f'{run} belongs to another config:\n  model.embed_dim: 16 -> 32\n'
+    '  seed: 0 -> 1\nUse another workdir, or the config it was started with.'
+  )
+
+
+def test_a_workdir_where_nothing_was_trained_takes_any_config(written, tmp_path):
+  # The advice of an error may be followed in the same workdir.
+  wrong = _load(written, data__vocabulary_size='2000')
+  with pytest.raises(ValueError, match='the largest that works is'):
+    loop.train(wrong, tmp_path)
+  assert not (tmp_path / 'checkpoints').exists()
+  # A vocabulary made for the old config does not stay for the new one.
+  own = tmp_path / 'vocabulary.model'
+  own.write_bytes(b'old')
+  loop._claim(epath.Path(tmp_path), wrong)
+  assert own.exists()
+  loop._claim(epath.Path(tmp_path), _load(written))
+  assert not own.exists()
+
+
+# From another run.
+
+
+def _tune(run, written, workdir, **overrides):
+  """One step of fine-tuning on one source."""
+  config = _load(written, 'tuned', init=str(run), **overrides)
+  loop.train(config, workdir)
+  (row,) = _steps(workdir)
+  return config, row
+
+
+def test_fine_tuning_takes_parameters_and_vocabulary(run, written, tmp_path):
+  config, row = _tune(run, written, tmp_path / 'tuned')
+  assert config.model == st_moe.load(run).config.model
+  name = 'vocabulary.model'
+  kept = (tmp_path / 'tuned' / name).read_bytes()
+  assert kept == (run / name).read_bytes()
+  # The norm before its first step is that of the parameters it took.
+  assert row['l2_params'] == pytest.approx(_norm(_params(run)), rel=1e-5)
+  assert st_moe.load(tmp_path / 'tuned').step == 1
+
+
+def test_only_the_architecture_is_taken(run, written, tmp_path):
+  config, row = _tune(
+    run, written, tmp_path / 'scratch', init_take='architecture'
+  )
+  assert config.model == st_moe.load(run).config.model
+  # With the same seed, it starts where the run itself once started.
+  assert row['l2_params'] == _steps(run)[0]['l2_params']
+  assert row['l2_params'] != pytest.approx(_norm(_params(run)), rel=1e-5)
+
+
+# An object store.
+
+
+class _NoCheckpoints:
+  """Orbax knows no mocked bucket; the rest of a run does."""
+
+  def __init__(self, workdir, config):
+    self.saved = []
+
+  def restore(self, abstract, notify):
+    return None
+
+  def save(self, step, state, run, metrics):
+    self.saved.append((step, metrics))
+
+  def close(self):
+    pass
+
+
+def test_a_run_in_a_bucket(written, bucket, monkeypatch, capsys):
+  monkeypatch.setattr(checkpoint, 'Checkpoints', _NoCheckpoints)
+  config = _load(written, total_steps='2', log__tensorboard='false')
+  loop.train(config, 'gs://runs/mine', config_path=written)
+  there = {p.name for p in (bucket / 'runs' / 'mine').iterdir()}
+  assert there >= {'config.py', 'config.json', 'about.json', 'vocabulary.model'}
+  parts = sorted(name for name in there if name.startswith('metrics'))
+  assert parts and all(name.startswith('metrics-0000') for name in parts)
+  assert [r['step'] for r in read_rows('gs://runs/mine')] == [1, 2, 2]
+  assert 'gs://runs/mine: reds_and_blues, 0 of 2' in capsys.readouterr().out
+
+
+# What is kept as the best, and when a run gives up.
+
+
+def test_a_score_belongs_to_the_step_it_was_measured_at(
+  written, tmp_path, monkeypatch
+):
+  """Checkpoints between two evaluations have no score of their own."""
+  saved = []
+
+  class Checkpoints(_NoCheckpoints):
+    def save(self, step, state, run, metrics):
+      saved.append((step, metrics))
+
+  monkeypatch.setattr(checkpoint, 'Checkpoints', Checkpoints)
+  best = '-eval/reds/loss'
+  config = _load(
+    written,
+    total_steps='4',
+    checkpoint__every='1',
+    checkpoint__keep_best=best,
+  )
+  loop.train(config, tmp_path)
+  assert [step for step, _ in saved] == [1, 2, 3, 4]
+  losses = [
+    r['eval/reds/loss'] for r in read_rows(tmp_path) if 'eval/reds/loss' in r
+  ]
+  assert saved[0][1] is None and saved[2][1] is None
+  for (_, metrics), loss in zip(saved[1::2], losses, strict=True):
+    assert metrics[best[1:]] == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_score_that_is_not_measured(written):
+  config = _load(written, checkpoint__keep_best='eval/reds/accuracy')
+  message = "keep_best='eval/reds/accuracy' is not measured; there are .*loss"
+  with pytest.raises(ValueError, match=message):
+    loop._scores({'eval/reds/loss': 1.0}, config)
+
+
+class _Report:
+  """Remembers what it is told."""
+
+  def __init__(self):
+    self.notes, self.rows = [], []
+
+  def note(self, text):
+    self.notes.append(text)
+
+  def write(self, step, row):
+    self.rows.append(step)
+
+  def progress(self, step, row):
+    pass
+
+
+def test_too_many_bad_steps_end_a_run(written):
+  config = _load(written, optimizer__max_bad_steps='3', log__every='100')
+  report, clock = _Report(), Clock()
+  metrics = {'loss': np.float32('nan'), 'bad_steps': np.int32(2)}
+  look = lambda n, **more: loop._look(
+    (n, {**metrics, **more}, {}, 10), config, report, clock
+  )
+  look(11)
+  assert report.notes == ['step 11 was not applied: loss nan']
+  with pytest.raises(ValueError, match='3 steps in a row .* the last one 12'):
+    look(12, bad_steps=np.int32(3))
+
+
+def test_rows_are_written_now_and_then(written):
+  config = _load(written, log__every='100')
+  report, clock = _Report(), Clock()
+  metrics = {'loss': np.float32(1), 'bad_steps': np.int32(0)}
+  for n in range(1, 301):
+    loop._look((n, metrics, {}, 10), config, report, clock)
+  assert report.rows == [1, 100, 200, 300]
+  assert report.notes == []
+
+
+def test_what_the_data_cannot_train(written, tmp_path):
+  config = _load(written)
+  for stack in ('encoder', 'decoder'):
+    model = dataclasses.replace(config.model, **{stack: None})
+    with pytest.raises(ValueError, match='this model has only its'):
+      loop.train(dataclasses.replace(config, model=model), tmp_path / 'x')
+  with pytest.raises(ValueError, match='total_steps is 0'):
+    loop.train(dataclasses.replace(config, total_steps=0), tmp_path / 'x')
+  assert not (tmp_path / 'x').exists()

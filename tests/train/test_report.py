@@ -1,0 +1,288 @@
+"""Rows of numbers: on a disk, in an object store, and beside failing logs."""
+
+import io
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+from etils import epath
+from rich.console import Console
+
+from st_moe.config import Config, LogConfig
+from st_moe.train import compare, report
+from st_moe.train.report import Report, Rows, read_rows
+
+_PLAIN = Config(total_steps=8, log=LogConfig(tensorboard=False))
+
+
+def _write(workdir, *steps, start=0):
+  """A run that wrote these steps, and was then cut off."""
+  rows = Rows(epath.Path(workdir), start=start)
+  for step in steps:
+    rows.write({'step': step, 'loss': step / 8})
+  return rows
+
+
+def _steps(workdir):
+  return [row['step'] for row in read_rows(workdir)]
+
+
+def _lines(workdir):
+  return (workdir / 'metrics.jsonl').read_text().splitlines()
+
+
+# metrics.jsonl
+
+
+def test_a_row_is_on_disk_as_soon_as_it_is_written(tmp_path):
+  _write(tmp_path, 1, 2)
+  assert _lines(tmp_path) == [
+    '{"step": 1, "loss": 0.125}',
+    '{"step": 2, "loss": 0.25}',
+  ]
+
+
+def test_rows_past_the_checkpoint_are_written_again(tmp_path):
+  # Killed after step 5; the last checkpoint is that of step 2.
+  _write(tmp_path, 1, 2, 3, 4, 5)
+  _write(tmp_path, 3, 4, start=2)
+  assert _steps(tmp_path) == [1, 2, 3, 4]
+  assert len(_lines(tmp_path)) == 4
+
+
+def test_a_new_run_leaves_no_row(tmp_path):
+  _write(tmp_path, 1, 2)
+  _write(tmp_path, start=0)
+  assert _steps(tmp_path) == []
+
+
+def test_a_last_row_cut_short_is_dropped(tmp_path):
+  _write(tmp_path, 1, 2)
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text(path.read_text() + '{"step": 3, "lo')
+  assert _steps(tmp_path) == [1, 2]
+  # It does not run into the next one either.
+  _write(tmp_path, 3, start=3)
+  assert _steps(tmp_path) == [1, 2, 3]
+  assert json.loads(_lines(tmp_path)[-1]) == {'step': 3, 'loss': 0.375}
+
+
+def test_an_object_store_gets_numbered_parts(bucket):
+  # It can append nothing: rows wait until there are 100, or a checkpoint.
+  (bucket / 'runs' / 'a').mkdir(parents=True)
+  rows = _write('gs://runs/a', *range(1, 151))
+  names = lambda: sorted(p.name for p in (bucket / 'runs' / 'a').iterdir())
+  assert names() == ['metrics-00000.jsonl']
+  assert _steps('gs://runs/a') == list(range(1, 101))
+  rows.flush()
+  assert names() == ['metrics-00000.jsonl', 'metrics-00001.jsonl']
+  rows.flush()  # Nothing new, no new part.
+  assert len(names()) == 2
+  assert _steps('gs://runs/a') == list(range(1, 151))
+
+  # Started again at step 120: its rows become one part.
+  rows = _write('gs://runs/a', 121, 122, start=120)
+  assert names() == ['metrics-00000.jsonl']
+  rows.flush()
+  assert _steps('gs://runs/a') == list(range(1, 123))
+
+
+def _report(workdir, config=_PLAIN, start=0):
+  """A report, and where it talks to instead of a terminal."""
+  made = Report(workdir, config, start=start)
+  said = io.StringIO()
+  made.console = Console(file=said, width=200)
+  return made, said
+
+
+def test_numbers_keep_seven_digits_and_no_nan(tmp_path):
+  made, _ = _report(tmp_path)
+  made.write(
+    3,
+    {
+      'loss': np.float32(1 / 3),
+      'grads': np.float32('nan'),
+      'updates': np.array([1.5, -np.inf], np.float32),
+      'load': np.array([[5, 7]], np.int32),
+      'tokens': 2**40,
+    },
+  )
+  made.close()
+  text = (tmp_path / 'metrics.jsonl').read_text()
+  # NaN and Infinity are no JSON: other readers would refuse the whole file.
+  row = json.loads(text, parse_constant=pytest.fail)
+  assert row == {
+    'step': 3,
+    'loss': 0.3333333,
+    'grads': 'nan',
+    'updates': [1.5, '-inf'],
+    'load': [[5, 7]],
+    'tokens': 2**40,
+  }
+
+
+def test_tensorboard_gets_the_scalars(tmp_path):
+  made, said = _report(tmp_path, Config(total_steps=8))
+  made.write(1, {'loss': 2.5, 'load': np.ones((2, 4))})
+  made.close()
+  (events,) = (tmp_path / 'tensorboard').iterdir()
+  written = events.read_bytes()
+  assert b'loss' in written and b'load' not in written
+  assert said.getvalue() == ''
+
+
+# Weights & Biases
+
+
+_WANDB = Config(total_steps=8, log=LogConfig(tensorboard=False, wandb=True))
+
+
+def _fake_wandb(monkeypatch, fails=(), **more):
+  """A wandb that fails where it is told to; returns what it was told."""
+  told = []
+
+  def part(name):
+    def call(*args, **kwargs):
+      told.append((name, *args))
+      if name in fails:
+        raise ConnectionError(f'no network in {name}')
+      return run
+
+    return call
+
+  run = types.SimpleNamespace(
+    id='abc123', log=part('log'), finish=part('finish'), **more
+  )
+  module = types.SimpleNamespace(init=part('init'))
+  monkeypatch.setitem(sys.modules, 'wandb', module)
+  return told
+
+
+def _run(workdir):
+  """A whole run in short; returns what the reader was told."""
+  said = io.StringIO()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr('rich.console.Console', lambda: Console(file=said, width=200))
+    made = Report(workdir, _WANDB, start=0)
+    made.write(1, {'loss': 2.5, 'load': np.ones(3)})
+    made.write(2, {'loss': 1.5})
+    made.close()
+  assert _steps(workdir) == [1, 2]
+  return said.getvalue()
+
+
+def test_wandb_is_told_the_scalars(tmp_path, monkeypatch):
+  told = _fake_wandb(monkeypatch)
+  assert _run(tmp_path) == ''
+  rows = [('log', {'loss': 2.5}), ('log', {'loss': 1.5})]
+  assert told == [('init',), *rows, ('finish',)]
+  # The next start goes on in the same run.
+  assert (tmp_path / 'wandb_id').read_text() == 'abc123'
+
+
+def test_a_missing_wandb_stops_no_run(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'wandb', None)
+  said = _run(tmp_path)
+  assert "Going on without a log: config.log.wandb needs" in said
+  assert "pip install 'st_moe[wandb]'" in said
+
+
+def test_a_wandb_that_fails_stops_no_run(tmp_path, monkeypatch):
+  told = _fake_wandb(monkeypatch, fails=('init',))
+  said = _run(tmp_path)
+  assert said == 'Going on without a log: no network in init\n'
+
+  # The first failure is the last row it is sent.
+  told = _fake_wandb(monkeypatch, fails=('log',))
+  said = _run(tmp_path)
+  assert said == 'Going on without Wandb: no network in log\n'
+  assert [name for name, *_ in told] == ['init', 'log']
+
+  told = _fake_wandb(monkeypatch, fails=('finish',))
+  said = _run(tmp_path)
+  assert said == 'Wandb did not end well: no network in finish\n'
+  assert told[-1] == ('finish',)
+
+
+# The reader
+
+
+def test_notes_are_taken_literally(tmp_path):
+  made, said = _report(tmp_path)
+  made.note('runs/[red]/x [/] 7')  # Markup of rich; the second is a mistake.
+  assert said.getvalue() == 'runs/[red]/x [/] 7\n'
+
+
+def test_progress_is_a_line_where_there_is_no_terminal(tmp_path):
+  made, said = _report(tmp_path)
+  row = {
+    'loss': np.float32(4.25),
+    'tokens_per_second': 12_345.6,
+    'seconds_per_step': 1600.0,
+  }
+  made.progress(5, row)
+  # Three steps of 1600 s are 1 h 20 min.
+  assert said.getvalue() == (
+    'step 5/8  loss 4.250  12,346 tokens/s  ETA 1:20:00\n'
+  )
+
+
+def test_a_clock_counts_between_looks(monkeypatch):
+  now = iter([100.0, 104.0, 106.0])
+  monkeypatch.setattr(report.time, 'perf_counter', lambda: next(now))
+  clock = report.Clock()
+  clock.tick(300)
+  clock.tick(500)
+  found = clock.read()
+  assert found == {'tokens_per_second': 200.0, 'seconds_per_step': 2.0}
+  clock.tick(50)
+  found = clock.read()
+  assert found == {'tokens_per_second': 25.0, 'seconds_per_step': 2.0}
+
+
+# `st-moe report`
+
+
+def _finished(workdir, scores, losses=('nan', 2.0), load=((1, 3), (2, 2))):
+  workdir.mkdir()
+  (workdir / 'config.json').write_text('{}')
+  rows = Rows(epath.Path(workdir), start=0)
+  for step, loss in enumerate(losses, 1):
+    row = {'step': step, 'loss': loss, 'tokens_per_second': 100.0 * step}
+    row |= {'encoder/load': [list(load[step - 1])]}
+    rows.write({**row, 'encoder/dropped_routes': 0.25})
+  rows.write({'step': len(losses), **scores})
+  return str(workdir)
+
+
+def test_runs_side_by_side(tmp_path, monkeypatch):
+  said = io.StringIO()
+  console = Console(file=said, width=200)
+  monkeypatch.setattr('rich.console.Console', lambda: console)
+  scores = {
+    'eval/cb/loss': 1.0,
+    'eval/cb/accuracy': 70.0,
+    'eval/cb/majority_accuracy': 40.0,
+    'eval/cb/examples': 56,
+  }
+  tuned = _finished(tmp_path / 'tuned', scores, load=((4, 4), (1, 3)))
+  untrained = {**scores, 'eval/cb/accuracy': 35.5}
+  scratch = _finished(tmp_path / 'scratch', untrained)
+  compare.compare([tuned], baseline=scratch)
+  rows = [line.replace('│', ' ').split() for line in said.getvalue().split('\n')]
+  # A first loss that was not finite; loads of 1 and 3 where 2 is even.
+  stage = ['tuned', '2', '200', 'nan', '2.000', '0.50..1.50', '25.0', '%']
+  assert stage in rows
+  assert ['cb', 'accuracy', '56', '40.0', '35.5', '70.0'] in rows
+  assert any('metrics.jsonl' in line and tuned in line for line in
+             said.getvalue().split('\n'))  # fmt: skip
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+  with pytest.raises(ValueError, match='is no workdir of `st-moe train`'):
+    compare.compare([str(tmp_path)])
+  (tmp_path / 'config.json').write_text('{}')
+  with pytest.raises(ValueError, match='has measured nothing yet'):
+    compare.compare([str(tmp_path)])

@@ -1,0 +1,287 @@
+"""One step of training: what it does, counts, refuses and leaves alone."""
+
+import dataclasses
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from st_moe import sharding
+from st_moe.config import (
+  Capacity,
+  Config,
+  DataConfig,
+  EvalConfig,
+  OptimizerConfig,
+  Part,
+  StackConfig,
+)
+from st_moe.model.transformer import Transformer
+from st_moe.train import optimizer, step
+from tests.helpers import (
+  assert_trees_close,
+  examples,
+  padded_batch,
+  random_params,
+  tiny,
+)
+
+# One sparse layer a stack, noise off. 8 rows are 8 groups of 16 encoder tokens
+# and 8 of 8 decoder tokens, so a microbatch of 2 rows is 2 whole groups.
+MODEL = tiny(
+  encoder=StackConfig(1, 1, 0, group_size=16),
+  decoder=StackConfig(1, 1, 0, group_size=8),
+  moe={
+    'selector': Part.of('top_k', k=2, train_policy='all'),
+    'train_capacity': Capacity(1.0, minimum=1),
+    'extra_ffn': 'none',
+  },
+)
+# (inputs, targets): 56 and 38 tokens, and no two microbatches alike.
+LENGTHS = [(16, 8), (3, 2), (1, 1), (1, 7), (16, 1), (5, 8), (9, 6), (5, 5)]
+
+
+def _config(model=MODEL, microbatches=1):
+  return Config(
+    model=model,
+    microbatches=microbatches,
+    data=DataConfig(batch_size=8, inputs_length=16, targets_length=8),
+    optimizer=OptimizerConfig(min_dim_to_factor=16),
+  )
+
+
+def _batch(model=MODEL, seed=0):
+  """A padded batch; an encoder alone is asked for what it reads."""
+  batch = padded_batch(model, examples(model, LENGTHS, seed), (16, 8))
+  if not model.decoder:
+    batch['encoder_target_tokens'] = batch['encoder_input_tokens']
+  targets = batch[f'{model.stacks[-1]}_target_tokens']
+  batch[f'{model.stacks[-1]}_loss_weights'] = (targets > 0).astype('f4')
+  return batch
+
+
+def _parts(model=MODEL, microbatches=1):
+  """(model, optimizer, config) and a numpy state to start from."""
+  module, config = Transformer(model), _config(model, microbatches)
+  made = optimizer.make(config.optimizer, step.parameter_axes(module))
+  boxed = jax.eval_shape(
+    functools.partial(step.init_state, module, made), jax.random.key(0)
+  )
+  zeros = jax.tree.map(
+    lambda a: np.zeros(a.shape, a.dtype), sharding.unbox(boxed)
+  )
+  params = random_params(module, **step.inputs_of(_batch(model), model))
+  return (module, made, config), zeros.replace(params=params)
+
+
+@functools.cache
+def _compiled(microbatches):
+  parts, state = _parts(microbatches=microbatches)
+  jitted = jax.jit(step.make_train_step(*parts), donate_argnums=0)
+  return jitted.lower(state, _batch()).compile()
+
+
+def _run(*batches, microbatches=1):
+  """State and metrics after these batches, from the state all tests share."""
+  state = jax.tree.map(jnp.asarray, _parts()[1])
+  for batch in batches:
+    state, metrics = _compiled(microbatches)(state, batch)
+  return jax.device_get((state, metrics))
+
+
+def test_the_objective_is_the_sum_of_its_parts():
+  _, found = _run(_batch())
+  # Metrics are means over both sparse layers, the loss is the sum over them.
+  routers = 2 * (1e-2 * found['load_balance'] + 1e-3 * found['router_z'])
+  expected = found['cross_entropy'] + 1e-4 * found['z_loss'] + routers
+  assert float(found['loss']) == pytest.approx(float(expected), rel=1e-6)
+  assert found['target_tokens'] == 38
+  assert found['learning_rate'] == np.float32(0.01)
+  assert all(np.isfinite(v).all() for v in jax.tree.leaves(found))
+
+
+def test_cross_entropy_by_a_loop_over_the_tokens():
+  batch, (_, found) = _batch(), _run(_batch())
+  logits = jax.jit(
+    lambda p: Transformer(MODEL).apply(
+      {'params': p},
+      **step.inputs_of(batch, MODEL),
+      rngs={'dropout': jax.random.key(0)},
+    )
+  )(_parts()[1].params)
+  total = hits = 0
+  for row, targets in zip(
+    np.asarray(logits, float), batch['decoder_target_tokens'], strict=True
+  ):
+    for z, target in zip(row, targets, strict=True):
+      if target > 0:
+        total += math.log(sum(math.exp(v) for v in z)) - z[target]
+        hits += z.argmax() == target
+  assert found['cross_entropy'] == pytest.approx(total / 38, rel=1e-5)
+  assert found['accuracy'] == pytest.approx(hits / 38)
+
+
+def test_every_route_is_seated_or_dropped():
+  _, found = _run(_batch())
+  for stack, tokens, places in (('encoder', 56, 4), ('decoder', 38, 2)):
+    load = found[f'{stack}/load']  # [layers, experts]
+    assert load.shape == (1, 4) and load.dtype == np.int32
+    routes = 2 * tokens
+    dropped = routes * float(found[f'{stack}/dropped_routes'])
+    assert dropped == pytest.approx(round(dropped), abs=1e-3)
+    assert load.sum() + round(dropped) == routes
+    assert 0 < dropped < routes
+    assert load.max() <= 8 * places  # In each of 8 groups.
+
+
+def test_four_microbatches_are_one_batch():
+  """Loss, metrics, parameters and moments, over two steps."""
+  batches = _batch(seed=0), _batch(seed=1)
+  whole, parts = (_run(*batches, microbatches=n) for n in (1, 4))
+  assert_trees_close(parts[0], whole[0], tolerance=5e-6)
+  assert_trees_close(parts[1], whole[1], tolerance=2e-6)
+  # The routing is equal to the last token.
+  for name in ('encoder/load', 'decoder/load'):
+    np.testing.assert_array_equal(parts[1][name], whole[1][name])
+  start = _parts()[1].params
+  moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), whole[0].params, start)
+  assert min(jax.tree.leaves(moved)) > 0
+
+
+def test_the_weighing_pass_costs_nothing():
+  """The weights of microbatches need no matrix product; the compiler knows."""
+  products = {
+    n: len(re.findall(r' dot\(', _compiled(n).as_text())) for n in (1, 4)
+  }
+  assert products[4] == products[1] > 20
+  # The loop over microbatches counts once, with a quarter of the rows.
+  flops = {n: _compiled(n).cost_analysis()['flops'] for n in (1, 4)}
+  assert flops[4] < flops[1] / 2
+
+
+def test_a_bad_batch_is_not_applied():
+  good, bad = _batch(), _batch()
+  bad['decoder_loss_weights'][0, 0] = np.inf
+  start = _parts()[1]
+  state, metrics = _run(bad, bad)
+  assert not np.isfinite(metrics['loss'])
+  assert state.step == 2 and state.bad_steps == metrics['bad_steps'] == 2
+  for kept in ('params', 'opt_state'):
+    jax.tree.map(
+      np.testing.assert_array_equal, getattr(state, kept), getattr(start, kept)
+    )
+  # A good one counts from 0 again, and moves as if nothing had been.
+  state, metrics = _run(bad, bad, good)
+  alone, _ = _run(good)
+  assert state.step == 3 and state.bad_steps == metrics['bad_steps'] == 0
+  for moved in ('params', 'opt_state'):
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      getattr(state, moved),
+      getattr(alone, moved),
+    )
+
+
+def test_the_old_state_is_given_away():
+  """Donated: at no time do two sets of parameters lie in memory."""
+  state = jax.tree.map(jnp.array, _parts()[1])
+  _compiled(1)(state, _batch())
+  heavy = jax.tree.leaves((state.params, state.opt_state))
+  assert all(leaf.is_deleted() for leaf in heavy)
+
+
+@pytest.mark.parametrize('missing', ['encoder', 'decoder'])
+def test_one_stack_alone_takes_a_step(missing):
+  model = dataclasses.replace(MODEL, **{missing: None})
+  parts, state = _parts(model)
+  batch = _batch(model)
+  after, found = jax.jit(step.make_train_step(*parts))(state, batch)
+  assert found['target_tokens'] == {'encoder': 38, 'decoder': 56}[missing]
+  assert found[f'{model.stacks[0]}/load'].shape == (1, 4)
+  assert f'{missing}/load' not in found
+  assert 0 < float(found['loss']) < 100 and after.bad_steps == 0
+  moved = jax.tree.map(
+    lambda a, b: float(np.abs(a - b).max()), after.params, state.params
+  )
+  assert min(jax.tree.leaves(moved)) > 0
+
+
+# Sizes.
+
+
+def _check(devices=1, model=MODEL, microbatches=1, **data):
+  config = _config(model, microbatches)
+  config = dataclasses.replace(
+    config, data=dataclasses.replace(config.data, **data)
+  )
+  mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+  step.check_sizes(config, mesh)
+
+
+def test_sizes_that_fit():
+  _check(devices=8)
+  _check(microbatches=4)
+  _check(devices=2, microbatches=4)
+  # Without sparse layers there are no groups to keep whole.
+  odd = dataclasses.replace(MODEL, encoder=StackConfig(1, 0, 0, group_size=24))
+  _check(microbatches=4, model=odd)
+  _check(microbatches=4, model=dataclasses.replace(MODEL, dense=True))
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'message'),
+  [
+    (dict(devices=8, batch_size=12), '=12 .* 8 devices; .* are 8 and 16'),
+    (dict(devices=8, batch_size=3), '=3 does not divide .* do are 8[.]$'),
+    (
+      dict(devices=2, microbatches=4, batch_size=20),
+      'batch_size=20 .* 4 microbatches on 2 devices; .* 16 and 24',
+    ),
+    (dict(batch_size=0), 'batch_size=0 and microbatches=1 .* at least 1'),
+    (dict(microbatches=0), 'microbatches=0 must both be at least 1'),
+  ],
+)
+def test_a_batch_that_does_not_divide(sizes, message):
+  with pytest.raises(ValueError, match=message):
+    _check(**sizes)
+
+
+@pytest.mark.parametrize(
+  ('stack', 'group_size', 'message'),
+  [
+    # 2 rows of 16 are 32 tokens; of 8, 16.
+    ('encoder', 24, '2 x 16 tokens .* encoder groups of 24; .* are 16 and 32'),
+    ('decoder', 5, '2 x 8 tokens .* decoder groups of 5; .* are 4 and 8'),
+    # A group as large as the whole batch of 128 tokens.
+    ('encoder', 1000, 'encoder groups of 128; .* are 32 .model.encoder.group'),
+  ],
+)
+def test_a_microbatch_of_broken_groups(stack, group_size, message):
+  model = dataclasses.replace(
+    MODEL, **{stack: StackConfig(1, 1, 0, group_size=group_size)}
+  )
+  with pytest.raises(ValueError, match=message):
+    _check(model=model, microbatches=4)
+  _check(model=model)  # One batch may leave its last group unfilled.
+
+
+def test_an_evaluation_batch_that_does_not_divide():
+  config = dataclasses.replace(_config(), evaluate=EvalConfig(batch_size=20))
+  message = 'evaluate.batch_size=20 .* 8 devices; .* are 16 and 24'
+  with pytest.raises(ValueError, match=message):
+    step.check_sizes(config, sharding.make_mesh())
+  step.check_sizes(config, sharding.make_mesh(devices=jax.devices()[:4]))
+
+
+def test_new_parameters_on_eight_devices():
+  """A dummy batch as wide as the mesh: 1 row would not split over it."""
+  module = Transformer(MODEL)
+  alone = step.parameter_axes(module)
+  with sharding.use(sharding.make_mesh(data=2, expert=4)):
+    assert step.dummy_batch(MODEL)['encoder_input_tokens'].shape == (8, 1)
+    assert step.parameter_axes(module) == alone
+  assert step.dummy_batch(MODEL)['encoder_input_tokens'].shape == (1, 1)
