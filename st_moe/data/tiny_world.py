@@ -1,33 +1,27 @@
 """The embedded fine-tuning tasks: a tiny world, in SuperGLUE's file formats.
 
-Generated toys, not SuperGLUE. Somebody is in a room, somebody is sad, somebody
-drops a cup; nobody is in two rooms or in two moods. What they measure:
+Generated toys, not SuperGLUE. Somebody does something to a thing, which then is
+in some state; somebody else stands by, in a room or in a mood. What they ask:
 
-  boolq  find the sentence about one person among 2 to 4; is its place the one
-         the question names?
-  cb     the same with places and moods: the hypothesis repeats a sentence
-         (entailment), gives the person another value of the same kind
-         (contradiction), or speaks of a kind that the premise leaves open
-         for that person (neutral)
-  copa   eight rules of cause and effect, read in both directions
+  boolq  is the thing in this state, or in the opposite one?
+  cb     does the state follow from what was done (entailment), is it the
+         opposite of what follows (contradiction), or neither (neutral)?
+  copa   which of two states is the effect, which of two deeds the cause?
 
-The rows have the fields and labels of the official files of the same names, so
-whatever reads those reads these. A score here says nothing about a score there.
+So they measure small rules of cause and effect, and finding the sentence that
+matters. The rows have the fields and labels of the official files of the same
+names: whatever reads those reads these. A score here says nothing about a score
+there.
 
-Words alone give nothing away. Rows are made in groups, one row per answer
-(COPA: two), and within a group
+Words alone give nothing away. Rows are made in groups in which every question
+(hypothesis, pair of choices) stands under every answer, and so does every word:
+for a model that counts words, or reads one field only, every example has a twin
+with another answer. Labels are exactly balanced (where `size` is a multiple of
+12: other sizes may cut the last group).
 
-  boolq, cb  the question or hypothesis is the same, and so are the words of the
-             passage, one by one; only who goes with what differs
-  copa       the choices are the same, in either order, under either premise
-
-so for a model that counts words, or reads one field only, every example has a
-twin with another answer, and labels are exactly balanced (where `size` is a
-multiple of 12: other sizes may cut the last group).
-
-No sentence is in both splits, true or false, statement or question: a fact
-(person and place, person and mood, adjective and thing) belongs to one split
-by the hash of its words, whatever the seed.
+No sentence is in both splits, true or false, statement or question: what may be
+said (of a person and a place or mood, of an adjective and a thing) belongs to
+one split by the hash of its words, whatever the seed.
 """
 
 import functools
@@ -66,20 +60,20 @@ ADJECTIVES = tuple(
   'strange white yellow'.split()
 )
 
-# What is said of a person, and the words for it.
+# What is said of bystanders, and the words for it.
 KINDS = {'place': PLACES, 'mood': MOODS}
 _SAID = {'place': 'is in the {}', 'mood': 'is {}'}
 
-# Event -> outcome. No outcome fits two of the events.
-RULES = (
-  ('{} dropped the {}.', 'The {} broke.'),
-  ('{} poured water on the {}.', 'The {} got wet.'),
-  ('{} heated the {}.', 'The {} became hot.'),
-  ('{} cooled the {}.', 'The {} became cold.'),
-  ('{} painted the {}.', 'The {} changed color.'),
-  ('{} polished the {}.', 'The {} began to shine.'),
-  ('{} sold the {}.', 'The {} belonged to a neighbor.'),
-  ('{} hid the {}.', 'The {} went missing.'),
+# Pairs of deeds with opposite outcomes: (what is done, what the thing is then).
+PAIRS = (
+  (('{} heated the {}.', 'hot'), ('{} cooled the {}.', 'cold')),
+  (('{} washed the {}.', 'clean'), ('{} dropped the {} in mud.', 'dirty')),
+  (('{} poured water on the {}.', 'wet'), ('{} wiped the {}.', 'dry')),
+  (('{} repaired the {}.', 'whole'), ('{} smashed the {}.', 'broken')),
+  (('{} filled the {}.', 'full'), ('{} drained the {}.', 'empty')),
+  (('{} polished the {}.', 'shiny'), ('{} scratched the {}.', 'dull')),
+  (('{} hid the {}.', 'missing'), ('{} found the {}.', 'back')),
+  (('{} painted the {}.', 'bright'), ('{} burned the {}.', 'dark')),
 )
 
 
@@ -134,28 +128,10 @@ def text(seed: int = 0) -> Iterator[str]:
       yield f'{example["inputs"]} {example["targets"]}'
 
 
-def stories(split: str, *, seed: int = 0, size: int = 8000) -> Iterator[str]:
-  """Text without questions: a few facts told, then told again in other order.
-
-  For pre-training: a word taken out of one telling stands in the other.
-  """
-  rng = random.Random(f'stories {split} {seed}')
-  for _ in range(size):
-    facts, taken = [], []
-    for _ in range(rng.randint(2, 4)):
-      kind = rng.choice(sorted(KINDS))
-      facts.append(_bystander(rng, kind, split, taken))
-      taken += facts[-1]
-    yield f'{_tell(rng, facts)} {_tell(rng, facts)}'
-
-
 def split_of(*words: str) -> str:
   """The one split whose sentences may hold these words: 1 in 4 validation."""
   digest = hashlib.sha256(' '.join(words).encode()).digest()
   return 'train' if digest[0] % 4 else 'validation'
-
-
-# People: who is where, who feels what.
 
 
 @functools.cache
@@ -165,96 +141,6 @@ def _facts(kind: str, split: str) -> Mapping[str, Sequence[str]]:
     name: [value for value in KINDS[kind] if split_of(name, value) == split]
     for name in NAMES
   }
-
-
-def _say(name: str, kind: str, value: str) -> str:
-  return f'{name} {_SAID[kind].format(value)}'
-
-
-def _tell(rng: random.Random, facts: Sequence[tuple[str, str, str]]) -> str:
-  """The facts (person, kind, value) as sentences, in any order."""
-  return ' '.join(f'{_say(*f)}.' for f in rng.sample(facts, len(facts)))
-
-
-def _two_by_two(
-  rng: random.Random, facts: Mapping[str, Sequence[str]]
-) -> tuple[str, str, str, str]:
-  """Two people and two values such that all four facts are of the split."""
-  while True:
-    a, b = rng.sample(NAMES, 2)
-    shared = [value for value in facts[a] if value in facts[b]]
-    if len(shared) >= 2:
-      return a, b, *rng.sample(shared, 2)
-
-
-def _bystander(
-  rng: random.Random, kind: str, split: str, taken: Sequence[str]
-) -> tuple[str, str, str]:
-  """A fact about another person and another value than those `taken`."""
-  facts = _facts(kind, split)
-  while True:
-    name = rng.choice(NAMES)
-    free = [value for value in facts[name] if value not in taken]
-    if free and name not in taken:
-      return name, kind, rng.choice(free)
-
-
-def _boolq(rng: random.Random, split: str) -> list[dict]:
-  """A yes and a no to one question, from passages with the same words."""
-  a, b, here, there = _two_by_two(rng, _facts('place', split))
-  taken, others = [a, b, here, there], []
-  for _ in range(rng.randint(0, 2)):
-    others.append(_bystander(rng, 'place', split, taken))
-    taken += others[-1]
-  yes = [(a, 'place', here), (b, 'place', there)]
-  no = [(a, 'place', there), (b, 'place', here)]
-  return [
-    {
-      'question': f'is {a} in the {here}',
-      'passage': _tell(rng, facts + others),
-      'label': label,
-    }
-    for label, facts in ((True, yes), (False, no))
-  ]
-
-
-def _cb(rng: random.Random, split: str) -> list[dict]:
-  """One hypothesis under three premises with the same words."""
-  kind, other = rng.sample(sorted(KINDS), 2)
-  mine, theirs = _facts(kind, split), _facts(other, split)
-  # `c` holds a value of the other kind where `a` is spoken of, and takes over
-  # the value of the hypothesis where it is not: both must be of the split.
-  swaps = []
-  while not swaps:
-    a, b, claimed, actual = _two_by_two(rng, mine)
-    swaps = [
-      (c, state)
-      for c in NAMES
-      if c not in (a, b) and claimed in mine[c]
-      for state in theirs[a]
-      if state in theirs[c]
-    ]
-  c, state = rng.choice(swaps)
-  others = []
-  if rng.random() < 0.5:
-    taken = (a, b, c, claimed, actual, state)
-    others.append(_bystander(rng, other, split, taken))
-  premises = {
-    'entailment': [(a, kind, claimed), (b, kind, actual), (c, other, state)],
-    'contradiction': [(a, kind, actual), (b, kind, claimed), (c, other, state)],
-    'neutral': [(a, other, state), (b, kind, actual), (c, kind, claimed)],
-  }
-  return [
-    {
-      'premise': _tell(rng, facts + others),
-      'hypothesis': _say(a, kind, claimed),
-      'label': label,
-    }
-    for label, facts in premises.items()
-  ]
-
-
-# Things: what happens to them, and why.
 
 
 @functools.cache
@@ -268,15 +154,67 @@ def _things(split: str) -> Sequence[str]:
   ]
 
 
+def _bystanders(rng: random.Random, split: str, actor: str) -> list[str]:
+  """Up to two sentences about people who have nothing to do with it."""
+  others = rng.sample([n for n in NAMES if n != actor], rng.randint(0, 2))
+  found = []
+  for name in others:
+    kind = rng.choice(sorted(KINDS))
+    values = _facts(kind, split)[name]
+    if values:
+      found.append(f'{name} {_SAID[kind].format(rng.choice(values))}.')
+  return found
+
+
+def _among(rng: random.Random, sentence: str, others: Sequence[str]) -> str:
+  place = rng.randint(0, len(others))
+  return ' '.join([*others[:place], sentence, *others[place:]])
+
+
+def _boolq(rng: random.Random, split: str) -> list[dict]:
+  """Both states asked after both of a pair of deeds."""
+  name, thing = rng.choice(NAMES), rng.choice(_things(split))
+  pair, others = rng.choice(PAIRS), _bystanders(rng, split, name)
+  return [
+    {
+      'question': f'is the {thing} {state}',
+      'passage': _among(rng, deed.format(name, thing), others),
+      'label': state == outcome,
+    }
+    for deed, outcome in pair
+    for _, state in pair
+  ]
+
+
+def _cb(rng: random.Random, split: str) -> list[dict]:
+  """The four states of two pairs, under their deed, the opposite, another."""
+  name, thing = rng.choice(NAMES), rng.choice(_things(split))
+  pairs, others = rng.sample(PAIRS, 2), _bystanders(rng, split, name)
+  return [
+    {
+      'premise': _among(rng, deed.format(name, thing), others),
+      'hypothesis': f'the {thing} is {pair[side][1]}',
+      'label': label,
+    }
+    for pair, other in (pairs, pairs[::-1])
+    for side in (0, 1)
+    for label, deed in (
+      ('entailment', pair[side][0]),
+      ('contradiction', pair[1 - side][0]),
+      ('neutral', other[side][0]),
+    )
+  ]
+
+
 def _copa(rng: random.Random, split: str) -> list[dict]:
   """Two choices in both orders, and the two premises that they answer."""
   name, thing = rng.choice(NAMES), rng.choice(_things(split))
-  events, outcomes = zip(*rng.sample(RULES, 2), strict=True)
-  events = [event.format(name, thing) for event in events]
-  outcomes = [outcome.format(thing) for outcome in outcomes]
+  rules = [rng.choice(pair) for pair in rng.sample(PAIRS, 2)]
+  deeds = [deed.format(name, thing) for deed, _ in rules]
+  outcomes = [f'The {thing} is {state}.' for _, state in rules]
   question = rng.choice(('cause', 'effect'))
   premises, choices = (
-    (events, outcomes) if question == 'effect' else (outcomes, events)
+    (deeds, outcomes) if question == 'effect' else (outcomes, deeds)
   )
   return [
     {

@@ -31,7 +31,7 @@ def words(text):
 def statements(task, row):
   """Every sentence of a row as words; a question as the sentence it asks for.
 
-  'Ann is in the bank. Ben is sad.' -> ('ann', 'is', 'in', 'the', 'bank'), ...
+  'Ann heated the old cup. Ben is sad.' -> ('ann', 'heated', ...), ...
   """
   found = []
   for field in FIELDS[task]:
@@ -40,22 +40,44 @@ def statements(task, row):
     for sentence in row[field].split('.'):
       spoken = words(sentence)
       if task == 'boolq' and field == 'question':
-        spoken = [spoken[1], 'is', *spoken[2:]]
+        *thing, state = spoken[1:]
+        spoken = [*thing, 'is', state]
       if spoken:
         found.append(tuple(spoken))
   return found
 
 
-def people(text):
-  """'Ann is in the bank. Ben is sad.' -> {'Ann': ('place', 'bank'), ...}."""
-  known = {}
-  for sentence in text.removesuffix('.').split('. '):
-    name, place, mood = re.fullmatch(
-      r'(\w+) is (?:in the (\w+)|(\w+))', sentence
-    ).groups()
-    assert name not in known, f'{name} is spoken of twice in {text!r}'
-    known[name] = ('place', place) if place else ('mood', mood)
-  return known
+# A word of each deed -> the state that follows, and the opposite.
+FOLLOWS = {
+  'heated': ('hot', 'cold'),
+  'cooled': ('cold', 'hot'),
+  'washed': ('clean', 'dirty'),
+  'dropped': ('dirty', 'clean'),
+  'poured': ('wet', 'dry'),
+  'wiped': ('dry', 'wet'),
+  'repaired': ('whole', 'broken'),
+  'smashed': ('broken', 'whole'),
+  'filled': ('full', 'empty'),
+  'drained': ('empty', 'full'),
+  'polished': ('shiny', 'dull'),
+  'scratched': ('dull', 'shiny'),
+  'hid': ('missing', 'back'),
+  'found': ('back', 'missing'),
+  'painted': ('bright', 'dark'),
+  'burned': ('dark', 'bright'),
+}
+
+
+def deed(text):
+  """'Ben is sad. Ann heated the old cup.' -> ('heated', 'old cup')."""
+  found = [
+    (verb, re.search(r'the (\w+ \w+)', sentence)[1])
+    for sentence in text.split('.')
+    for verb in FOLLOWS
+    if verb in words(sentence)
+  ]
+  assert len(found) == 1, text
+  return found[0]
 
 
 # ---- What the rows are ------------------------------------------------------
@@ -74,60 +96,54 @@ def test_rows_have_the_fields_of_the_official_files(task, split, size):
     assert type(row['label']) is type(LABELS[task][0])  # 1 is not True.
 
 
-def test_boolq_answers_what_the_passage_says():
+def test_boolq_answers_what_the_rules_say():
   for row in tiny_world.generate('boolq', 'train', size=1200):
-    known = people(row['passage'])
-    name, place = re.fullmatch(
-      r'is (\w+) in the (\w+)', row['question']
+    verb, thing = deed(row['passage'])
+    asked, state = re.fullmatch(
+      r'is the (\w+ \w+) (\w+)', row['question']
     ).groups()
-    assert 2 <= len(known) <= 4
-    assert row['label'] is (known[name] == ('place', place))
-    assert set(words(row['question'])) <= set(words(row['passage']))
+    assert asked == thing
+    assert state in FOLLOWS[verb]
+    assert row['label'] is (state == FOLLOWS[verb][0])
 
 
-def test_cb_labels_what_the_premise_says():
+def test_cb_labels_what_the_rules_say():
   for row in tiny_world.generate('cb', 'train', size=1200):
-    known = people(row['premise'])
-    ((name, claim),) = people(row['hypothesis']).items()
-    if known[name] == claim:
-      expected = 'entailment'
-    elif known[name][0] == claim[0]:
-      expected = 'contradiction'
-    else:
-      expected = 'neutral'
-    assert row['label'] == expected
-    assert 3 <= len(known) <= 4
-    assert set(words(row['hypothesis'])) <= set(words(row['premise']))
+    verb, thing = deed(row['premise'])
+    asked, state = re.fullmatch(
+      r'the (\w+ \w+) is (\w+)', row['hypothesis']
+    ).groups()
+    assert asked == thing
+    meaning = dict(zip(FOLLOWS[verb], LABELS['cb'][:2], strict=True))
+    assert row['label'] == meaning.get(state, 'neutral')
 
 
 def test_copa_labels_what_the_rules_say():
-  follows = {
-    'dropped': 'broke',
-    'poured': 'wet',
-    'heated': 'hot',
-    'cooled': 'cold',
-    'painted': 'color',
-    'polished': 'shine',
-    'sold': 'neighbor',
-    'hid': 'missing',
-  }
-  pairs = set(follows.items())
+  follows = {verb: state for verb, (state, _) in FOLLOWS.items()}
   spoken = collections.Counter()
   for row in tiny_world.generate('copa', 'train', size=1200):
     choices = [row['choice1'], row['choice2']]
     right, wrong = choices[row['label']], choices[1 - row['label']]
     related = lambda choice, row=row: any(
-      {event, outcome} <= {*words(row['premise']), *words(choice)}
-      for event, outcome in pairs
+      {verb, state} <= {*words(row['premise']), *words(choice)}
+      for verb, state in follows.items()
     )
     assert related(right) and not related(wrong)
-    # Cause: somebody did it. Effect: it happened to the thing.
+    # Cause: somebody did it. Effect: the thing is so.
     assert right.startswith('The ') == (row['question'] == 'effect')
     spoken.update((word, True) for word in words(right))
     spoken.update((word, False) for word in words(wrong))
-  # 'broke' is the right answer as often as it is a wrong one.
+  # 'broken' is the right answer as often as it is a wrong one.
   for word in (*follows, *follows.values()):
     assert spoken[word, True] == spoken[word, False] > 0
+
+
+def test_bystanders_come_and_go():
+  rows = tiny_world.generate('boolq', 'train', size=1200)
+  told = collections.Counter(row['passage'].count('.') for row in rows)
+  assert set(told) == {1, 2, 3}
+  first = [row['passage'].split('.')[0] for row in rows]
+  assert any(' is ' in sentence for sentence in first)  # Not always last.
 
 
 @pytest.mark.parametrize('task', TASKS)
@@ -193,7 +209,7 @@ def test_the_default_data_set_is_pinned():
     for split in SPLITS:
       for row in tiny_world.generate(task, split):
         digest.update(json.dumps(row, sort_keys=True).encode())
-  assert digest.hexdigest()[:16] == 'd0d3e1073c2d4786'
+  assert digest.hexdigest()[:16] == 'f625cbf93aff4f56'
 
 
 # ---- What words alone tell --------------------------------------------------
@@ -201,14 +217,15 @@ def test_the_default_data_set_is_pinned():
 
 @pytest.mark.parametrize('task', TASKS)
 @pytest.mark.parametrize('split', SPLITS)
-def test_the_same_words_have_every_answer_equally_often(task, split):
+def test_a_word_has_every_answer_equally_often(task, split):
   answers = collections.defaultdict(collections.Counter)
   for row in tiny_world.generate(task, split):
-    bag = sorted(w for field in FIELDS[task] for w in words(row[field]))
-    answers[tuple(bag)][row['label']] += 1
-  for bag, counts in answers.items():
-    assert set(counts) == set(LABELS[task]), bag
-    assert len(set(counts.values())) == 1, bag
+    for field in FIELDS[task]:
+      for word in words(row[field]):
+        answers[field, word][row['label']] += 1
+  for spoken, counts in answers.items():
+    assert set(counts) == set(LABELS[task]), spoken
+    assert len(set(counts.values())) == 1, spoken
 
 
 @pytest.mark.parametrize(
@@ -355,7 +372,8 @@ def test_errors_name_what_there_is(monkeypatch):
     tiny_world.generate('cb', 'train', size=0)
   # One person, one thing, two rules: 2 questions x 2 premises x 2 orders.
   monkeypatch.setattr(tiny_world, 'NAMES', ('Tom',))
-  monkeypatch.setattr(tiny_world, 'RULES', tiny_world.RULES[:2])
+  one_sided = tuple((pair[0],) for pair in tiny_world.PAIRS[:2])
+  monkeypatch.setattr(tiny_world, 'PAIRS', one_sided)
   monkeypatch.setattr(tiny_world, '_things', lambda split: ['old cup'])
   assert len(tiny_world.generate('copa', 'train', size=8)) == 8
   with pytest.raises(ValueError, match=r'9 rows .* \(stopped at 8 different'):
