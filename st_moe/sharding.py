@@ -11,7 +11,6 @@ import math
 
 import flax.linen as nn
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ('data', 'fsdp', 'expert', 'model')
@@ -89,10 +88,12 @@ def make_mesh(
       f'A mesh of data {data} x fsdp {fsdp} x expert {expert} x model {model}'
       f' needs {data * rest} devices; there are {len(devices)}.'
     )
-  return Mesh(
-    np.reshape(devices, (data, fsdp, expert, model)),
+  # Orders devices so that neighbours in the mesh are neighbours in the machine.
+  return jax.make_mesh(
+    (data, fsdp, expert, model),
     AXES,
     axis_types=(AxisType.Auto,) * len(AXES),
+    devices=devices,
   )
 
 
