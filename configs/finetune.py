@@ -27,10 +27,10 @@ def get_config(arg=None):
   # ST-MoE: dropout 0.1 everywhere, more inside the experts (section 4.1).
   c.model = dict(dropout=0.1, moe=dict(expert_dropout=0.2))
 
-  c.optimizer = dict(learning_rate=1e-3, decay='none')
+  c.optimizer = dict(learning_rate=0.01, decay='none')
   c.checkpoint = dict(every=500)
   c.evaluate = dict(every=500)
-  c.log = dict(every=50)
+  c.log = dict(every=100)
 
   if arg.runlocal:
     c.total_steps = 8

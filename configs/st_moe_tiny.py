@@ -32,7 +32,7 @@ def get_config(arg=None):
   c.optimizer = dict(learning_rate=0.01, warmup_steps=50, constant_steps=1000)
   c.checkpoint = dict(every=250)
   c.evaluate = dict(every=500, batches=8)
-  c.log = dict(every=50)
+  c.log = dict(every=100)
 
   if arg.runlocal:
     c.total_steps = 8
