@@ -10,7 +10,7 @@ fi
 # Installed for exactly this setup.py? A changed one is installed again.
 if ! cmp -s setup.py .venv/installed; then
   .venv/bin/python -m pip install --quiet --upgrade pip
-  .venv/bin/python -m pip install --quiet -e '.[dev]'
+  PYTHONWARNINGS=ignore .venv/bin/python -m pip install --quiet -e '.[dev]'
   cp setup.py .venv/installed
 fi
 export PATH="$PWD/.venv/bin:$PATH"

@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import logging
 import platform
+import shutil
 from collections.abc import Callable
 
 import jax
@@ -73,6 +74,7 @@ class Checkpoints:
       ValueError: the disk is full; what was saved before is untouched.
     """
     self._finish()
+    _check_room(self.directory, state)
     params, rest = _split(state)
     args = ocp.args.Composite(
       params=ocp.args.StandardSave(params),
@@ -148,6 +150,20 @@ def _split(state) -> tuple[dict, dict]:
   return state.params, rest
 
 
+_METADATA = 16 << 20  # Bytes; ample.
+
+
+def _check_room(directory, state):
+  """Orbax would find out half way, and say so in pages of traces."""
+  if files.is_remote(directory):
+    return
+  needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _METADATA
+  free = shutil.disk_usage(directory).free
+  if free < needed:
+    mib = f'{free >> 20} MiB of the {(needed >> 20) + 1} MiB of a checkpoint are free'
+    raise _full(directory, f' ({mib})')
+
+
 @contextlib.contextmanager
 def _told_if_full(directory):
   try:
@@ -155,10 +171,14 @@ def _told_if_full(directory):
   except Exception as e:
     if 'No space left' not in f'{e} {e.__cause__}':
       raise
-    raise ValueError(
-      f'The disk of {directory} is full. Older checkpoints there are intact:'
-      ' free some space and run the same command again.'
-    ) from None
+    raise _full(directory) from None
+
+
+def _full(directory, detail: str = '') -> ValueError:
+  return ValueError(
+    f'The disk of {directory} is full{detail}. Older checkpoints there are'
+    ' intact: free some space and run the same command again.'
+  )
 
 
 def _unreadable(e: Exception) -> str:
@@ -250,7 +270,7 @@ def find(path) -> epath.Path:
   Raises:
     ValueError: there is none, or the one meant is damaged.
   """
-  path = epath.Path(path).expanduser()
+  path = epath.Path(path).expanduser().resolve()  # Orbax wants it absolute.
   if any((path / item).exists() for item in ('params', 'run')):
     if wrong := damage(path):
       raise ValueError(f'The checkpoint {path} is damaged: {wrong}.')
