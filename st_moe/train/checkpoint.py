@@ -160,8 +160,11 @@ def _check_room(directory, state):
   needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _METADATA
   free = shutil.disk_usage(directory).free
   if free < needed:
-    mib = f'{free >> 20} MiB of the {(needed >> 20) + 1} MiB of a checkpoint are free'
-    raise _full(directory, f' ({mib})')
+    raise _full(
+      directory,
+      f' ({free >> 20} MiB of the {(needed >> 20) + 1} MiB of a checkpoint are'
+      ' free)',
+    )
 
 
 @contextlib.contextmanager

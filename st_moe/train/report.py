@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import tempfile
 import time
 
 import numpy as np
@@ -45,9 +46,12 @@ class Report:
     row = {k: np.asarray(v) for k, v in row.items()}
     self._rows.write({'step': step, **{k: _plain(v) for k, v in row.items()}})
     scalars = {k: float(v) for k, v in row.items() if v.ndim == 0}
+    self._tell_others(lambda writer: writer.write(step, scalars))
+
+  def _tell_others(self, tell):
     for writer in list(self._others):
       try:
-        writer.write(step, scalars)
+        tell(writer)
       except Exception as e:
         self.note(f'Going on without {type(writer).__name__[1:]}: {e}')
         self._others.remove(writer)
@@ -69,16 +73,13 @@ class Report:
   def flush(self):
     """Before a checkpoint: rows up to it are not written again after a kill."""
     self._rows.flush()
+    self._tell_others(lambda writer: writer.flush())
 
   def close(self):
     if self._progress is not None:
       self._progress.stop()
-    self._rows.flush()
-    for writer in self._others:
-      try:
-        writer.close()
-      except Exception as e:
-        self.note(f'{type(writer).__name__[1:]} did not end well: {e}')
+    self.flush()
+    self._tell_others(lambda writer: writer.close())
 
 
 def _bar(console, total, step):
@@ -171,19 +172,44 @@ def read_rows(workdir) -> list[dict]:
 
 
 class _TensorBoard:
-  def __init__(self, workdir, start):
-    from tensorboardX import SummaryWriter
+  """An event file; made here and copied, where nothing can be appended to."""
 
-    self._writer = SummaryWriter(
-      str(workdir / 'tensorboard'), purge_step=start + 1
-    )
+  def __init__(self, workdir, start):
+    # Not its SummaryWriter: that has a thread which a full disk ends, and the
+    # run would wait for it for ever.
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    self._event, self._to = Event, workdir / 'tensorboard'
+    self._remote = files.is_remote(workdir)
+    self._here = epath.Path(tempfile.mkdtemp()) if self._remote else self._to
+    self._here.mkdir(parents=True, exist_ok=True)
+    self._writer = EventsWriter(str(self._here / 'events'))
+    # Readers leave out what a killed run wrote past its last checkpoint.
+    self._add(start + 1, session_log=SessionLog(status=SessionLog.START))
+
+  def _add(self, step, **what):
+    event = self._event(wall_time=time.time(), step=step, **what)
+    self._writer.write_event(event)
 
   def write(self, step, scalars):
+    from tensorboardX.summary import scalar
+
     for name, value in scalars.items():
-      self._writer.add_scalar(name, value, step)
+      self._add(step, summary=scalar(name, value))
+    self._writer.flush()
+
+  def flush(self):
+    if self._remote:
+      self._writer.flush()
+      self._to.mkdir(parents=True, exist_ok=True)
+      for path in self._here.iterdir():
+        files.copy(path, self._to / path.name)
 
   def close(self):
     self._writer.close()
+    if self._remote:
+      self._here.rmtree()
 
 
 class _Wandb:
@@ -208,6 +234,9 @@ class _Wandb:
 
   def write(self, step, scalars):
     self._run.log(scalars, step=step)
+
+  def flush(self):
+    pass
 
   def close(self):
     self._run.finish()
