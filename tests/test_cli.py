@@ -64,7 +64,7 @@ from st_moe import cli
 try:
   cli.main(['--help'])
 finally:
-  print(time.process_time(), *sorted({name.split('.')[0] for name in sys.modules}))
+  print(time.process_time(), *{name.split('.')[0] for name in sys.modules})
 """
 
 
@@ -134,7 +134,9 @@ def test_lists(capsys):
   configs = _runs(capsys, 'list', 'configs')
   assert 'configs/st_moe_tiny.py ' in configs
   assert 'Pre-trains a very small ST-MoE' in configs
-  methods = [line.split() for line in _runs(capsys, 'list', 'methods').split('\n')]
+  methods = [
+    line.split() for line in _runs(capsys, 'list', 'methods').split('\n')
+  ]
   named = {tuple(line[:2]) for line in methods if line}
   assert {
     ('gate', 'linear'),
@@ -193,7 +195,10 @@ def train(tmp_path, capsys):
 @pytest.mark.parametrize(
   ('flag', 'message'),
   [
-    ('model.embed_dimm=3', "field of config.model 'embed_dimm'. Did you mean 'em"),
+    (
+      'model.embed_dimm=3',
+      "field of config.model 'embed_dimm'. Did you mean 'em",
+    ),
     ('modle.embed_dim=3', "field of config 'modle'. Did you mean 'model'?"),
     ('total_steps=many', "config.total_steps = 'many' should be a int"),
     ('model.dense=3', 'config.model.dense = 3 should be a bool'),
@@ -204,18 +209,24 @@ def train(tmp_path, capsys):
       ' nearest that do are 8 and 16',
     ),
     ('microbatches=0', 'microbatches=0 must both be at least 1'),
-    ('evaluate.batch_size=12', 'evaluate.batch_size=12 does not divide among 8'),
+    (
+      'evaluate.batch_size=12',
+      'evaluate.batch_size=12 does not divide among 8',
+    ),
     (
       'mesh.data=3',
       'A mesh of data 3 x fsdp 1 x expert 1 x model 1 needs 3 devices; there',
     ),
     (
       'mesh.expert=3',
-      '8 experts do not split over mesh.expert=3; it must be one of [1, 2, 4, 8]',
+      '8 experts do not split over mesh.expert=3; it must be one of [1, 2, 4',
     ),
     ('model.vocab_size=300', 'model.vocab_size 300 is smaller than the vocab'),
     ('data.vocabulary=no.model', 'data.vocabulary no.model: no such file'),
-    ('init=nowhere', 'No checkpoint in nowhere: give a workdir of `st-moe train`'),
+    (
+      'init=nowhere',
+      'No checkpoint in nowhere: give a workdir of `st-moe train`',
+    ),
     ('optimizer.name=adam', "'adam' is none of adafactor, adamw"),
     ('optimizer.decay=cosine', "decay 'cosine' is no rsqrt and no none"),
     ('loss.router.load_balanse=1', "Did you mean 'load_balance'?"),

@@ -139,4 +139,3 @@ def test_a_score_does_not_know_its_neighbours():
   np.testing.assert_allclose(after[2], before[1], rtol=1e-6)
   before, after = scores(LIMITED)
   assert np.abs(after[2] - before[1]).max() > 0.01
-

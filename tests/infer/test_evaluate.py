@@ -138,6 +138,12 @@ def test_rank_classification_takes_the_label_with_the_larger_score():
   }  # fmt: skip
 
 
+def test_an_answer_counts_with_its_end():
+  """Or 'ye' would beat every longer answer that begins with it."""
+  _, rows = _measure(Source([(1, 'yes')] * 5, labels=('ye', 'yes')))
+  assert [row['prediction'] for row in rows] == ['yes'] * 5
+
+
 def test_loss_is_that_of_every_target_token_once():
   # 'no' has 3 tokens with its EOS and 'yes' 4: a mean of means would differ.
   tokens = sum(len(answer) + 1 for _, answer in ROWS)
@@ -148,7 +154,10 @@ def test_loss_is_that_of_every_target_token_once():
 
 def test_a_ragged_end_counts_once():
   # 7 + 7 + 6 and one row of filling; 5 + 5 + 5 + 5 without any.
-  seven, even = (_measure(Source(ROWS), batch_size=n) for n in (7, 5))
+  seven, even = (
+    _measure(Source(ROWS), batch_size=n, decode=True) for n in (7, 5)
+  )
+  assert len(seven[1]) == 40  # Ranked and decoded.
   assert seven[1] == even[1]
   assert seven[0].keys() == even[0].keys()
   for name, value in seven[0].items():
@@ -156,10 +165,10 @@ def test_a_ragged_end_counts_once():
 
 
 def test_a_limit_of_batches():
-  metrics, rows = _measure(Source(ROWS), batch_size=5, batches=2)
-  assert metrics['examples'] == len(rows) == 10
-  hits = sum(_ranked(q) == answer for q, answer in ROWS[:10])
-  assert metrics['accuracy'] == 10 * hits
+  metrics, rows = _measure(Source(ROWS), batch_size=4, batches=2)
+  assert metrics['examples'] == len(rows) == 8
+  hits = sum(_ranked(q) == answer for q, answer in ROWS[:8])
+  assert metrics['accuracy'] == 100 * hits / 8
 
 
 def test_decoding_beside_ranking():

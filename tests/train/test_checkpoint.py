@@ -4,6 +4,7 @@ import errno
 import pathlib
 import re
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -137,12 +138,12 @@ def test_every_third_stays_for_ever(tmp_path):
 @pytest.mark.parametrize(('name', 'best'), [('score', 2), ('-score', 3)])
 def test_the_best_stays(tmp_path, name, best):
   # Step 4 was not measured. A run that starts again still knows its best.
-  scores = {s: {'score': v} for s, v in {1: 2.0, 2: 5.0, 3: 1.0, 5: 3.0}.items()}
+  scores = {
+    s: {'score': v} for s, v in {1: 2.0, 2: 5.0, 3: 1.0, 5: 3.0}.items()
+  }
   _save(tmp_path, 1, 2, 3, 4, 5, scores=scores, keep_best=name, keep_last=1)
   assert _steps(tmp_path) == [best, 5]
-  _save(
-    tmp_path, 6, 7, scores={6: {'score': 4.0}}, keep_best=name, keep_last=1
-  )
+  _save(tmp_path, 6, 7, scores={6: {'score': 4.0}}, keep_best=name, keep_last=1)
   assert _steps(tmp_path) == [best, 7]
   (state, _), _ = _restore(tmp_path)
   assert state.step == 7  # It goes on from the last all the same.
@@ -186,7 +187,9 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage):
   _same_bits(state, _state(2))
   assert run == {'step': 2}
   assert len(said) == 1
-  message = f'Checkpoint 3 is damaged: {_DAMAGES[damage]}.* Trying an older one.'
+  message = (
+    f'Checkpoint 3 is damaged: {_DAMAGES[damage]}.* Trying an older one.'
+  )
   assert re.fullmatch(message, said[0]), said
   # It is out of the way, and not thrown away.
   assert _steps(tmp_path) == [1, 2]
@@ -266,6 +269,25 @@ def test_a_full_disk_is_said_in_words(tmp_path, monkeypatch, method):
   checkpoints.close()
   (state, _), said = _restore(tmp_path)
   assert state.step == 2 and said == []
+
+
+def test_too_little_room_is_said_before_anything_is_written(
+  tmp_path, monkeypatch
+):
+  # 500,000 float32 are 1.9 MiB, and 16 are kept for what describes them.
+  state = _state(1).replace(params={'bank': jnp.zeros(500_000)})
+  checkpoints = checkpoint.Checkpoints(tmp_path, CheckpointConfig())
+  checkpoints.save(1, state, {})
+  with monkeypatch.context() as patch:
+    left = types.SimpleNamespace(free=9 << 20)
+    patch.setattr(shutil, 'disk_usage', lambda _: left)
+    message = 'is full .9 MiB of the 18 MiB of a checkpoint are free'
+    with pytest.raises(ValueError, match=message):
+      checkpoints.save(2, state, {})
+    left.free = 18 << 20
+    checkpoints.save(3, state, {})
+  checkpoints.close()
+  assert _steps(tmp_path) == [1, 3]
 
 
 def test_other_errors_are_themselves(tmp_path, monkeypatch):
@@ -363,7 +385,9 @@ def test_load_needs_the_step_directory_alone(trained, tmp_path):
     assert loaded.vocabulary.decode(vocab.encode('red cat')) == 'red cat'
     _same_bits(loaded.params, params)
   forward = jax.jit(
-    lambda p: loaded.model.apply({'params': p}, **_inputs(), enable_dropout=False)
+    lambda p: loaded.model.apply(
+      {'params': p}, **_inputs(), enable_dropout=False
+    )
   )
   np.testing.assert_array_equal(forward(loaded.params), forward(params))
 
@@ -374,7 +398,9 @@ def test_load_on_eight_devices(trained):
   _same_bits(loaded.params, trained[2])
   bank = loaded.params['encoder']['layers']['layer_0']['moe']['experts']
   assert len(bank['wo']['kernel'].sharding.device_set) == 8
-  assert {s.data.shape[1] for s in bank['wo']['kernel'].addressable_shards} == {1}
+  assert {s.data.shape[1] for s in bank['wo']['kernel'].addressable_shards} == {
+    1
+  }
 
 
 def test_a_run_says_what_it_was(trained):

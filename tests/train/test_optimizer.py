@@ -260,7 +260,9 @@ def test_adamw_is_that_of_optax():
   )
   # Its moments are boxed like the parameters they belong to.
   state = made.init(_boxed(jax.tree.map(jnp.asarray, params)))
-  boxes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+  boxes = jax.tree.leaves(
+    state, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+  )
   named = [b.names for b in boxes if isinstance(b, nn.Partitioned)]
   assert named == 2 * [_NAMES[name] for name in sorted(_NAMES)]
 

@@ -1,7 +1,9 @@
 """Rows of numbers: on a disk, in an object store, and beside failing logs."""
 
+import errno
 import io
 import json
+import struct
 import sys
 import types
 
@@ -9,6 +11,8 @@ import numpy as np
 import pytest
 from etils import epath
 from rich.console import Console
+from tensorboardX import event_file_writer
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from st_moe.config import Config, LogConfig
 from st_moe.train import compare, report
@@ -89,6 +93,15 @@ def test_an_object_store_gets_numbered_parts(bucket):
   assert _steps('gs://runs/a') == list(range(1, 123))
 
 
+def test_a_run_that_ends_in_an_object_store_leaves_no_row_behind(bucket):
+  (bucket / 'runs' / 'a').mkdir(parents=True)
+  made, _ = _report('gs://runs/a')
+  made.write(1, {'loss': 0.5})
+  assert _steps('gs://runs/a') == []
+  made.close()
+  assert _steps('gs://runs/a') == [1]
+
+
 def _report(workdir, config=_PLAIN, start=0):
   """A report, and where it talks to instead of a terminal."""
   made = Report(workdir, config, start=start)
@@ -123,14 +136,65 @@ def test_numbers_keep_seven_digits_and_no_nan(tmp_path):
   }
 
 
+_TENSORBOARD = Config(total_steps=8)
+
+
+def _events(folder):
+  """(step, session starts here, name, value) of every event, in order."""
+  found = []
+  for path in sorted(folder.iterdir()):
+    data = path.read_bytes()
+    while data:  # Length, its checksum, an event, its checksum.
+      (size,) = struct.unpack('<Q', data[:8])
+      event = Event.FromString(data[12 : 12 + size])
+      data = data[16 + size :]
+      for value in event.summary.value:
+        found.append((event.step, False, value.tag, value.simple_value))
+      if event.session_log.status == SessionLog.START:
+        found.append((event.step, True, '', 0.0))
+  return found
+
+
 def test_tensorboard_gets_the_scalars(tmp_path):
-  made, said = _report(tmp_path, Config(total_steps=8))
-  made.write(1, {'loss': 2.5, 'load': np.ones((2, 4))})
+  made, said = _report(tmp_path, _TENSORBOARD, start=2)
+  made.write(3, {'loss': 2.5, 'encoder/load': np.ones((2, 4))})
+  expected = [(3, True, '', 0.0), (3, False, 'loss', 2.5)]
+  assert _events(tmp_path / 'tensorboard') == expected  # At once.
+  made.write(4, {'loss': 1.5})
   made.close()
-  (events,) = (tmp_path / 'tensorboard').iterdir()
-  written = events.read_bytes()
-  assert b'loss' in written and b'load' not in written
+  expected.append((4, False, 'loss', 1.5))
+  assert _events(tmp_path / 'tensorboard') == expected
   assert said.getvalue() == ''
+
+
+def test_tensorboard_in_an_object_store(bucket):
+  (bucket / 'runs' / 'a').mkdir(parents=True)
+  made, said = _report('gs://runs/a', _TENSORBOARD)
+  made.write(1, {'loss': 2.5})
+  made.flush()  # As before each checkpoint.
+  expected = [(1, True, '', 0.0), (1, False, 'loss', 2.5)]
+  assert _events(bucket / 'runs' / 'a' / 'tensorboard') == expected
+  made.write(2, {'loss': 1.5})
+  made.close()
+  expected.append((2, False, 'loss', 1.5))
+  assert _events(bucket / 'runs' / 'a' / 'tensorboard') == expected
+  assert said.getvalue() == ''
+
+
+def test_a_tensorboard_that_fails_stops_no_run(tmp_path, monkeypatch):
+  made, said = _report(tmp_path, _TENSORBOARD)
+
+  def full(writer):
+    writer._py_recordio_writer.close()
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(event_file_writer.EventsWriter, 'flush', full)
+  for step in range(1, 31):  # More than its own writer would let wait.
+    made.write(step, {'loss': 1.0})
+  made.close()
+  assert _steps(tmp_path) == list(range(1, 31))
+  message = 'Going on without TensorBoard: [Errno 28] No space left on device'
+  assert said.getvalue() == f'{message}\n'
 
 
 # Weights & Biases
@@ -185,7 +249,7 @@ def test_wandb_is_told_the_scalars(tmp_path, monkeypatch):
 def test_a_missing_wandb_stops_no_run(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'wandb', None)
   said = _run(tmp_path)
-  assert "Going on without a log: config.log.wandb needs" in said
+  assert 'Going on without a log: config.log.wandb needs' in said
   assert "pip install 'st_moe[wandb]'" in said
 
 
@@ -202,7 +266,7 @@ def test_a_wandb_that_fails_stops_no_run(tmp_path, monkeypatch):
 
   told = _fake_wandb(monkeypatch, fails=('finish',))
   said = _run(tmp_path)
-  assert said == 'Wandb did not end well: no network in finish\n'
+  assert said == 'Going on without Wandb: no network in finish\n'
   assert told[-1] == ('finish',)
 
 
@@ -271,7 +335,9 @@ def test_runs_side_by_side(tmp_path, monkeypatch):
   untrained = {**scores, 'eval/cb/accuracy': 35.5}
   scratch = _finished(tmp_path / 'scratch', untrained)
   compare.compare([tuned], baseline=scratch)
-  rows = [line.replace('│', ' ').split() for line in said.getvalue().split('\n')]
+  rows = [
+    line.replace('│', ' ').split() for line in said.getvalue().split('\n')
+  ]
   # A first loss that was not finite; loads of 1 and 3 where 2 is even.
   stage = ['tuned', '2', '200', 'nan', '2.000', '0.50..1.50', '25.0', '%']
   assert stage in rows
