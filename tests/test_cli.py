@@ -225,7 +225,7 @@ def train(tmp_path, capsys):
     ('data.vocabulary=no.model', 'data.vocabulary no.model: no such file'),
     (
       'init=nowhere',
-      'No checkpoint in nowhere: give a workdir of `st-moe train`',
+      '/nowhere: give a workdir of `st-moe train`, or one of',
     ),
     ('optimizer.name=adam', "'adam' is none of adafactor, adamw"),
     ('optimizer.decay=cosine', "decay 'cosine' is no rsqrt and no none"),

@@ -38,7 +38,8 @@ class Checkpoints:
   """The checkpoints of one run."""
 
   def __init__(self, workdir, config: CheckpointConfig):
-    self.directory = epath.Path(workdir) / 'checkpoints'
+    # Orbax wants it absolute.
+    self.directory = epath.Path(workdir).resolve() / 'checkpoints'
     self.directory.mkdir(parents=True, exist_ok=True)
     self._config = config
     keep = [policies.LatestN(config.keep_last)]
@@ -51,7 +52,7 @@ class Checkpoints:
         )
       )
     self._manager = ocp.CheckpointManager(
-      self.directory.resolve(),
+      self.directory,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(keep),
         # Saves the scores too: a restart still knows the best.
@@ -111,25 +112,35 @@ class Checkpoints:
       notify: told about every checkpoint that had to be passed over.
 
     Raises:
-      ValueError: the state has another shape; names the first difference.
+      ValueError: the state has another shape; names the first difference. Or
+      there are checkpoints and none can be read.
     """
     params, rest = _split(abstract)
+    wrong = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
       directory = self.directory / str(step)
-      wrong = damage(directory)
-      if not wrong:
-        try:
-          found = _restore(directory, {'params': params, 'rest': rest})
-          state = abstract.replace(params=found['params'], **found['rest'])
-          return state, found['run']
-        except ValueError as e:
-          if str(e).startswith(_OTHER_MODEL):
-            raise
-          wrong = _unreadable(e)
-        except Exception as e:  # Whatever Orbax makes of a broken file.
-          wrong = _unreadable(e)
-      notify(f'Checkpoint {step} is damaged: {wrong}. Trying an older one.')
-      self._set_aside(step)
+      wrong[step] = damage(directory)
+      if wrong[step]:
+        continue
+      try:
+        found = _restore(directory, {'params': params, 'rest': rest})
+      except Exception as e:  # Whatever Orbax makes of a broken file.
+        if str(e).startswith(_OTHER_MODEL):
+          raise
+        wrong[step] = _unreadable(e)
+        continue
+      del wrong[step]
+      for damaged, what in wrong.items():
+        notify(f'Checkpoint {damaged} is damaged: {what}. Using {step}.')
+        self._set_aside(damaged)
+      state = abstract.replace(params=found['params'], **found['rest'])
+      return state, found['run']
+    if wrong:
+      listed = '\n  '.join(f'{step}: {what}' for step, what in wrong.items())
+      raise ValueError(
+        f'No checkpoint in {self.directory} can be used:\n  {listed}\nMove the'
+        ' directory away to start over.'
+      )
     return None
 
   def _set_aside(self, step: int):

@@ -187,9 +187,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage):
   _same_bits(state, _state(2))
   assert run == {'step': 2}
   assert len(said) == 1
-  message = (
-    f'Checkpoint 3 is damaged: {_DAMAGES[damage]}.* Trying an older one.'
-  )
+  message = f'Checkpoint 3 is damaged: {_DAMAGES[damage]}.* Using 2.'
   assert re.fullmatch(message, said[0]), said
   # It is out of the way, and not thrown away.
   assert _steps(tmp_path) == [1, 2]
@@ -211,11 +209,21 @@ def test_two_damaged_ones_in_a_row(tmp_path):
   assert len(list((tmp_path / 'damaged').iterdir())) == 2
 
 
-def test_all_damaged_is_a_new_run_that_says_so(tmp_path):
+def test_all_damaged_is_no_new_run(tmp_path):
+  """Starting over in silence would cost days; nothing is moved either."""
   _save(tmp_path, 1)
   _truncate(tmp_path / 'checkpoints' / '1')
-  found, said = _restore(tmp_path)
-  assert found is None and len(said) == 1
+  with pytest.raises(ValueError, match=r'can be used:\n  1: its file'):
+    _restore(tmp_path)
+  assert _steps(tmp_path) == [1] and not (tmp_path / 'damaged').exists()
+
+
+def test_a_relative_workdir_comes_back(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  _save('run', 1)
+  (state, _), said = _restore('run')
+  _same_bits(state, _state(1))
+  assert said == []
 
 
 def test_a_checkpoint_that_was_never_finished(tmp_path):

@@ -142,7 +142,9 @@ def test_four_microbatches_are_one_batch():
   """Loss, metrics, parameters and moments, over two steps."""
   batches = _batch(seed=0), _batch(seed=1)
   whole, parts = (_run(*batches, microbatches=n) for n in (1, 4))
-  assert_trees_close(parts[0], whole[0], tolerance=5e-6)
+  assert_trees_close(parts[0].params, whole[0].params, tolerance=1e-6)
+  # Squares of gradients, some of them small sums of large numbers.
+  assert_trees_close(parts[0].opt_state, whole[0].opt_state, tolerance=2e-5)
   assert_trees_close(parts[1], whole[1], tolerance=2e-6)
   # The routing is equal to the last token.
   for name in ('encoder/load', 'decoder/load'):
