@@ -149,6 +149,10 @@ class StackConfig:
   group_size: int = 2048  # Tokens that compete for places.
 
   def __post_init__(self):
+    if self.group_size < 1:
+      raise ValueError(
+        f'group_size {self.group_size}: a group has at least one token.'
+      )
     if self.sparse_every and not 0 <= self.sparse_offset < self.sparse_every:
       raise ValueError(
         f'sparse_offset {self.sparse_offset} is never reached with'
@@ -188,6 +192,14 @@ class LayerPlan:
     return sum(s.kind == 'moe' for layer in self.layers for s in layer)
 
 
+# What the fields of a model that are words may say.
+_WORDS = {
+  'activation': ('geglu', 'relu'),
+  'dtype': ('auto', 'float32', 'bfloat16'),
+  'remat': ('none', 'full', 'dots'),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """A T5-like Transformer: T5 1.1 by default, sparse where its stacks say so.
@@ -224,6 +236,9 @@ class ModelConfig:
   def __post_init__(self):
     if self.encoder is None and self.decoder is None:
       raise ValueError('A model needs an encoder, a decoder, or both.')
+    for field, known in _WORDS.items():
+      if getattr(self, field) not in known:
+        raise unknown(field, getattr(self, field), known)
 
   @property
   def expert_dim(self) -> int:

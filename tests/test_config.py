@@ -372,3 +372,17 @@ def test_the_dense_twin_is_as_wide_as_what_the_sparse_one_computes():
   assert config.plan('encoder').num_sparse == 0
   # The rest stays: layers keep their positions, and with them the period.
   assert config.plan('encoder').period == 4
+
+
+@pytest.mark.parametrize(
+  'field, value, message',
+  [
+    ('model.activation', 'gelu', "Unknown activation 'gelu'.*'geglu'"),
+    ('model.dtype', 'float3', "Unknown dtype 'float3'.*'float32'"),
+    ('model.remat', 'ful', "Unknown remat 'ful'.*'full'"),
+    ('model.encoder.group_size', '0', 'at least one token'),
+  ],
+)
+def test_a_wrong_word_or_size_is_refused(field, value, message):
+  with pytest.raises(ValueError, match=message):
+    config_file.load('configs/st_moe_tiny.py', {field: value})

@@ -5,7 +5,7 @@ registered SeqIO task or mixture.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from st_moe.config import DataConfig, unknown
 from st_moe.data import shards, sources, span_corruption, text_shards
@@ -63,14 +63,20 @@ class Library:
       return ['train', 'validation']
     return self.registry.splits(name)
 
+  def check_splits(self, name: str, splits: Sequence[str]) -> None:
+    """Raises for a split that the source `name` does not have."""
+    there = sorted(self.splits(name))
+    for split in splits:
+      if split not in there:
+        way = f'; add --config.data.files.{name}.{split}=GLOB'
+        raise ValueError(
+          f'{name!r} has no split {split!r}, only {there}'
+          + (way if name in self.config.files else '.')
+        )
+
   def open(self, name: str, split: str) -> shards.Shards:
     """The shards of a split, written now if they are not there."""
-    if split not in self.splits(name):
-      way = f'; add --config.data.files.{name}.{split}=GLOB'
-      raise ValueError(
-        f'{name!r} has no split {split!r}, only {sorted(self.splits(name))}'
-        + (way if name in self.config.files else '.')
-      )
+    self.check_splits(name, (split,))
     config = self.config
     if not self.is_text(name):
       return self.registry.write(

@@ -193,14 +193,20 @@ def open_eval(
   return EvalData(mixture.Library(config, vocabulary), name, split)
 
 
-def check(config: DataConfig) -> None:
-  """Looks at every file a mixture names, before work starts.
+def check(config: DataConfig, splits: Sequence[str] = ('train',)) -> None:
+  """Looks at every name and file of a mixture, before work starts.
 
   Raises:
-    ValueError: a missing, empty or broken file, by name.
+    ValueError: an unknown name, a split that a source does not have, lengths
+      that span corruption cannot fill, a missing, empty or broken file.
   """
   used = {n: config.files[n] for n in config.mixture if n in config.files}
   sources.check(used, config.text_field)
+  library = mixture.Library(config, vocabulary_lib.load('bytes'))
+  for name in library.sources():
+    library.check_splits(name, splits)
+    if library.is_text(name):
+      mixture.raw_tokens(config)
 
 
 def prepare(

@@ -145,8 +145,6 @@ class Period(nn.Module):
 def _layer(config, sublayers, group_size, name, *, scanned=False) -> Layer:
   cls = Layer
   if config.remat != 'none':
-    if config.remat not in REMAT:
-      raise ValueError(f'remat {config.remat!r} is none of {list(REMAT)}.')
     # A scan keeps the compiler from merging the two passes by itself.
     cls = nn.remat(Layer, policy=REMAT[config.remat], prevent_cse=not scanned)
   return cls(config, sublayers, group_size, name=name)

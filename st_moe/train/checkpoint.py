@@ -124,9 +124,9 @@ class Checkpoints:
         continue
       try:
         found = _restore(directory, {'params': params, 'rest': rest})
+      except OtherModel:
+        raise
       except Exception as e:  # Whatever Orbax makes of a broken file.
-        if str(e).startswith(_OTHER_MODEL):
-          raise
         wrong[step] = _unreadable(e)
         continue
       del wrong[step]
@@ -240,7 +240,8 @@ def _restore(directory: epath.Path, wanted: dict) -> dict:
   return {name: found[name] for name in (*wanted, 'run')}
 
 
-_OTHER_MODEL = 'Another model:'
+class OtherModel(ValueError):
+  """The checkpoint is intact, and its arrays are not those asked for."""
 
 
 def _check_shapes(directory, saved, abstract) -> None:
@@ -249,8 +250,8 @@ def _check_shapes(directory, saved, abstract) -> None:
   for name in sorted(set(ours) | set(theirs)):
     a, b = theirs.get(name, 'absent'), ours.get(name, 'absent')
     if a != b:
-      raise ValueError(
-        f'{_OTHER_MODEL} {name} is {a} in the checkpoint {directory} and {b} in'
+      raise OtherModel(
+        f'Another model: {name} is {a} in the checkpoint {directory} and {b} in'
         ' this config. Use the config it was trained with, or another workdir.'
       )
 
@@ -328,9 +329,9 @@ def _read(path, wanted: dict) -> dict:
   directory = find(path)
   try:
     return _restore(directory, wanted)
+  except OtherModel:
+    raise
   except Exception as e:
-    if str(e).startswith(_OTHER_MODEL):
-      raise
     raise ValueError(
       f'The checkpoint {directory} is damaged: {_unreadable(e)}.'
     ) from e

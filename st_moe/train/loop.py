@@ -62,7 +62,7 @@ def train(config: Config, workdir, *, config_path: str = '') -> dict:
   )
   step.check_sizes(config, mesh)
   loss.check_names(config.loss)
-  pipeline.check(config.data)
+  pipeline.check(config.data, ('train', config.evaluate.split))
   asked, vocab = config, find_vocabulary(config, workdir)
   config = with_vocabulary_size(config, vocab)
   model = Transformer(config.model)

@@ -592,3 +592,17 @@ def test_configs_are_values(folder):
   copy = dataclasses.replace(c)
   list(itertools.islice(pipeline.TrainData(c, BYTES).iterate(), 2))
   assert c == copy
+
+
+def test_check_finds_what_no_file_shows():
+  good = DataConfig(mixture={sources.EMBEDDED: 1})
+  pipeline.check(good, ('train', 'validation'))
+  bad = {
+    'mixture': ({'python_referense': 1}, "Did you mean 'python_reference'"),
+    'targets_length': (100, 'needs 114'),
+  }
+  for field, (value, message) in bad.items():
+    with pytest.raises(ValueError, match=message):
+      pipeline.check(dataclasses.replace(good, **{field: value}))
+  with pytest.raises(ValueError, match="no split 'test'"):
+    pipeline.check(good, ('train', 'test'))

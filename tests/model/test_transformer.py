@@ -318,12 +318,6 @@ def test_remat_changes_no_number(remat):
   assert_trees_close(again[1], plain[1])
 
 
-def test_an_unknown_remat_names_the_known_ones():
-  config = dataclasses.replace(DECODER_ONLY, remat='most')
-  with pytest.raises(ValueError, match="'most' is none of .*'full', 'dots'"):
-    _shapes(config)
-
-
 def test_decoding_one_token_at_a_time_is_teacher_forcing():
   config = SHALLOW
   # No padding in the middle of what is decoded; inputs padded.

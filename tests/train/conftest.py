@@ -1,3 +1,0 @@
-"""What the tests of this room share."""
-
-from tests.data.conftest import bucket  # noqa: F401
