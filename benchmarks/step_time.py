@@ -41,8 +41,8 @@ def compiled_step(config, mesh, batch):
   """The train step of `config` and a first state."""
   model = Transformer(config.model)
   tx = optimizer.make(config.optimizer, step.parameter_axes(model))
-  init, _, _ = step.plan_init(model, tx, mesh)
-  state = init(jax.random.key(0))
+  plan = step.plan_init(model, tx, mesh)
+  state = plan.begin(plan.random_params(jax.random.key(0)))
   train_step = jax.jit(
     step.make_train_step(model, tx, config), donate_argnums=0
   )

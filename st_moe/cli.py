@@ -137,6 +137,9 @@ def _overrides(rest: list[str]) -> dict[str, str]:
 def _start(flags) -> None:
   """What must happen before JAX and TensorFlow do."""
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  os.environ.setdefault(
+    'JAX_COMPILATION_CACHE_DIR', os.path.expanduser('~/.cache/st_moe/compiled')
+  )
   import importlib
   import logging
 

@@ -12,6 +12,12 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 
+# Parameters of gates, selectors and dispatchers that the sparse layer fills.
+_NOT_OPTIONS = (
+  *('scores', 'ctx', 'rng', 'capacity'),  # Of a selector.
+  *('num_experts', 'name', 'parent'),  # Of a gate.
+  *('x', 'seats', 'experts'),  # Of a dispatcher.
+)
 _ROUND = {'floor': math.floor, 'round': round, 'ceil': math.ceil}
 
 
@@ -46,7 +52,8 @@ class Part:
     """
     if self.name not in table:
       raise unknown(what, self.name, table)
-    known = inspect.signature(table[self.name]).parameters
+    parameters = inspect.signature(table[self.name]).parameters
+    known = [name for name in parameters if name not in _NOT_OPTIONS]
     for option in self.kwargs:
       if option not in known:
         raise unknown(f'option of {what} {self.name!r}', option, known)
@@ -63,7 +70,7 @@ class Capacity:
   """
 
   factor: float = 1.25
-  count: int = 0  # Places as a number; 0: from `factor`.
+  count: int = 0  # So many places, whatever the rest says; 0: by `factor`.
   times_k: bool = False  # V-MoE multiplies by the experts per token.
   rounding: str = 'floor'  # Flaxformer: 'round'; V-MoE: 'ceil'.
   minimum: int = 4
@@ -85,11 +92,11 @@ class Capacity:
     """Places per expert in a group of `group_size` tokens, never more."""
     if self.dropless:
       return group_size
+    if self.count:
+      return min(self.count, group_size)
     # Fractions, because floor(1.15 * 100 / 5) must not depend on float noise.
     share = fractions.Fraction(str(self.factor)) * group_size / num_experts
-    slots = self.count or _ROUND[self.rounding](
-      share * (k if self.times_k else 1)
-    )
+    slots = _ROUND[self.rounding](share * (k if self.times_k else 1))
     slots = max(slots, self.minimum)
     slots = -(-slots // self.multiple) * self.multiple
     return min(slots, group_size)

@@ -169,6 +169,13 @@ def unbox(boxed):
   )
 
 
+def rebox(bare, like):
+  """`bare` arrays in the boxes of `like`."""
+  return jax.tree.map(
+    lambda box, value: box.replace(value=value), like, bare, is_leaf=_is_box
+  )
+
+
 def _is_box(x) -> bool:
   return isinstance(x, nn.Partitioned)
 

@@ -1,15 +1,17 @@
-"""Kills a training run again and again; it must end as if nothing happened.
+"""Kills training runs again and again; they must end as if nothing happened.
 
   python -m tests.kill_and_resume --kills=20 --directory=/tmp/kills
 
-An unbroken run is timed first. Then the same command is started, and killed by
-SIGKILL at a moment drawn uniformly over that time, start-up and checkpoint
-writing included; and again, until it was killed so often and then ended by
-itself. A start that follows one killed before its first new checkpoint is let
-past one, so that the run gets on. The final parameters must be bit-equal.
+An unbroken run is timed first. Then the same command is started elsewhere and
+killed by SIGKILL at a moment drawn uniformly over that time: start-up, writing
+of checkpoints and finalising included. It is started again, killed again, and
+so on; a start that follows one killed before its first new checkpoint is let
+past one. A run that ends before its next kill is compared with the unbroken
+one, bit by bit, and the rest of the kills fall on the next run.
 """
 
 import argparse
+import dataclasses
 import os
 import pathlib
 import random
@@ -19,6 +21,15 @@ import sys
 import time
 
 import numpy as np
+
+
+@dataclasses.dataclass
+class Kill:
+  run: int  # Which of the broken runs.
+  seconds: float  # After the start.
+  phase: str
+  before: int  # The newest checkpoint at the start,
+  after: int  # and at the end.
 
 
 def command(workdir, config: str, flags: list[str]) -> list[str]:
@@ -34,66 +45,70 @@ def newest(workdir: pathlib.Path) -> int:
   return max((int(s) for s in steps if s.isdigit()), default=0)
 
 
-def _start(arguments, log):
-  return subprocess.Popen(
-    arguments, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-  )
-
-
 def run(directory, *, kills: int, config: str, flags: list[str], seed: int = 0):
-  """Returns the moments of the kills: (seconds after the start, phase)."""
+  """Returns the kills, and the broken runs which must equal 'unbroken'."""
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
-  whole, broken = directory / 'unbroken', directory / 'broken'
-  moments, rng, must_pass = [], random.Random(seed), False
+  # Compiled and tokenised once, so that the timed run starts as the others do.
+  env = dict(os.environ, JAX_COMPILATION_CACHE_DIR=str(directory / 'compiled'))
+  flags = [*flags, f'--config.data.cache_dir={directory}/shards']
+  found, ended, rng, must_pass = [], [], random.Random(seed), False
   with (directory / 'log.txt').open('w') as log:
-    started = time.monotonic()
-    if _start(command(whole, config, flags), log).wait():
-      raise RuntimeError(f'The unbroken run failed; see {directory}/log.txt.')
-    wall = time.monotonic() - started
+
+    def start(name):
+      return subprocess.Popen(
+        command(directory / name, config, flags),
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env=env,
+      )
+
+    for name in ('first', 'unbroken'):
+      started = time.monotonic()
+      if start(name).wait():
+        raise RuntimeError(f'{name} failed; see {directory}/log.txt.')
+      wall = time.monotonic() - started
     print(f'unbroken run: {wall:.1f} s', flush=True)
-    while len(moments) < kills:
-      before = newest(broken)
-      process = _start(command(broken, config, flags), log)
-      started, wait = time.monotonic(), rng.uniform(0, wall)
+
+    while True:
+      name = f'broken-{len(ended)}'
+      before = newest(directory / name)
+      left = kills - len(found)
+      process, started = start(name), time.monotonic()
+      wait = rng.uniform(0, wall) if left else float('inf')
       while process.poll() is None:
         seconds = time.monotonic() - started
-        if seconds >= wait and (not must_pass or newest(broken) > before):
+        passed = newest(directory / name) > before
+        if seconds >= wait and (passed or not must_pass):
           break
         time.sleep(0.005)
       if process.poll() is not None:
         if process.returncode:
           raise RuntimeError(f'A start failed; see {directory}/log.txt.')
-        break  # It came to its end before its time.
+        ended.append(directory / name)
+        must_pass = False
+        if not left:
+          return found, ended
+        continue
       seconds = time.monotonic() - started
-      writing = [p.name for p in (broken / 'checkpoints').glob('*tmp*')]
+      writing = any((directory / name / 'checkpoints').glob('*tmp*'))
       os.killpg(process.pid, signal.SIGKILL)
       process.wait()
-      after = newest(broken)
+      after = newest(directory / name)
       must_pass = after == before
       phase = 'writing' if writing else 'start-up' if must_pass else 'training'
-      moments.append((seconds, phase))
-      print(
-        f'kill {len(moments)} after {seconds:.2f} s, {phase}; checkpoint'
-        f' {before} -> {after}',
-        flush=True,
-      )
-    if len(moments) < kills:
-      raise RuntimeError(
-        f'The run ended after {len(moments)} kills; give it more steps.'
-      )
-    if _start(command(broken, config, flags), log).wait():
-      raise RuntimeError(f'The last start failed; see {directory}/log.txt.')
-  return moments
+      found.append(Kill(len(ended), seconds, phase, before, after))
+      print(f'{len(found)}: {found[-1]}', flush=True)
 
 
-def differences(directory) -> list[str]:
-  """Names of the final parameters that are not bit-equal."""
+def differences(one, other) -> list[str]:
+  """Names of the final parameters of two runs that are not bit-equal."""
   import jax
 
   from st_moe.infer.load import load
 
-  both = [load(pathlib.Path(directory) / d) for d in ('unbroken', 'broken')]
+  both = load(one), load(other)
   if both[0].step != both[1].step:
     return [f'step {both[0].step} and {both[1].step}']
   a, b = (jax.tree_util.tree_leaves_with_path(x.params) for x in both)
@@ -104,31 +119,39 @@ def differences(directory) -> list[str]:
   ]
 
 
+def flags_for(steps: int) -> list[str]:
+  """Of a run that is short and nearly always near a checkpoint."""
+  return [
+    f'--config.total_steps={steps}',
+    '--config.checkpoint.every=4',
+    f'--config.evaluate.every={steps // 2}',
+    '--config.data.vocabulary_size=1500',
+  ]
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--kills', type=int, default=20)
   parser.add_argument('--directory', required=True)
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--config', default='configs/st_moe_tiny.py:runlocal')
-  parser.add_argument('--steps', type=int, default=600)
+  parser.add_argument('--steps', type=int, default=200)
   arguments = parser.parse_args()
-  flags = [
-    f'--config.total_steps={arguments.steps}',
-    '--config.checkpoint.every=4',
-    '--config.evaluate.every=100',
-    '--config.data.vocabulary_size=1500',
-  ]
-  moments = run(
+  kills, runs = run(
     arguments.directory,
     kills=arguments.kills,
     config=arguments.config,
-    flags=flags,
+    flags=flags_for(arguments.steps),
     seed=arguments.seed,
   )
-  phases = [phase for _, phase in moments]
+  phases = [kill.phase for kill in kills]
   counts = {p: phases.count(p) for p in sorted(set(phases))}
-  different = differences(arguments.directory)
-  print(f'{len(moments)} kills: {counts}; different parameters: {different}')
+  unbroken = pathlib.Path(arguments.directory) / 'unbroken'
+  different = [name for r in runs for name in differences(unbroken, r)]
+  print(
+    f'{len(kills)} kills in {len(runs)} runs: {counts}; parameters that'
+    f' differ: {different or "none"}'
+  )
   sys.exit(bool(different))
 
 

@@ -206,6 +206,10 @@ def test_an_unknown_part_or_option():
   assert Part.of('noisy', std=2.0).choose('gate', table)(3) == 6
   with pytest.raises(ValueError, match="gate 'nosy'. Did you mean 'noisy'?"):
     Part('nosy').choose('gate', table)
+  with pytest.raises(
+    ValueError, match="option of gate 'noisy' 'x'. Known: .'std'"
+  ):
+    Part.of('noisy', x=1).choose('gate', table)
   with pytest.raises(ValueError, match="option of gate 'noisy' 'sdt'. Did you"):
     Part.of('noisy', sdt=1).choose('gate', table)
 
@@ -284,6 +288,7 @@ def test_capacity_of_others():
   assert vmoe.slots(400, 8, k=1) == 56
   assert gshard.slots(1024, 128) == 16
   assert Capacity(count=64).slots(2048, 8) == 64  # HuggingFace.
+  assert Capacity(count=2).slots(2048, 8) == 2  # Though the minimum is 4.
   assert Capacity(dropless=True).slots(2048, 8) == 2048
 
 

@@ -50,7 +50,7 @@ class Evaluator:
   def measure(self, params, source) -> tuple[dict, list[dict]]:
     """Metrics of one source and, of a task, what was predicted."""
     asked = self._config.evaluate
-    answers = self._answers(source.labels)
+    answers, ways = self._answers(source.labels), self._ways(source)
     terms, ranked, decoded = [], [], []
     size = asked.batch_size or self._config.data.batch_size
     for n, batch in enumerate(source.batches(size)):
@@ -61,44 +61,65 @@ class Evaluator:
       batch = jax.device_put(batch, sharding.batch_sharding(self._mesh))
       terms.append(jax.device_get(self._terms(params, batch)))
       prompts = batch['encoder_input_tokens']
-      if answers is not None:
+      if 'rank' in ways:
         scores = np.asarray(self._score(params, prompts, answers))[valid]
-        ranked += [source.labels[i] for i in scores.argmax(-1)]
-      if not source.is_text and (asked.decode or answers is None):
+        best = scores[:, : len(source.labels)].argmax(-1)
+        ranked += [source.labels[i] for i in best]
+      if 'decoding' in ways:
         ids = np.asarray(self._greedy(params, prompts))[valid]
         decoded += [self._vocabulary.decode(row) for row in ids]
     loss = [t['cross_entropy'] for t in terms]
     total, weight = np.sum(loss, axis=0, dtype=float)
     found, rows = {'loss': total / max(weight, 1)}, []
-    for by, way, texts in (
-      ('rank', '', ranked),
-      ('decoding', 'decoded_', decoded),
-    ):
-      if not texts:
-        continue
-      examples = source.examples[: len(texts)]
-      targets = [e.targets_text for e in examples]
-      for metric in source.metric_fns:
-        scores = metric(targets, texts).items()
-        found |= {f'{way}{k}': v for k, v in scores}
-      baseline = majority_baseline(targets, source.metric_fns).items()
-      found |= {f'majority_{k}': v for k, v in baseline}
-      found['examples'] = len(texts)
-      rows += [
-        {'idx': e.idx, 'by': by, 'target': t, 'prediction': p}
-        for e, t, p in zip(examples, targets, texts, strict=True)
-      ]
+    for by, texts in (('rank', ranked), ('decoding', decoded)):
+      if texts:
+        found |= _metrics(source, by, texts)
+        rows += [
+          {'idx': e.idx, 'by': by, 'target': e.targets_text, 'prediction': p}
+          for e, p in zip(source.examples, texts, strict=False)
+        ]
     return found, rows
 
+  def names(self, source) -> list[str]:
+    """The metrics that `__call__` finds in a source, before there are any."""
+    found = ['loss']
+    for by in self._ways(source):
+      found += _metrics(source, by, [source.examples[0].targets_text])
+    return [f'eval/{source.name}/{name}' for name in found]
+
+  def _ways(self, source) -> list[str]:
+    """How a task is answered: 'rank', 'decoding' or both."""
+    if source.is_text:
+      return []
+    ranks = bool(source.labels)
+    decodes = self._config.evaluate.decode or not ranks
+    return ['rank'] * ranks + ['decoding'] * decodes
+
   def _answers(self, labels) -> np.ndarray | None:
-    """The label texts as ids [labels, length], padded."""
+    """The label texts as ids [labels, length], padded with rows of zeros.
+
+    Padded to multiples, so that tasks share one compiled function.
+    """
     if not labels:
       return None
     ids = [[*self._vocabulary.encode(t), self._vocabulary.eos] for t in labels]
-    answers = np.zeros((len(ids), max(map(len, ids))), np.int32)
-    for row, each in zip(answers, ids, strict=True):
+    longest = max(map(len, ids))
+    answers = np.zeros((-(-len(ids) // 4) * 4, -(-longest // 8) * 8), np.int32)
+    for row, each in zip(answers, ids, strict=False):
       row[: len(each)] = each
     return answers
+
+
+def _metrics(source, by: str, texts) -> dict[str, float]:
+  """Metrics of the answers to the first examples, and of the best constant."""
+  targets = [e.targets_text for e in source.examples[: len(texts)]]
+  way = 'decoded_' if by == 'decoding' else ''
+  found = {}
+  for metric in source.metric_fns:
+    found |= {f'{way}{k}': v for k, v in metric(targets, texts).items()}
+  baseline = majority_baseline(targets, source.metric_fns).items()
+  found |= {f'majority_{k}': v for k, v in baseline}
+  return found | {'examples': len(texts)}
 
 
 def evaluate(

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from st_moe import config_file, sharding
-from st_moe.config import Config
+from st_moe.config import Config, unknown
 from st_moe.data import files, pipeline, vocabulary
 from st_moe.infer.evaluate import Evaluator
 from st_moe.model.transformer import Transformer
@@ -82,22 +82,25 @@ def train(config: Config, workdir, *, config_path: str = '') -> dict:
     pipeline.open_eval(config.data, vocab, name, config.evaluate.split)
     for name in data.sources
   ]
+  evaluate = Evaluator(model, config, vocab, mesh)
+  _check_keep_best(config, [n for e in evaluations for n in evaluate.names(e)])
 
   # --- Shapes, before any memory ---------------------------------------------
   with sharding.use(mesh):
-    init, shardings, abstract = step.plan_init(model, tx, mesh)
+    plan = step.plan_init(model, tx, mesh)
 
     # --- State: where this run was, else a checkpoint, else random ------------
     checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint)
-    abstract = checkpoint.with_shardings(abstract, shardings)
+    abstract = checkpoint.with_shardings(plan.shapes, plan.shardings)
     found = checkpoints.restore(abstract, notify=print)
     if found:
       state, run = found
+    elif config.init and config.init_take == 'params':
+      params = checkpoint.load_params(config.init, abstract.params)
+      state, run = plan.begin(params), {'tokens_seen': {}}
     else:
-      state, run = init(jax.random.key(config.seed)), {'tokens_seen': {}}
-      if config.init and config.init_take == 'params':
-        params = checkpoint.load_params(config.init, abstract.params)
-        state = state.replace(params=params)
+      params = plan.random_params(jax.random.key(config.seed))
+      state, run = plan.begin(params), {'tokens_seen': {}}
     start = int(state.step)
     seen = {name: run['tokens_seen'].get(name, 0) for name in data.sources}
 
@@ -105,9 +108,8 @@ def train(config: Config, workdir, *, config_path: str = '') -> dict:
     train_step = jax.jit(
       step.make_train_step(model, tx, config),
       donate_argnums=0,
-      out_shardings=(shardings, None),
+      out_shardings=(plan.shardings, None),
     )
-    evaluate = Evaluator(model, config, vocab, mesh)
     report = Report(workdir, config, start=start)
     _announce(report, config, workdir, start, mesh)
     row, pending, measured, scores = {}, None, {}, None
@@ -298,14 +300,13 @@ def _look(pending, config, report, clock, force=False) -> dict:
 
 def _scores(measured: dict, config: Config) -> dict | None:
   name = config.checkpoint.keep_best.removeprefix('-')
-  if not name:
-    return None
-  if measured and name not in measured:
-    raise ValueError(
-      f'checkpoint.keep_best={name!r} is not measured; there are'
-      f' {sorted(measured)}.'
-    )
-  return {name: float(measured[name])} if measured else None
+  return {name: float(measured[name])} if name and measured else None
+
+
+def _check_keep_best(config: Config, known: list[str]):
+  name = config.checkpoint.keep_best.removeprefix('-')
+  if name and name not in known:
+    raise unknown('metric in checkpoint.keep_best', name, known)
 
 
 def _line(step: int, measured: dict) -> str:

@@ -1,6 +1,8 @@
 """One pure step of training: `train_step(state, batch) -> (state, metrics)`."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -58,6 +60,10 @@ def dummy_batch(config: ModelConfig) -> dict:
 def init_state(model, optimizer, key) -> TrainState:
   """A new run, its arrays boxed with their logical axes."""
   params = init_params(model, key, dummy_batch(model.config))
+  return _first_state(optimizer, params)
+
+
+def _first_state(optimizer, params) -> TrainState:
   zero = jnp.zeros((), jnp.int32)
   return TrainState(zero, params, optimizer.init(params), zero)
 
@@ -247,10 +253,35 @@ def parameter_axes(model):
   return sharding.axis_names(jax.eval_shape(init, jax.random.key(0)))
 
 
-def plan_init(model, optimizer, mesh):
-  """How a run begins: (key -> state in its shards, their shardings, shapes)."""
-  init = functools.partial(init_state, model, optimizer)
-  abstract = jax.eval_shape(init, jax.random.key(0))
-  shardings = sharding.of_boxed(abstract, mesh)
-  make = jax.jit(lambda k: sharding.unbox(init(k)), out_shardings=shardings)
-  return make, shardings, sharding.unbox(abstract)
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """How a run begins, each array in its shards from the first moment."""
+
+  shapes: TrainState
+  shardings: TrainState
+  random_params: Callable  # key -> params.
+  begin: Callable  # params, which it takes over -> TrainState.
+
+
+def plan_init(model, optimizer, mesh) -> Plan:
+  """From shapes alone: no array is made before it is asked for."""
+  batch = dummy_batch(model.config)
+  boxed = jax.eval_shape(
+    functools.partial(init_state, model, optimizer), jax.random.key(0)
+  )
+  shardings = sharding.of_boxed(boxed, mesh)
+
+  def random_params(key):
+    return sharding.unbox(init_params(model, key, batch))
+
+  def begin(params):
+    return sharding.unbox(
+      _first_state(optimizer, sharding.rebox(params, boxed.params))
+    )
+
+  return Plan(
+    sharding.unbox(boxed),
+    shardings,
+    jax.jit(random_params, out_shardings=shardings.params),
+    jax.jit(begin, out_shardings=shardings, donate_argnums=0),
+  )

@@ -101,11 +101,14 @@ def _rows():
 ROWS = _rows()
 
 
-def _measure(source, **asked):
+def _evaluator(**asked):
   config = dataclasses.replace(CONFIG, evaluate=EvalConfig(**asked))
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  evaluator = Evaluator(Table(config.model), config, VOCABULARY, mesh)
-  return evaluator.measure(jnp.asarray(_params()), source)
+  return Evaluator(Table(config.model), config, VOCABULARY, mesh)
+
+
+def _measure(source, **asked):
+  return _evaluator(**asked).measure(jnp.asarray(_params()), source)
 
 
 def _log_probability(question, answer):
@@ -194,6 +197,24 @@ def test_a_task_without_labels_is_decoded():
 def test_text_has_a_loss_and_no_answers():
   metrics, rows = _measure(Source(ROWS, is_text=True, labels=()), decode=True)
   assert list(metrics) == ['loss'] and rows == []
+
+
+@pytest.mark.parametrize('decode', [False, True])
+@pytest.mark.parametrize(
+  'kind', [{}, {'labels': ()}, {'labels': (), 'is_text': True}]
+)
+def test_names_are_known_before_anything_is_measured(kind, decode):
+  source, evaluator = Source(ROWS, **kind), _evaluator(decode=decode)
+  found = evaluator(jnp.asarray(_params()), [source])
+  assert set(evaluator.names(source)) == set(found)
+
+
+def test_five_labels_of_ten_bytes():
+  """Answers are padded to a shape that tasks share; padding never wins."""
+  labels = ('no', 'yes', 'a', 'b', 'tenletters')
+  _, rows = _measure(Source(ROWS, labels=labels))
+  best = lambda q: max(labels, key=lambda label: _log_probability(q, label))
+  assert [row['prediction'] for row in rows] == [best(q) for q, _ in ROWS]
 
 
 def test_names_of_several_sources():

@@ -351,11 +351,14 @@ def test_a_score_belongs_to_the_step_it_was_measured_at(
     assert metrics[best[1:]] == pytest.approx(loss, rel=1e-5)
 
 
-def test_a_score_that_is_not_measured(written):
-  config = _load(written, checkpoint__keep_best='eval/reds/accuracy')
-  message = "keep_best='eval/reds/accuracy' is not measured; there are .*loss"
+def test_a_score_that_is_not_measured_is_refused_before_work(written, tmp_path):
+  config = _load(written, checkpoint__keep_best='-eval/reds/lost')
+  message = (
+    "checkpoint.keep_best 'eval/reds/lost'. Did you mean 'eval/reds/loss'"
+  )
   with pytest.raises(ValueError, match=message):
-    loop._scores({'eval/reds/loss': 1.0}, config)
+    loop.train(config, tmp_path)
+  assert not (tmp_path / 'checkpoints').exists()
 
 
 class _Report:
