@@ -66,14 +66,14 @@ _SAID = {'place': 'is in the {}', 'mood': 'is {}'}
 
 # Pairs of deeds with opposite outcomes: (what is done, what the thing is then).
 PAIRS = (
-  (('{} heated the {}.', 'hot'), ('{} cooled the {}.', 'cold')),
-  (('{} washed the {}.', 'clean'), ('{} dropped the {} in mud.', 'dirty')),
-  (('{} poured water on the {}.', 'wet'), ('{} wiped the {}.', 'dry')),
-  (('{} repaired the {}.', 'whole'), ('{} smashed the {}.', 'broken')),
-  (('{} filled the {}.', 'full'), ('{} drained the {}.', 'empty')),
-  (('{} polished the {}.', 'shiny'), ('{} scratched the {}.', 'dull')),
-  (('{} hid the {}.', 'missing'), ('{} found the {}.', 'back')),
-  (('{} painted the {}.', 'bright'), ('{} burned the {}.', 'dark')),
+  (('heated', 'hot'), ('cooled', 'cold')),
+  (('washed', 'clean'), ('soiled', 'dirty')),
+  (('soaked', 'wet'), ('wiped', 'dry')),
+  (('repaired', 'whole'), ('smashed', 'broken')),
+  (('filled', 'full'), ('drained', 'empty')),
+  (('polished', 'shiny'), ('scratched', 'dull')),
+  (('hid', 'missing'), ('found', 'back')),
+  (('painted', 'bright'), ('burned', 'dark')),
 )
 
 
@@ -178,7 +178,7 @@ def _boolq(rng: random.Random, split: str) -> list[dict]:
   return [
     {
       'question': f'is the {thing} {state}',
-      'passage': _among(rng, deed.format(name, thing), others),
+      'passage': _among(rng, f'{name} {deed} the {thing}.', others),
       'label': state == outcome,
     }
     for deed, outcome in pair
@@ -192,7 +192,7 @@ def _cb(rng: random.Random, split: str) -> list[dict]:
   pairs, others = rng.sample(PAIRS, 2), _bystanders(rng, split, name)
   return [
     {
-      'premise': _among(rng, deed.format(name, thing), others),
+      'premise': _among(rng, f'{name} {deed} the {thing}.', others),
       'hypothesis': f'the {thing} is {pair[side][1]}',
       'label': label,
     }
@@ -207,15 +207,20 @@ def _cb(rng: random.Random, split: str) -> list[dict]:
 
 
 def _copa(rng: random.Random, split: str) -> list[dict]:
-  """Two choices in both orders, and the two premises that they answer."""
+  """Two choices in both orders, and the two premises that they answer.
+
+  Choices are short, and what tells them apart comes first ('hot old cup',
+  'heated the old cup'): which choice is which is learnt from neighbours.
+  """
   name, thing = rng.choice(NAMES), rng.choice(_things(split))
   rules = [rng.choice(pair) for pair in rng.sample(PAIRS, 2)]
-  deeds = [deed.format(name, thing) for deed, _ in rules]
-  outcomes = [f'The {thing} is {state}.' for _, state in rules]
   question = rng.choice(('cause', 'effect'))
-  premises, choices = (
-    (deeds, outcomes) if question == 'effect' else (outcomes, deeds)
-  )
+  if question == 'effect':
+    premises = [f'{name} {deed} the {thing}.' for deed, _ in rules]
+    choices = [f'{state} {thing}' for _, state in rules]
+  else:
+    premises = [f'The {thing} is {state}.' for _, state in rules]
+    choices = [f'{deed} the {thing}' for deed, _ in rules]
   return [
     {
       'premise': premises[right],
