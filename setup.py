@@ -18,6 +18,7 @@ setuptools.setup(
     'grain>=0.2.15',
     'huggingface_hub>=0.30',
     'jax>=0.10',
+    'matplotlib>=3.8',
     'ml_collections>=1.0',
     'numpy>=2.0',
     'optax>=0.2.5',

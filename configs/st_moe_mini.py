@@ -31,14 +31,14 @@ def get_config(arg=None):
 
   c.model = dict(
       vocab_size=0, embed_dim=256, num_heads=4, head_dim=64, mlp_dim=512,
-      init_scale=1.0, dense=arg.dense)
+      init_scale=1.0, relpos_init_scale=25.0, dense=arg.dense)
   c.model.encoder = dict(num_layers=2, sparse_every=2, sparse_offset=1, group_size=2048)
   c.model.decoder = dict(num_layers=2, sparse_every=2, sparse_offset=1, group_size=464)
   c.model.moe = dict(num_experts=16)
 
   c.optimizer = dict(learning_rate=0.01, warmup_steps=100, constant_steps=1000)
   c.checkpoint = dict(every=250)
-  c.evaluate = dict(every=500, batches=4)
+  c.evaluate = dict(every=250, batches=4)
   c.log = dict(every=50)
 
   if arg.runlocal:

@@ -15,7 +15,7 @@ def get_config(arg=None):
   arg = parse_arg(arg, dense=False, seed=0, runlocal=False)
   c = config_dict.ConfigDict()
   c.seed = arg.seed
-  c.total_steps = 1000
+  c.total_steps = 800
 
   c.data = dict(
       mixture=dict(python_reference=1.0),
@@ -24,14 +24,14 @@ def get_config(arg=None):
 
   c.model = dict(
       vocab_size=0, embed_dim=128, num_heads=4, head_dim=32, mlp_dim=256,
-      init_scale=1.0, dense=arg.dense)
+      init_scale=1.0, relpos_init_scale=25.0, dense=arg.dense)
   c.model.encoder = dict(num_layers=2, sparse_every=2, sparse_offset=1, group_size=1024)
   c.model.decoder = dict(num_layers=2, sparse_every=2, sparse_offset=1, group_size=232)
   c.model.moe = dict(num_experts=8)
 
-  c.optimizer = dict(learning_rate=0.01, warmup_steps=50, constant_steps=1000)
-  c.checkpoint = dict(every=250)
-  c.evaluate = dict(every=500, batches=8)
+  c.optimizer = dict(learning_rate=0.01, warmup_steps=50, constant_steps=800)
+  c.checkpoint = dict(every=200)
+  c.evaluate = dict(every=400, batches=8)
   c.log = dict(every=100)
 
   if arg.runlocal:

@@ -95,6 +95,12 @@ def _parser() -> argparse.ArgumentParser:
   made['report'].add_argument(
     '--baseline', default='', help='a run fine-tuned alike from scratch'
   )
+  made['report'].add_argument(
+    '--curves',
+    metavar='FILE.png',
+    default='',
+    help='draw validation losses over steps (.png, .svg or .pdf)',
+  )
   made['doctor'].add_argument('--workdir', default='.')
   made['list'].add_argument('what', choices=('configs', 'tasks', 'methods'))
   made['config'].add_argument(
@@ -219,6 +225,9 @@ def _report(flags, overrides):
   from st_moe.train import compare
 
   compare.compare(flags.workdirs, baseline=flags.baseline)
+  if flags.curves:
+    runs = [*flags.workdirs, *filter(None, [flags.baseline])]
+    compare.draw_curves(runs, flags.curves)
 
 
 def _doctor(flags, overrides):

@@ -233,6 +233,9 @@ class ModelConfig:
   relpos_buckets: int = 32
   relpos_max_distance: int = 128
   init_scale: float = 0.1  # Of every kernel; T5 had 1.0 (Switch, section 2.4).
+  # Of the position biases; None: `init_scale`. Adafactor's steps are as large
+  # as the weights are: a table that starts small learns word order late.
+  relpos_init_scale: float | None = None
 
   dtype: str = 'auto'  # Of activations: bfloat16 on TPU and GPU, else float32.
   scan_layers: bool = True
@@ -260,6 +263,11 @@ class ModelConfig:
   def expert_dropout(self) -> float:
     rate = self.moe.expert_dropout
     return self.dropout if rate is None else rate
+
+  @property
+  def position_init_scale(self) -> float:
+    scale = self.relpos_init_scale
+    return self.init_scale if scale is None else scale
 
   def stack(self, name: str) -> StackConfig:
     return getattr(self, name)

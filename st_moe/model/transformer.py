@@ -194,7 +194,7 @@ class Stack(nn.Module):
         cfg.relpos_buckets,
         cfg.relpos_max_distance,
         bidirectional=not causal,
-        init_scale=cfg.init_scale,
+        init_scale=cfg.position_init_scale,
         name='relpos_bias',
       )(positions, keys),
       mask=mask,

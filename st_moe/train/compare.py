@@ -5,6 +5,7 @@ import json
 import numpy as np
 from etils import epath
 
+from st_moe.config import unknown
 from st_moe.train.report import read_rows
 
 
@@ -22,7 +23,7 @@ def compare(workdirs: list[str], *, baseline: str = '') -> None:
   runs = [_Run(w) for w in (*workdirs, *([baseline] if baseline else []))]
   stages = Table('stage', 'steps', 'tokens/s', 'loss first', 'loss last')
   stages.title = 'Stages'
-  for column in ('load min..max of even', 'dropped routes'):
+  for column in ('load min..max of even', 'dropped tokens'):
     stages.add_column(column)
   for run in runs:
     stages.add_row(*run.stage())
@@ -52,6 +53,43 @@ def compare(workdirs: list[str], *, baseline: str = '') -> None:
     console.print(f'  {run.workdir}: {run.files()}', highlight=False)
 
 
+def draw_curves(workdirs: list[str], path: str) -> None:
+  """Draws validation loss over steps, a panel per source, a line per run.
+
+  Args:
+    path: where to; its ending says how: .png, .svg, .pdf.
+  """
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  runs = [_Run(w) for w in workdirs]
+  names = sorted({n for run in runs for n in run.scores if n.endswith('/loss')})
+  columns = min(len(names), 4)
+  rows = -(-len(names) // columns)
+  figure = Figure(figsize=(3 * columns + 1, 2.4 * rows), layout='constrained')
+  panels = figure.subplots(rows, columns, squeeze=False, sharex=True).flat
+  for panel, name in zip(panels, names, strict=False):
+    for run in runs:
+      points = [(r['step'], float(r[name])) for r in run.measured if name in r]
+      if points:
+        panel.plot(*zip(*points, strict=True), label=run.workdir.name)
+    panel.set_title(name.split('/')[1], fontsize='medium')
+    panel.grid(alpha=0.3)
+  for panel in figure.axes[len(names) :]:
+    panel.remove()
+  figure.supxlabel('step')
+  figure.supylabel('validation loss, nats per target token')
+  figure.legend(
+    *figure.axes[0].get_legend_handles_labels(), loc='outside right'
+  )
+  endings = FigureCanvasAgg(figure).get_supported_filetypes()
+  ending = path.rpartition('.')[2]
+  if ending not in endings:
+    raise unknown('kind of picture', ending, endings)
+  figure.savefig(path, dpi=100)
+  print(f'wrote {path}')
+
+
 class _Run:
   """What the files of a workdir say."""
 
@@ -62,10 +100,10 @@ class _Run:
     self.config = json.loads((self.workdir / 'config.json').read_text())
     rows = read_rows(self.workdir)
     self.steps = [r for r in rows if 'loss' in r]
-    measured = [r for r in rows if any(k.startswith('eval/') for k in r)]
-    if not self.steps or not measured:
+    self.measured = [r for r in rows if any(k.startswith('eval/') for k in r)]
+    if not self.steps or not self.measured:
       raise ValueError(f'{workdir} has measured nothing yet.')
-    last = measured[-1]
+    last = self.measured[-1]
     self.scores = {k: v for k, v in last.items() if k.startswith('eval/')}
 
   def stage(self) -> list[str]:
@@ -74,7 +112,7 @@ class _Run:
     rates = [r['tokens_per_second'] for r in self.steps[1:]] or [0]
     load = [np.ravel(v) for k, v in last.items() if k.endswith('/load')]
     even = [rows / max(rows.mean(), 1) for rows in load]
-    dropped = [v for k, v in last.items() if k.endswith('/dropped_routes')]
+    dropped = [v for k, v in last.items() if k.endswith('/dropped_tokens')]
     return [
       self.workdir.name,
       f'{last["step"]}',

@@ -7,6 +7,7 @@ import struct
 import sys
 import types
 
+import matplotlib
 import numpy as np
 import pytest
 from etils import epath
@@ -316,7 +317,7 @@ def _finished(workdir, scores, losses=('nan', 2.0), load=((1, 3), (2, 2))):
   for step, loss in enumerate(losses, 1):
     row = {'step': step, 'loss': loss, 'tokens_per_second': 100.0 * step}
     row |= {'encoder/load': [list(load[step - 1])]}
-    rows.write({**row, 'encoder/dropped_routes': 0.25})
+    rows.write({**row, 'encoder/dropped_tokens': 0.25})
   rows.write({'step': len(losses), **scores})
   return str(workdir)
 
@@ -344,6 +345,21 @@ def test_runs_side_by_side(tmp_path, monkeypatch):
   assert ['cb', 'accuracy', '56', '40.0', '35.5', '70.0'] in rows
   assert any('metrics.jsonl' in line and tuned in line for line in
              said.getvalue().split('\n'))  # fmt: skip
+
+
+def test_curves_are_drawn(tmp_path, monkeypatch):
+  monkeypatch.setitem(matplotlib.rcParams, 'svg.fonttype', 'none')
+  first = _finished(tmp_path / 'first', {'eval/cb/loss': 1.0})
+  scores = {'eval/cb/loss': 2.0, 'eval/news/loss': 'nan', 'eval/cb/f1': 9.0}
+  second = _finished(tmp_path / 'second', scores)
+  picture = tmp_path / 'curves.svg'
+  compare.draw_curves([first, second], str(picture))
+  drawn = picture.read_text()
+  for text in ('>cb<', '>news<', '>first<', '>second<', '>step<'):
+    assert drawn.count(text) == 1, text
+  assert '>f1<' not in drawn
+  with pytest.raises(ValueError, match="kind of picture 'pgn'. Did you mean"):
+    compare.draw_curves([first], str(tmp_path / 'curves.pgn'))
 
 
 def test_a_folder_that_is_no_run(tmp_path):
