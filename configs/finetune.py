@@ -16,7 +16,7 @@ def get_config(arg=None):
   arg = parse_arg(arg, scratch=False, seed=0, mixture='tiny_glue', runlocal=False)
   c = config_dict.ConfigDict()
   c.seed = arg.seed
-  c.total_steps = 1200
+  c.total_steps = 900
   c.init = ''
   c.init_take = 'architecture' if arg.scratch else 'params'
 
@@ -32,8 +32,8 @@ def get_config(arg=None):
     c.model = dict(dropout=0.0, moe=dict(expert_dropout=0.0))
 
   c.optimizer = dict(learning_rate=0.01, decay='none')
-  c.checkpoint = dict(every=400)
-  c.evaluate = dict(every=400)
+  c.checkpoint = dict(every=300)
+  c.evaluate = dict(every=300)
   c.log = dict(every=100)
 
   if arg.runlocal:

@@ -289,7 +289,7 @@ def _look(pending, config, report, clock, force=False) -> dict:
       f'{bad} steps in a row were not finite, the last one {n}: lower'
       ' optimizer.learning_rate or look at the data.'
     )
-  if not (force or _due(n, config.log.every) or n == 1):
+  if not (force or _due(n, config.log.every) or n == report.first):
     return {}
   row = {**jax.device_get(metrics), **clock.read()}
   row.update({f'tokens_seen/{name}': count for name, count in seen.items()})
@@ -310,7 +310,11 @@ def _check_keep_best(config: Config, known: list[str]):
 
 
 def _line(step: int, measured: dict) -> str:
+  """What changes from one evaluation to the next."""
+  constant = ('examples', 'majority_')
   found = '  '.join(
-    f'{k.removeprefix("eval/")} {v:.4g}' for k, v in measured.items()
+    f'{k.removeprefix("eval/")} {v:.4g}'
+    for k, v in measured.items()
+    if not k.rpartition('/')[2].startswith(constant)
   )
   return f'step {step} evaluated: {found}'

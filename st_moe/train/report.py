@@ -29,6 +29,7 @@ class Report:
       self._try(lambda: _Wandb(config, self._workdir))
     self._progress = None
     self._total = config.total_steps
+    self.first = start + 1  # The step that waits for the compiler.
 
   def _try(self, make):
     try:
@@ -59,6 +60,12 @@ class Report:
   def progress(self, step: int, row: dict):
     """Moves the bar; a line each time where there is no terminal."""
     loss, rate = float(row['loss']), float(row['tokens_per_second'])
+    if step == self.first:
+      seconds = row['seconds_per_step']
+      self.note(
+        f'step {step}/{self._total}  loss {loss:.3f}  compiled in {seconds:.0f} s'
+      )
+      return
     if not self.console.is_terminal:
       left = _clock(row['seconds_per_step'] * (self._total - step))
       self.note(

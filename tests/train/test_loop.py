@@ -365,7 +365,7 @@ class _Report:
   """Remembers what it is told."""
 
   def __init__(self):
-    self.notes, self.rows = [], []
+    self.notes, self.rows, self.first = [], [], 1
 
   def note(self, text):
     self.notes.append(text)

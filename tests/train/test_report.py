@@ -287,9 +287,11 @@ def test_progress_is_a_line_where_there_is_no_terminal(tmp_path):
     'tokens_per_second': 12_345.6,
     'seconds_per_step': 1600.0,
   }
+  made.progress(1, {**row, 'seconds_per_step': 12.4})
   made.progress(5, row)
   # Three steps of 1600 s are 1 h 20 min.
   assert said.getvalue() == (
+    'step 1/8  loss 4.250  compiled in 12 s\n'
     'step 5/8  loss 4.250  12,346 tokens/s  ETA 1:20:00\n'
   )
 
