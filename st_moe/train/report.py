@@ -61,10 +61,8 @@ class Report:
     """Moves the bar; a line each time where there is no terminal."""
     loss, rate = float(row['loss']), float(row['tokens_per_second'])
     if step == self.first:
-      seconds = row['seconds_per_step']
-      self.note(
-        f'step {step}/{self._total}  loss {loss:.3f}  compiled in {seconds:.0f} s'
-      )
+      compiled = f'compiled in {row["seconds_per_step"]:.0f} s'
+      self.note(f'step {step}/{self._total}  loss {loss:.3f}  {compiled}')
       return
     if not self.console.is_terminal:
       left = _clock(row['seconds_per_step'] * (self._total - step))
