@@ -56,7 +56,10 @@ def bucket(tmp_path, monkeypatch):
         rename=move,
         replace=move,
         **dict.fromkeys(
-          ('exists', 'isdir', 'listdir', 'makedirs', 'mkdir', 'stat', 'remove'),
+          (
+            *('exists', 'isdir', 'listdir', 'stat'),
+            *('makedirs', 'mkdir', 'remove', 'rmtree'),
+          ),
           plain,
         ),
       )

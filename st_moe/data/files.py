@@ -67,3 +67,18 @@ def copy(source: epath.PathLike, target: epath.PathLike) -> None:
   """Copies a file from any file system to any other."""
   with epath.Path(source).open('rb') as a, epath.Path(target).open('wb') as b:
     shutil.copyfileobj(a, b, 1 << 20)
+
+
+def move_tree(source: epath.PathLike, target: epath.PathLike) -> None:
+  """Renames a directory; copies and deletes where a store has no rename."""
+  source, target = epath.Path(source), epath.Path(target)
+  if not is_remote(source):
+    source.rename(target)
+    return
+  target.mkdir(parents=True, exist_ok=True)
+  for path in source.iterdir():
+    if path.is_dir():
+      move_tree(path, target / path.name)
+    else:
+      copy(path, target / path.name)
+  source.rmtree()

@@ -180,6 +180,8 @@ class Stack(nn.Module):
     )
     index = None
     if decode:
+      if max_decode_length is None:
+        raise ValueError('decode=True needs max_decode_length: the cache size.')
       ready = self.has_variable('cache', 'cache_index')
       step = self.variable('cache', 'cache_index', jnp.zeros, (), jnp.int32)
       index = step.value

@@ -148,7 +148,7 @@ class Checkpoints:
     aside = self.directory.parent / 'damaged'
     aside.mkdir(exist_ok=True)
     number = len(list(aside.iterdir()))
-    (self.directory / str(step)).rename(aside / f'{step}-{number}')
+    files.move_tree(self.directory / str(step), aside / f'{step}-{number}')
     self._manager.reload()
 
 

@@ -1,0 +1,44 @@
+"""Files that are whole or absent, wherever they lie."""
+
+import errno
+
+import pytest
+
+from st_moe.data import files
+
+
+def _tree(root):
+  paths = sorted(p for p in root.rglob('*') if p.is_file())
+  return {str(p.relative_to(root)): p.read_text() for p in paths}
+
+
+@pytest.mark.parametrize('remote', [False, True])
+def test_a_tree_moves_whole(tmp_path, bucket, remote):
+  root = bucket if remote else tmp_path / 'disk'
+  (root / 'old' / 'deep').mkdir(parents=True)
+  (root / 'old' / 'a').write_text('1')
+  (root / 'old' / 'deep' / 'b').write_text('2')
+  before = 'gs://' if remote else f'{root}/'
+  files.move_tree(f'{before}old', f'{before}new')
+  assert _tree(root) == {'new/a': '1', 'new/deep/b': '2'}
+  assert not (root / 'old').exists()
+
+
+def test_nothing_appears_when_writing_fails(tmp_path):
+  path = tmp_path / 'deep' / 'file'
+  with pytest.raises(KeyError), files.appearing(path) as temp:
+    temp.write_text('half')
+    raise KeyError
+  assert list(path.parent.iterdir()) == []
+  files.write_whole(path, b'whole')
+  assert [p.name for p in path.parent.iterdir()] == ['file']
+
+
+def test_a_full_disk_is_said_plainly(tmp_path):
+  message = 'No space left while writing .*file by way of .* make room or set'
+  with (
+    pytest.raises(ValueError, match=message),
+    files.appearing(tmp_path / 'file'),
+  ):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+  assert list(tmp_path.iterdir()) == []
