@@ -7,6 +7,7 @@ import sys
 _VERBS = {
   'train': 'pre-train or fine-tune: config, workdir -> checkpoints, metrics',
   'evaluate': 'score a checkpoint on its tasks -> metrics.json, predictions',
+  'plan': 'what a model costs: parameters, FLOPs',
   'prepare': 'train a vocabulary, write a mixture to indexed shards',
   'report': 'stages and task scores of finished runs, side by side',
   'doctor': 'devices, versions, memory, write access, data found',
@@ -68,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, text in _VERBS.items()
   }
-  for name in ('train', 'prepare', 'config'):
+  for name in ('train', 'prepare', 'plan', 'config'):
     made[name].add_argument('--config', metavar='FILE[:ARG]', default='')
   for name in ('train', 'prepare', 'evaluate'):
     made[name].add_argument(
@@ -90,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
   )
   made['evaluate'].add_argument(
     '--output', default='', help="'': WORKDIR/evaluation"
+  )
+  made['plan'].add_argument(
+    '--count', action='store_true', help='parameters by role, and FLOPs'
   )
   made['report'].add_argument('workdirs', nargs='+')
   made['report'].add_argument(
@@ -221,6 +225,18 @@ def _evaluate(flags, overrides):
   )
 
 
+def _plan(flags, overrides):
+  if not flags.count:
+    raise ValueError('What of the plan? There is --count, so far.')
+  # Counting needs no accelerator, and should not wait for one.
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  _start(flags)
+  config = _load(flags, overrides)
+  from st_moe.plan import cost
+
+  cost.report_count(config)
+
+
 def _report(flags, overrides):
   from st_moe.train import compare
 
@@ -283,6 +299,7 @@ def _config(flags, overrides):
 _RUN = {
   'train': _train,
   'evaluate': _evaluate,
+  'plan': _plan,
   'prepare': _prepare,
   'report': _report,
   'doctor': _doctor,

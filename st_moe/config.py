@@ -342,6 +342,13 @@ class ModelConfig:
           roles['attention'] += 4 * d * joined
     return roles
 
+  def active_params(self) -> int:
+    """Parameters that one token meets: all but the experts not chosen."""
+    roles = self.num_params()
+    k = self.moe.selector.kwargs.get('k', 1)
+    unseen = roles['experts'] * (self.moe.num_experts - k)
+    return sum(roles.values()) - unseen // self.moe.num_experts
+
   def forward_flops(self, inputs_length: int, targets_length: int) -> int:
     """Matrix-product FLOPs of one forward pass over one training sequence.
 
@@ -501,6 +508,7 @@ class Config:
   # 'params', or 'architecture': only its model and vocabulary, untrained.
   init_take: str = 'params'
   microbatches: int = 1  # Gradient accumulation; changes no number.
+  paper_params: float = 0.0  # What its paper prints, to compare; 0: nothing.
   model: ModelConfig = ModelConfig()
   data: DataConfig = DataConfig()
   loss: LossConfig = LossConfig()

@@ -39,6 +39,13 @@ def parse_arg(arg: str | None, **defaults) -> types.SimpleNamespace:
   return types.SimpleNamespace(**values)
 
 
+def choose(what: str, name: str, table: Mapping):
+  """The entry of `table` that a config argument names."""
+  if name not in table:
+    raise unknown(what, name, table)
+  return table[name]
+
+
 def _literal(text: str, kind=object):
   """A flag's text as a value for `kind`; what is no literal is a string.
 

@@ -1,9 +1,33 @@
-"""Scanned and unrolled parameters, into each other without loss."""
+"""Parameters by role and path; scanned ones unrolled and back, without loss."""
+
+import re
 
 import jax
 import jax.numpy as jnp
 
 from st_moe.config import ModelConfig
+
+# What a parameter is for, by its path; the first that fits.
+ROLES = (
+  ('router', r'/router/'),
+  ('experts', r'/experts/'),
+  ('norms', r'norm/scale$'),
+  ('attention', r'attention/|relpos_bias/'),
+  ('mlp', r'mlp/'),
+  ('embedding', r'^token_embedder/|^logits_dense/'),
+)
+
+
+def role(path: str) -> str:
+  """The role of the parameter at 'encoder/layers/...'."""
+  return next(role for role, pattern in ROLES if re.search(pattern, path))
+
+
+def by_path(params) -> dict:
+  """'encoder/layers/...' -> leaf."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(params)
+  name = jax.tree_util.keystr
+  return {name(p, simple=True, separator='/'): leaf for p, leaf in flat}
 
 
 def unroll(params: dict, config: ModelConfig) -> dict:

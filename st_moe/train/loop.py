@@ -20,6 +20,7 @@ from st_moe.train.report import Clock, Report, read_rows
 # A run may go on with other values of these: they change none of its numbers.
 _FREE = (
   'name',
+  'paper_params',
   'total_steps',
   'checkpoint.',
   'evaluate.',

@@ -1,0 +1,127 @@
+"""The models of the papers, counted from shapes alone."""
+
+import dataclasses
+
+import pytest
+
+from st_moe import cli, config_file
+from st_moe.config import Config, ModelConfig, MoEConfig, StackConfig
+from st_moe.plan import cost
+
+# As measured on the code that trained or released them, to the parameter.
+EXACT = {
+  't5_1_0.py:size=small': 60_506_624,
+  't5_1_0.py:size=base': 222_903_552,
+  't5_1_0.py:size=large': 737_668_096,
+  't5_1_0.py:size=xl': 2_851_598_336,
+  't5_1_0.py:size=xxl': 11_307_321_344,
+  't5_1_1.py:size=small': 76_961_152,
+  't5_1_1.py:size=base': 247_577_856,
+  't5_1_1.py:size=large': 783_150_080,
+  't5_1_1.py:size=xl': 2_849_757_184,
+  't5_1_1.py:size=xxl': 11_135_332_352,
+  't5_1_1.py:size=small,mt5': 300_176_768,
+  'switch.py:size=base,experts=8': 619_339_008,
+  'switch.py:size=base,experts=128': 7_415_217_408,
+  'switch.py:size=large': 26_309_291_008,
+  'switch.py:size=xxl': 394_675_073_024,
+  'switch.py:size=c': 1_571_327_875_360,
+  'st_moe_base.py': 700_641_024,
+  'st_moe_xl.py': 8_889_972_736,
+  'st_moe_32b.py': 269_104_613_376,
+}
+# From the arithmetic of the papers, in billions with three decimals.
+BILLIONS = {
+  'st_moe_large.py': 4.105,
+  'switch.py:size=base,experts=256': 14.664,
+}
+
+
+def load(name):
+  return config_file.load(f'configs/{name}')
+
+
+def total(config) -> int:
+  return sum(cost.count_params(config).values())
+
+
+@pytest.mark.parametrize('name', EXACT)
+def test_counts_to_the_parameter(name):
+  assert total(load(name)) == EXACT[name]
+
+
+@pytest.mark.parametrize('name', BILLIONS)
+def test_counts_of_the_papers(name):
+  assert round(total(load(name)) / 1e9, 3) == BILLIONS[name]
+
+
+def test_each_expert_of_switch_base_adds_as_much():
+  more = [total(load(f'switch.py:size=base,experts={e}')) for e in (16, 32, 64)]
+  assert more[1] - more[0] == 16 * 56_632_320
+  assert more[2] - more[1] == 32 * 56_632_320
+
+
+@pytest.mark.parametrize(
+  ('size', 'layers', 'd', 'f', 'heads', 'experts', 'sparse', 'expected'),
+  [('tiny', 2, 32, 64, 6, 8, 1, 2_462_976)],
+)
+def test_tokens_choose(size, layers, d, f, heads, experts, sparse, expected):
+  """Flaxformer's family of the same name: top-2, no extra FFN."""
+  stack = StackConfig(layers, layers // sparse, layers // sparse - 1)
+  moe = MoEConfig(num_experts=experts, extra_ffn='none')
+  model = ModelConfig(
+    embed_dim=d, mlp_dim=f, num_heads=heads, encoder=stack, decoder=stack,
+    moe=moe,
+  )  # fmt: skip
+  assert total(Config(model=model)) == expected
+
+
+NAMES = [
+  *EXACT,
+  *BILLIONS,
+  'st_moe_large.py:dense',
+  'switch.py:dense',
+]
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_shapes_and_arithmetic_agree(name):
+  config = load(name)
+  assert cost.count_params(config) == {
+    role: n for role, n in config.model.num_params().items() if n
+  }
+  if config.paper_params:  # Rounded; T5-Large is printed as 770M, 4 % off.
+    assert total(config) / config.paper_params == pytest.approx(1, rel=0.05)
+
+
+def test_a_token_meets_the_experts_it_chose():
+  # 12 sparse layers x 2 of 32 experts x 3 matrices of 1024 x 2816.
+  config = load('st_moe_large.py')
+  roles = cost.count_params(config)
+  others = sum(roles.values()) - roles['experts']
+  expected = others + 12 * 2 * 3 * 1024 * 2816
+  assert config.model.active_params() == expected
+  dense = dataclasses.replace(config.model, dense=True)
+  assert dense.active_params() == sum(dense.num_params().values())
+
+
+def test_forward_flops_of_the_paper():
+  # 20.2T printed for ST-MoE-32B at 512 + 114 tokens.
+  config = load('st_moe_32b.py')
+  assert config.model.forward_flops(512, 114) == pytest.approx(
+    20.2e12, rel=0.01
+  )
+
+
+def test_the_verb(capsys):
+  cli.run(['plan', '--config=configs/st_moe_32b.py', '--count'])
+  said = capsys.readouterr().out
+  assert '269,104,613,376' in said and '269.105B' in said
+  assert '+0.04%' in said  # Against the 269B of the paper.
+  with pytest.raises(ValueError, match='There is --count'):
+    cli.run(['plan', '--config=configs/st_moe_32b.py'])
+
+
+def test_an_unknown_size():
+  with pytest.raises(ValueError, match="size 'lage'. Did you mean 'large'"):
+    load('switch.py:size=lage')
