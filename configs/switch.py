@@ -48,5 +48,6 @@ def get_config(arg=None):
       num_experts=experts, selector=dict(name='top_k', k=1), extra_ffn='none',
       train_capacity=dict(factor=train, minimum=minimum),
       eval_capacity=dict(factor=evaluate, minimum=minimum))
-  c.loss = dict(router=dict(load_balance=1e-2), layers='mean')
+  c.routing = 'flaxformer'
+  c.loss = dict(router=dict(load_balance=1e-2))
   return c

@@ -102,6 +102,14 @@ class Capacity:
     return min(slots, group_size)
 
 
+# What the fields of a sparse layer that are words may say.
+_MOE_WORDS = {
+  'extra_ffn': ('none', 'before', 'after'),
+  'group_by': ('tokens', 'sequence'),
+  'padding': ('ignored', 'routed', 'zeroed'),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
   """One sparse feed-forward layer. Defaults: ST-MoE (arXiv:2202.08906)."""
@@ -116,15 +124,19 @@ class MoEConfig:
   dispatcher: str = 'auto'
   multiplicative_bias: bool = False  # On the expert's hidden units, Table 17.
   expert_dropout: float | None = None  # None: the model's dropout.
-  extra_ffn: str = (
-    'after'  # Dense FFN 'before' or 'after' a sparse one; 'none'.
-  )
+  # Dense FFN 'before' or 'after' a sparse one; 'none'.
+  extra_ffn: str = 'after'
+  # Who competes for places: `group_size` neighbours of the flattened batch
+  # ('tokens'), or each 'sequence' by itself.
+  group_by: str = 'tokens'
+  # 'ignored': asks for no place. 'routed': as any token. 'zeroed': as any token
+  # whose activations are 0.
+  padding: str = 'ignored'
 
   def __post_init__(self):
-    if self.extra_ffn not in ('none', 'before', 'after'):
-      raise ValueError(
-        f'extra_ffn {self.extra_ffn!r} is none of none, before, after.'
-      )
+    for field, known in _MOE_WORDS.items():
+      if getattr(self, field) not in known:
+        raise unknown(field, getattr(self, field), known)
 
   def capacity(self, deterministic: bool) -> Capacity:
     return self.eval_capacity if deterministic else self.train_capacity
@@ -497,11 +509,54 @@ class LogConfig:
   wandb_project: str = 'st_moe'
 
 
+# How other codes route, as fields that differ from the defaults; a checkpoint
+# means what it meant only under the routing it was trained with.
+#
+#                        paper           flaxformer           huggingface
+#   weights of top-2     renormalised    probabilities        (top-1 only)
+#   second choices       random 0.2      all                  (top-1 only)
+#   capacity             floor           round                64 a sequence
+#   a group              tokens          tokens               a sequence
+#   padding              asks nothing    goes to expert 0     as any token
+#   balance counts       first choices   all choices          first choices
+#   losses over layers   sum             mean                 mean
+#   first sparse layer   the last of     the last of          the second
+#                        each period     each period
+#
+# 'paper' is that of Mesh-TensorFlow too. HuggingFace takes the balance loss
+# over all layers of a stack joined, as if they were one, which we do not.
+ROUTINGS = {
+  'paper': {},
+  'flaxformer': {
+    'model.moe.selector.k': 2,
+    'model.moe.selector.normalize': False,
+    'model.moe.selector.train_policy': 'all',
+    'model.moe.train_capacity.rounding': 'round',
+    'model.moe.eval_capacity.rounding': 'round',
+    'model.moe.padding': 'zeroed',
+    'loss.router': {'load_balance_all': 1e-2, 'router_z': 1e-3},
+    'loss.layers': 'mean',
+  },
+  'huggingface': {
+    'model.encoder.sparse_offset': 1,
+    'model.decoder.sparse_offset': 1,
+    'model.moe.selector.k': 1,
+    'model.moe.train_capacity.count': 64,
+    'model.moe.eval_capacity.count': 64,
+    'model.moe.group_by': 'sequence',
+    'model.moe.padding': 'routed',
+    'model.moe.extra_ffn': 'none',
+    'loss.layers': 'mean',
+  },
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
   """One run."""
 
   name: str = ''
+  routing: str = 'paper'  # One of ROUTINGS: what the file leaves open.
   seed: int = 0
   total_steps: int = 0
   init: str = ''  # A checkpoint or workdir to start from; '': random.

@@ -64,20 +64,24 @@ def _literal(text: str, kind=object):
     return text
 
 
-def build(kind, value, where: str = 'config'):
-  """`value` (plain dicts and scalars) as an instance of the type `kind`."""
+def build(kind, value, where: str = 'config', default=None):
+  """`value` (plain dicts and scalars) as an instance of the type `kind`.
+
+  What a dict leaves open is as in `default`, an instance: a decoder, or the
+  capacity of evaluation, has defaults of its own.
+  """
   if isinstance(kind, types.UnionType):
     if value is None and type(None) in kind.__args__:
       return None
     kinds = [k for k in kind.__args__ if k is not type(None)]
     for k in kinds[:-1]:
       try:
-        return build(k, value, where)
+        return build(k, value, where, default)
       except ValueError:
         continue
-    return build(kinds[-1], value, where)
+    return build(kinds[-1], value, where, default)
   if dataclasses.is_dataclass(kind):
-    return _build_dataclass(kind, value, where)
+    return _build_dataclass(kind, value, where, default)
   origin = typing.get_origin(kind) or kind
   if origin is Mapping:
     if not isinstance(value, Mapping):
@@ -91,7 +95,7 @@ def build(kind, value, where: str = 'config'):
   return value
 
 
-def _build_dataclass(kind, value, where: str):
+def _build_dataclass(kind, value, where: str, default):
   if isinstance(value, kind):
     return value
   if kind is config_lib.Part:
@@ -105,9 +109,14 @@ def _build_dataclass(kind, value, where: str):
   for name in value:
     if name not in hints:
       raise unknown(f'field of {where}', name, hints)
+  default = default if isinstance(default, kind) else kind()
   try:
-    return kind(
-      **{k: build(hints[k], v, f'{where}.{k}') for k, v in value.items()}
+    return dataclasses.replace(
+      default,
+      **{
+        k: build(hints[k], v, f'{where}.{k}', getattr(default, k))
+        for k, v in value.items()
+      },
     )
   except ValueError as e:
     # `kind` itself refused: say where, once.
@@ -197,6 +206,21 @@ def diff(a: Mapping, b: Mapping, path: str = '') -> list[str]:
   return lines
 
 
+def _fill(kind, values: Mapping, path: list[str], value) -> dict:
+  """`values` of dataclass `kind` with a field set, if they leave it open."""
+  head, *rest = path
+  if not rest:
+    return {head: value, **values}
+  hint = typing.get_type_hints(kind)[head]
+  inner = values.get(head, {})
+  if hint is config_lib.Part:
+    inner = {'name': inner} if isinstance(inner, str) else dict(inner)
+    inner.setdefault('name', getattr(kind(), head).name)
+    return {**values, head: {rest[0]: value, **inner}}
+  nested = next(k for k in getattr(hint, '__args__', (hint,)))
+  return {**values, head: _fill(nested, inner, rest, value)}
+
+
 def find(name: str) -> pathlib.Path:
   """The config file `name`: as given, or among the ones shipped."""
   path = pathlib.Path(name)
@@ -249,6 +273,9 @@ def load(
   module_spec.loader.exec_module(module)
   values = module.get_config(arg or None).to_dict()
   values.setdefault('name', path.stem)
+  code = (overrides or {}).get('routing', values.get('routing', 'paper'))
+  for field, value in choose('routing', code, config_lib.ROUTINGS).items():
+    values = _fill(config_lib.Config, values, field.split('.'), value)
   for field, value in (overrides or {}).items():
     values = merge(config_lib.Config, values, field, value)
   if values.get('init') and base:

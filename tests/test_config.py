@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from st_moe import config as config_lib
 from st_moe import config_file
 from st_moe.config import (
   Capacity,
@@ -177,7 +178,11 @@ def test_experts_follow_the_width_of_the_dense_ffn(tmp_path):
     ('model.moe.gate', '3', 'config.model.moe.gate = 3 needs a name'),
     ('total_steps.x', '1', "config.total_steps = 7 has no field 'x'"),
     ('data.mixture', '3', 'config.data.mixture = 3 should be a dict'),
-    ('model.moe.extra_ffn', 'no', "config.model.moe: extra_ffn 'no' is none"),
+    (
+      'model.moe.extra_ffn',
+      'no',
+      "extra_ffn 'no'. Did you mean 'none'",
+    ),
     ('model.encoder.sparse_offset', '4', 'sparse_offset 4 is never reached'),
     ('model.moe.train_capacity.factor', '0', 'train_capacity: .*cannot seat'),
     ('loss.layers', 'max', "config.loss: loss.layers 'max'"),
@@ -391,3 +396,59 @@ def test_the_dense_twin_is_as_wide_as_what_the_sparse_one_computes():
 def test_a_wrong_word_or_size_is_refused(field, value, message):
   with pytest.raises(ValueError, match=message):
     config_file.load('configs/st_moe_tiny.py', {field: value})
+
+
+# Routing as other codes do it
+
+
+def _switch(**overrides):
+  return config_file.load('configs/switch.py:size=base,experts=8', overrides)
+
+
+def test_a_preset_fills_what_the_file_leaves_open():
+  moe = _switch().model.moe
+  assert moe.selector == Part.of(
+    'top_k', k=1, normalize=False, train_policy='all'
+  )
+  # The preset would have said k = 2; 2.0 is the default of evaluation alone.
+  assert moe.eval_capacity == Capacity(2.0, rounding='round')
+  assert moe.train_capacity == Capacity(1.25, rounding='round')
+  assert moe.padding == 'zeroed'
+  assert _switch().loss.layers == 'mean'
+  assert dict(_switch().loss.router) == {'load_balance': 0.01}
+
+
+def test_another_preset_by_flag():
+  config = _switch(routing='huggingface')
+  assert config.model.moe.group_by == 'sequence'
+  assert config.model.moe.padding == 'routed'
+  assert config.model.moe.eval_capacity.slots(512, 8) == 64
+  assert config.model.encoder.sparse_offset == 1
+  paper = _switch(routing='paper').model.moe
+  assert paper.padding == 'ignored' and paper.selector.kwargs == {'k': 1}
+  with pytest.raises(ValueError, match="routing 'hf'. Known: ..flaxformer"):
+    _switch(routing='hf')
+
+
+@pytest.mark.parametrize('code', config_lib.ROUTINGS)
+def test_every_preset_makes_a_config(code):
+  for file in ('st_moe_base', 'st_moe_tiny:runlocal', 't5_1_1'):
+    name, _, arg = file.partition(':')
+    config = config_file.load(f'configs/{name}.py:{arg}', {'routing': code})
+    assert config.routing == code
+    assert config_file.from_dict(config_file.to_dict(config)) == config
+
+
+def test_a_part_of_a_default_keeps_the_rest(tmp_path):
+  file = tmp_path / 'mine.py'
+  file.write_text(
+    'from ml_collections import config_dict\n'
+    'def get_config(arg=None):\n'
+    '  return config_dict.ConfigDict(dict(model=dict(\n'
+    '      decoder=dict(num_layers=3),\n'
+    '      moe=dict(eval_capacity=dict(minimum=1)))))\n'
+  )
+  model = config_file.load(str(file)).model
+  assert model.decoder == StackConfig(3, group_size=456)
+  assert model.encoder == StackConfig()
+  assert model.moe.eval_capacity == Capacity(2.0, minimum=1)

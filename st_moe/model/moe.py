@@ -32,7 +32,12 @@ class MoE(nn.Module):
   def __call__(self, x: jax.Array, ctx: RouteContext) -> jax.Array:
     """Maps `x` [batch, length, embed] to the same; padding comes back as 0."""
     cfg, moe = self.config, self.config.moe
-    groups = functools.partial(into_groups, group_size=self.group_size)
+    if moe.padding == 'zeroed':
+      x = jnp.where(ctx.valid[..., None], x, 0)
+    if moe.padding != 'ignored':
+      ctx = ctx.replace(valid=jnp.full(ctx.valid.shape, True))
+    size = x.shape[1] if moe.group_by == 'sequence' else self.group_size
+    groups = functools.partial(into_groups, group_size=size)
     xg, ctx = groups(x), jax.tree.map(groups, ctx)  # [g, s, ...]
     xg = sharding.constrain(xg, 'group', 'length', 'activation_embed')
     capacity = moe.slots(xg.shape[1], ctx.deterministic)

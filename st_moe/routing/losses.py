@@ -27,16 +27,34 @@ def load_balance(scores: Scores, seats: Seats, ctx: RouteContext):
   """
   e = scores.probs.shape[-1]
   first = seats.first if seats.k else scores.probs.argmax(-1)
+  return _balance(jax.nn.one_hot(first, e), scores.probs, ctx)
+
+
+def load_balance_all(scores: Scores, seats: Seats, ctx: RouteContext):
+  """`load_balance` with all k choices in f_e: k when even (Flaxformer)."""
+  mark = lambda token, expert, row: row.at[token, expert].set(1.0)
+  empty = jnp.zeros_like(scores.probs)
+  chosen = jax.vmap(mark)(seats.token, seats.expert, empty)
+  return _balance(chosen, scores.probs, ctx)
+
+
+def _balance(chosen, probs, ctx: RouteContext):
+  """e * sum_e f_e p_e, f_e the share of valid tokens with chosen [g, s, e]."""
+  e = probs.shape[-1]
   valid = ctx.valid.astype(jnp.float32)
   count = valid.sum(-1)  # [g]
-  f = jnp.einsum('gse,gs->ge', jax.nn.one_hot(first, e), valid)
-  p = jnp.einsum('gse,gs->ge', scores.probs, valid)
+  f = jnp.einsum('gse,gs->ge', chosen, valid)
+  p = jnp.einsum('gse,gs->ge', probs, valid)
   safe = jnp.maximum(count, 1)[:, None]
   loss = e * (f / safe * (p / safe)).sum(-1)  # [g]
   return (loss * count).sum(), count.sum()
 
 
-LOSSES = {'load_balance': load_balance, 'router_z': router_z}
+LOSSES = {
+  'load_balance': load_balance,
+  'load_balance_all': load_balance_all,
+  'router_z': router_z,
+}
 
 
 def _over(value: jax.Array, mask: jax.Array):

@@ -19,13 +19,15 @@ def top_k(
   train_policy: str = 'random',
   eval_policy: str = 'all',
   threshold: float = 0.2,
+  normalize: bool = True,
 ) -> Seats:
   """The k best experts of each token.
 
   k = 1 is the Switch rule (arXiv:2101.03961): the weight is the probability
   itself, or the router would have no gradient. k >= 2 is the ST-MoE rule
   (arXiv:2202.08906, App. G): weights are renormalised over the k choices before
-  anyone is dropped and never after, and a choice past the first stays by policy
+  anyone is dropped and never after (`normalize` False: not even before, as
+  Flaxformer), and a choice past the first stays by policy
 
     all        always
     none       never
@@ -45,26 +47,27 @@ def top_k(
   weight = jnp.take_along_axis(scores.probs, expert, axis=-1)
   active = jnp.broadcast_to(ctx.valid[..., None], weight.shape)
   if k > 1:
-    weight /= weight.sum(-1, keepdims=True) + 1e-9
+    share = weight / (weight.sum(-1, keepdims=True) + 1e-9)
+    weight = share if normalize else weight
     policy = eval_policy if ctx.deterministic else train_policy
-    active &= _stays(policy, weight, threshold, rng).at[..., 0].set(True)
+    active &= _stays(policy, share, threshold, rng).at[..., 0].set(True)
   asked = Assignment(expert, weight, active)
   return seat(asked, num_experts=num_experts, capacity=capacity)
 
 
-def _stays(policy, weight, threshold, rng) -> jax.Array:
+def _stays(policy, share, threshold, rng) -> jax.Array:
   if policy == 'all':
-    return jnp.full(weight.shape, True)
+    return jnp.full(share.shape, True)
   if policy == 'none':
-    return jnp.full(weight.shape, False)
+    return jnp.full(share.shape, False)
   if policy == 'threshold':
-    return weight > threshold
+    return share > threshold
   if rng is None:
     raise ValueError(
       "The policy 'random' draws numbers: pass rngs={'dropout': key}, or use"
       " 'all', 'none' or 'threshold'."
     )
-  return jax.random.uniform(rng, weight.shape) * threshold < weight
+  return jax.random.uniform(rng, share.shape) * threshold < share
 
 
 SELECTORS = {'top_k': top_k}

@@ -5,7 +5,7 @@ Terms are added over microbatches before anything is divided, so cutting a batch
 into microbatches changes neither losses nor gradients.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -66,12 +66,15 @@ def records(intermediates: Mapping) -> dict[str, list]:
   return {stack: jax.tree.map(join, *rows) for stack, rows in found.items()}
 
 
-def router_terms(by_stack: dict) -> dict:
+def router_terms(by_stack: dict, names: Iterable[str]) -> dict:
   """Losses of all sparse layers: name -> (sums, weights), each [layers]."""
-  losses = [by_stack[stack]['losses'] for stack in sorted(by_stack)]
-  if not losses:
-    return {}
-  return jax.tree.map(lambda *rows: jnp.concatenate(rows), *losses)
+  stacks = [by_stack[stack]['losses'] for stack in sorted(by_stack)]
+  join = lambda *rows: jnp.concatenate(rows)
+  return {
+    name: jax.tree.map(join, *(losses[name] for losses in stacks))
+    for name in names
+    if stacks
+  }
 
 
 def check_names(config: LossConfig) -> None:

@@ -88,7 +88,10 @@ def forward(model, config: Config, params, batch, *, rng, step=None):
     *targets_of(batch, model.config),
     label_smoothing=config.loss.label_smoothing if rng is not None else 0.0,
   )
-  return {**terms, **losses.router_terms(by_stack)}, by_stack
+  return {
+    **terms,
+    **losses.router_terms(by_stack, config.loss.router),
+  }, by_stack
 
 
 def make_train_step(model, optimizer, config: Config):

@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from st_moe.routing.losses import LOSSES, gauges, load_balance, router_z
+from st_moe.routing.losses import (
+  LOSSES,
+  gauges,
+  load_balance,
+  load_balance_all,
+  router_z,
+)
 from st_moe.routing.selectors import top_k
 from st_moe.routing.types import RouteContext, Scores
 from tests.helpers import jit
@@ -74,6 +80,18 @@ def test_two_tokens_by_hand():
   shifted = logits + np.array([3.0, -1.0])[:, None]
   assert _value(router_z, logits) == pytest.approx(0, abs=1e-12)
   assert _value(router_z, shifted) == pytest.approx((9 + 1) / 2)
+
+
+def test_all_choices_by_hand():
+  # Choices 0 and 1, 0 and 2: f = [1, .5, .5], mean p = [.5, .25, .25], loss =
+  # 3 * (.5 + .125 + .125); by first choices alone 3 * .5.
+  logits = np.log([[[0.5, 0.3, 0.2], [0.5, 0.2, 0.3]]])
+  assert _value(load_balance_all, logits, k=2) == pytest.approx(2.25)
+  assert _value(load_balance, logits, k=2) == pytest.approx(1.5)
+  # Even: as many as there are choices; and with one choice no difference.
+  assert _value(load_balance_all, 50 * np.eye(E)[None]) == pytest.approx(2)
+  for loss in (load_balance, load_balance_all):
+    assert _value(loss, logits, k=1) == pytest.approx(1.5)
 
 
 def test_balance_is_counted_before_anyone_is_dropped():

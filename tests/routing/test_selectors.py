@@ -91,6 +91,17 @@ def test_a_later_first_choice_displaces_an_earlier_second_choice():
   np.testing.assert_array_equal(_by_token(both.place, 2), [[0, -1], [0, -1]])
 
 
+def test_weights_as_they_are():
+  # Flaxformer's. The policy still looks at shares: .04 of .2 is a fifth.
+  seats = _pick([[0.6, 0.3, 0.1]], k=2, normalize=False)
+  np.testing.assert_allclose(seats.weight, [[0.6, 0.3]], rtol=1e-6)
+  seats = _pick([[0.6, 0.3, 0.1]], k=2)
+  np.testing.assert_allclose(seats.weight, [[2 / 3, 1 / 3]], rtol=1e-6)
+  small = [[0.16, 0.05] + [0.79 / 100] * 100]
+  seats = _pick(small, k=2, normalize=False, eval_policy='threshold')
+  assert seats.asked.all()
+
+
 def test_threshold_is_a_share_of_the_pair():
   # .19 of the pair is more than a fifth of .81, but less than a fifth of 1:
   # App. G and the code, not the paraphrase of section 3.4. And it is the

@@ -119,7 +119,7 @@ def test_a_batch_of_padding_costs_nothing():
 
 
 def test_a_dense_model_has_no_router_terms():
-  assert loss.records({}) == {} and loss.router_terms({}) == {}
+  assert loss.records({}) == {} and loss.router_terms({}, ['router_z']) == {}
   terms = {k: _TERMS[k] for k in ('cross_entropy', 'z_loss')}
   weights = {k: _WEIGHTS[k] for k in terms}
   assert _total(terms, weights) == pytest.approx(2 + 5e-4)
@@ -159,7 +159,7 @@ def test_records_stand_in_the_order_of_the_layers():
     assert list(found) == ['encoder', 'decoder']
     load = found['encoder']['load']
     assert load.tolist() == [[2, 102], [6, 106], [10, 110]]
-    sums, weights = loss.router_terms(found)['load_balance']
+    sums, weights = loss.router_terms(found, ['load_balance'])['load_balance']
     # Stacks by name, whatever the order they ran in.
     assert sums.tolist() == [50, 2, 6, 10]
     assert weights.tolist() == [500, 20, 60, 100]
