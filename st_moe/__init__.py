@@ -16,6 +16,8 @@ __all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str):
+  if name == 'interop':
+    return importlib.import_module('st_moe.interop')
   if name not in _PUBLIC:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
   return getattr(importlib.import_module(_PUBLIC[name]), name)

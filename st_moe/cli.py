@@ -7,6 +7,7 @@ import sys
 _VERBS = {
   'train': 'pre-train or fine-tune: config, workdir -> checkpoints, metrics',
   'evaluate': 'score a checkpoint on its tasks -> metrics.json, predictions',
+  'convert': "HuggingFace's and our checkpoints into each other",
   'plan': 'what a model costs: parameters, FLOPs',
   'prepare': 'train a vocabulary, write a mixture to indexed shards',
   'report': 'stages and task scores of finished runs, side by side',
@@ -92,6 +93,15 @@ def _parser() -> argparse.ArgumentParser:
   made['evaluate'].add_argument(
     '--output', default='', help="'': WORKDIR/evaluation"
   )
+  for name, text in (('from', 'what to read'), ('to', 'a new place')):
+    made['convert'].add_argument(
+      f'--{name}', metavar='FORMAT:PLACE', required=True, help=text
+    )
+  made['convert'].add_argument(
+    '--verify',
+    action='store_true',
+    help="compare logits with the source's own implementation",
+  )
   made['plan'].add_argument(
     '--count', action='store_true', help='parameters by role, and FLOPs'
   )
@@ -173,9 +183,9 @@ def _load(flags, overrides):
   from st_moe import config_file
 
   def base(init):
-    from st_moe.train import checkpoint
+    from st_moe.interop import convert
 
-    return checkpoint.read_run(init)['config']
+    return config_file.to_dict(convert.open_source(init).config)
 
   return config_file.load(flags.config, overrides, base=base)
 
@@ -223,6 +233,27 @@ def _evaluate(flags, overrides):
     output=flags.output,
     overrides=overrides,
   )
+
+
+def _convert(flags, overrides):
+  _start(flags)
+  from st_moe.interop import convert
+
+  known = {'model.scan_layers': {'true': True, 'false': False}}
+  for field, value in overrides.items():
+    if value.lower() not in known.get(field, ()):
+      raise ValueError(
+        f'--config.{field}={value}: a conversion changes the layout and nothing'
+        ' else, --config.model.scan_layers=true or false.'
+      )
+  scan = overrides.get('model.scan_layers', '').lower()
+  lines = convert.convert(
+    getattr(flags, 'from'),
+    flags.to,
+    scan=known['model.scan_layers'].get(scan),
+    verify=flags.verify,
+  )
+  print('\n'.join(lines))
 
 
 def _plan(flags, overrides):
@@ -299,6 +330,7 @@ def _config(flags, overrides):
 _RUN = {
   'train': _train,
   'evaluate': _evaluate,
+  'convert': _convert,
   'plan': _plan,
   'prepare': _prepare,
   'report': _report,

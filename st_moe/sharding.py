@@ -157,6 +157,15 @@ def of_boxed(abstract, mesh: Mesh, rules=RULES):
   return jax.tree.map(sharding, abstract, is_leaf=_is_box)
 
 
+def placed(shapes, shardings):
+  """Shapes that say where their arrays go."""
+  return jax.tree.map(
+    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+    shapes,
+    shardings,
+  )
+
+
 def axis_names(boxed):
   """The logical axes of every boxed parameter, as a tree of tuples."""
   return jax.tree.map(lambda box: box.names, boxed, is_leaf=_is_box)

@@ -58,6 +58,31 @@ def appearing(path: epath.PathLike) -> Iterator[pathlib.Path]:
     temp.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def directory_appearing(path: epath.PathLike) -> Iterator[pathlib.Path]:
+  """A local directory to fill, which becomes `path` if nothing goes wrong.
+
+  Raises:
+    ValueError: there is something at `path` already.
+  """
+  path = epath.Path(path).expanduser()
+  if path.exists() and (path.is_file() or any(path.iterdir())):
+    raise ValueError(f'{path} is not empty; name a new directory.')
+  folder = None if is_remote(path) else path.parent
+  if folder:
+    folder.mkdir(parents=True, exist_ok=True)
+  temp = pathlib.Path(tempfile.mkdtemp('.tmp', f'.{path.name}.', folder))
+  try:
+    yield temp
+    if folder:
+      temp.chmod(0o755)  # mkdtemp's are private.
+      os.replace(temp, path)
+    else:
+      copy_tree(temp, path)
+  finally:
+    shutil.rmtree(temp, ignore_errors=True)
+
+
 def write_whole(path: epath.PathLike, data: bytes) -> None:
   with appearing(path) as temp:
     temp.write_bytes(data)
@@ -69,16 +94,20 @@ def copy(source: epath.PathLike, target: epath.PathLike) -> None:
     shutil.copyfileobj(a, b, 1 << 20)
 
 
+def copy_tree(source: epath.PathLike, target: epath.PathLike) -> None:
+  """Copies a directory from any file system to any other."""
+  source, target = epath.Path(source), epath.Path(target)
+  target.mkdir(parents=True, exist_ok=True)
+  for path in source.iterdir():
+    put = copy_tree if path.is_dir() else copy
+    put(path, target / path.name)
+
+
 def move_tree(source: epath.PathLike, target: epath.PathLike) -> None:
   """Renames a directory; copies and deletes where a store has no rename."""
   source, target = epath.Path(source), epath.Path(target)
   if not is_remote(source):
     source.rename(target)
     return
-  target.mkdir(parents=True, exist_ok=True)
-  for path in source.iterdir():
-    if path.is_dir():
-      move_tree(path, target / path.name)
-    else:
-      copy(path, target / path.name)
+  copy_tree(source, target)
   source.rmtree()

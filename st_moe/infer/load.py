@@ -38,13 +38,7 @@ def load(path, *, mesh=None) -> Loaded:
   model = Transformer(config.model)
   mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
   with sharding.use(mesh):
-    boxed = jax.eval_shape(
-      lambda key: step.init_params(model, key, step.dummy_batch(config.model)),
-      jax.random.key(0),
-    )
-    abstract = checkpoint.with_shardings(
-      sharding.unbox(boxed), sharding.of_boxed(boxed, mesh)
-    )
+    abstract = step.abstract_params(model, mesh)
     params = checkpoint.load_params(directory, abstract)
   return Loaded(
     model=model,

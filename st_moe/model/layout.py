@@ -30,6 +30,32 @@ def by_path(params) -> dict:
   return {name(p, simple=True, separator='/'): leaf for p, leaf in flat}
 
 
+def map_by_path(make, params):
+  """`params` with every leaf replaced by make('encoder/layers/...', leaf)."""
+  name = jax.tree_util.keystr
+  return jax.tree_util.tree_map_with_path(
+    lambda p, leaf: make(name(p, simple=True, separator='/'), leaf), params
+  )
+
+
+def unrolled_paths(path: str, config: ModelConfig):
+  """Paths in the unrolled model of what `path` holds, with their index in it.
+
+  'encoder/layers/layer_1/mlp/wi/kernel' holds 'encoder/layers_1/mlp/wi/kernel'
+  at 0, 'encoder/layers_3/...' at 1 and so on, where the period is 2; a path
+  that is not scanned holds itself, at None.
+  """
+  match = re.match(r'(\w+)/layers/layer_(\d+)/(.*)', path)
+  if not match:
+    return [(path, None)]
+  stack, j, rest = match[1], int(match[2]), match[3]
+  plan = config.plan(stack)
+  return [
+    (f'{stack}/layers_{i * plan.period + j}/{rest}', i)
+    for i in range(len(plan.layers) // plan.period)
+  ]
+
+
 def unroll(params: dict, config: ModelConfig) -> dict:
   """Parameters of `scan_layers=True` as those of `scan_layers=False`.
 

@@ -3,11 +3,9 @@
 import collections
 import math
 
-import jax
 from rich.console import Console
 from rich.table import Table
 
-from st_moe import sharding
 from st_moe.config import Config
 from st_moe.model import layout
 from st_moe.model.transformer import Transformer
@@ -16,13 +14,9 @@ from st_moe.train import step
 
 def count_params(config: Config) -> dict[str, int]:
   """Parameters by role, of the model as it would be initialised."""
-  model = Transformer(config.model)
-  batch = step.dummy_batch(config.model)
-  boxed = jax.eval_shape(
-    lambda key: step.init_params(model, key, batch), jax.random.key(0)
-  )
+  abstract = step.abstract_params(Transformer(config.model))
   found = collections.Counter()
-  for path, leaf in layout.by_path(sharding.unbox(boxed)).items():
+  for path, leaf in layout.by_path(abstract).items():
     found[layout.role(path)] += math.prod(leaf.shape)
   return {role: found[role] for role, _ in layout.ROLES if found[role]}
 

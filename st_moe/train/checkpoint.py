@@ -269,11 +269,12 @@ def _named(tree) -> dict[str, str]:
   }
 
 
-def describe_run(config: dict, vocabulary: bytes, **rest) -> dict:
+def describe_run(config: dict, vocabulary: bytes | None, **rest) -> dict:
   """What a checkpoint says about its run, as JSON."""
+  text = vocabulary if vocabulary is None else base64.b64encode(vocabulary)
   return {
     'config': config,
-    'vocabulary': base64.b64encode(vocabulary).decode(),
+    'vocabulary': text if text is None else text.decode(),
     'versions': versions(),
     **rest,
   }
@@ -337,15 +338,27 @@ def _read(path, wanted: dict) -> dict:
     ) from e
 
 
-def vocabulary_of(run: dict) -> bytes:
-  """The SentencePiece model a run was trained with; b'' for bytes."""
-  return base64.b64decode(run['vocabulary'])
+def vocabulary_of(run: dict) -> bytes | None:
+  """The SentencePiece model of a run; b'' for bytes, None if it has none."""
+  text = run['vocabulary']
+  return None if text is None else base64.b64decode(text)
 
 
-def with_shardings(abstract, shardings):
-  """Shapes that say where their arrays go."""
-  return jax.tree.map(
-    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-    abstract,
-    shardings,
+def save_params(directory, params, run: dict) -> None:
+  """A checkpoint to start from: parameters and their run, no optimizer.
+
+  Raises:
+    ValueError: there is something in `directory` already.
+  """
+  directory = epath.Path(directory).expanduser().resolve()
+  if directory.exists() and any(directory.iterdir()):
+    raise ValueError(f'{directory} is not empty; name a new directory.')
+  directory.parent.mkdir(parents=True, exist_ok=True)
+  _check_room(directory.parent, params)
+  handler = ocp.CompositeCheckpointHandler('params', 'run')
+  args = ocp.args.Composite(
+    params=ocp.args.StandardSave(params), run=ocp.args.JsonSave(run)
   )
+  # Orbax writes elsewhere and renames: half a checkpoint is none.
+  with _told_if_full(directory), ocp.Checkpointer(handler) as writer:
+    writer.save(directory, args, force=True)

@@ -13,6 +13,7 @@ from st_moe import config_file, sharding
 from st_moe.config import Config, unknown
 from st_moe.data import files, pipeline, vocabulary
 from st_moe.infer.evaluate import Evaluator
+from st_moe.interop import convert
 from st_moe.model.transformer import Transformer
 from st_moe.train import checkpoint, loss, optimizer, step
 from st_moe.train.report import Clock, Report, read_rows
@@ -92,12 +93,12 @@ def train(config: Config, workdir, *, config_path: str = '') -> dict:
 
     # --- State: where this run was, else a checkpoint, else random ------------
     checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint)
-    abstract = checkpoint.with_shardings(plan.shapes, plan.shardings)
+    abstract = sharding.placed(plan.shapes, plan.shardings)
     found = checkpoints.restore(abstract, notify=print)
     if found:
       state, run = found
     elif config.init and config.init_take == 'params':
-      params = checkpoint.load_params(config.init, abstract.params)
+      params = convert.open_source(config.init).load(abstract.params)
       state, run = plan.begin(params), {'tokens_seen': {}}
     else:
       params = plan.random_params(jax.random.key(config.seed))
@@ -164,7 +165,12 @@ def find_vocabulary(config: Config, workdir) -> vocabulary.Vocabulary | None:
   if own.exists() or config.data.vocabulary:
     return vocabulary.load(own if own.exists() else config.data.vocabulary)
   if config.init:
-    model = checkpoint.vocabulary_of(checkpoint.read_run(config.init))
+    model = convert.open_source(config.init).vocabulary
+    if model is None:
+      raise ValueError(
+        f'{config.init} comes without a vocabulary: set data.vocabulary to its'
+        ' SentencePiece model.'
+      )
     return vocabulary.Vocabulary(config.init, model)
   return None
 

@@ -50,6 +50,18 @@ def init_params(model, key, batch: dict) -> dict:
   return model.init(key, **inputs, enable_dropout=False)['params']
 
 
+def abstract_params(model, mesh=None):
+  """Shapes of the parameters; with a mesh also where each array goes."""
+  batch = dummy_batch(model.config)
+  boxed = jax.eval_shape(
+    lambda key: init_params(model, key, batch), jax.random.key(0)
+  )
+  shapes = sharding.unbox(boxed)
+  if mesh is None:
+    return shapes
+  return sharding.placed(shapes, sharding.of_boxed(boxed, mesh))
+
+
 def dummy_batch(config: ModelConfig) -> dict:
   """The smallest batch the mesh in force can split: parameters need no more."""
   tokens = jnp.ones((sharding.shards('batch'), 1), jnp.int32)

@@ -1,0 +1,129 @@
+"""From one format to another: `load` for Python, `convert` for the command."""
+
+import dataclasses
+import importlib
+
+import jax
+import numpy as np
+
+from st_moe import sharding
+from st_moe.config import Config, ModelConfig, unknown
+from st_moe.interop import ours
+from st_moe.model import layout
+from st_moe.model.transformer import Transformer
+from st_moe.train import step
+
+FORMATS = {
+  'hf': 'st_moe.interop.huggingface',
+  'st_moe': 'st_moe.interop.ours',
+}
+
+
+def split(uri: str) -> tuple[str, str]:
+  """'hf:PLACE' as ('hf', 'PLACE'); what names no format is one of ours."""
+  name, colon, where = str(uri).partition(':')
+  if colon and not where.startswith('//') and name not in FORMATS:
+    raise unknown('format', name, FORMATS)
+  return (name, where) if name in FORMATS and colon else ('st_moe', str(uri))
+
+
+def open_source(uri: str):
+  """Opens the checkpoint at FORMAT:PLACE without reading its tensors."""
+  name, where = split(uri)
+  return importlib.import_module(FORMATS[name]).open_source(where)
+
+
+def load(uri: str, *, mesh=None) -> tuple[dict, ModelConfig]:
+  """Parameters and model of the checkpoint at FORMAT:PLACE.
+
+  Args:
+    mesh: where parameters go; None is one device.
+
+  Raises:
+    ValueError: what is wrong with it, by tensor and shape.
+  """
+  source = open_source(uri)
+  mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
+  with sharding.use(mesh):
+    model = Transformer(source.config.model)
+    return source.load(step.abstract_params(model, mesh)), source.config.model
+
+
+def convert(
+  source: str, target: str, *, scan: bool | None = None, verify: bool = False
+) -> list[str]:
+  """Writes the checkpoint `source` as `target`, both FORMAT:PLACE.
+
+  Args:
+    scan: for a target of ours, the layout: scanned or not; None: as it comes.
+    verify: compare logits with the source's own implementation.
+
+  Returns:
+    What was done with every tensor, in lines.
+  """
+  opened = open_source(source)
+  name, where = split(target)
+  module = importlib.import_module(FORMATS[name])
+  if not hasattr(module, 'save'):
+    raise ValueError(f'{name} is read here and not written.')
+  config = opened.config
+  if hasattr(module, 'check_export'):
+    module.check_export(config)
+  abstract = step.abstract_params(Transformer(config.model))
+  params = opened.load(abstract)
+  lines = report(opened, abstract)
+  if verify:
+    lines.append(_verify(source, params, config))
+  if scan is not None and scan != config.model.scan_layers:
+    params = ours.relaid(params, config.model, scan=scan)
+    model = dataclasses.replace(config.model, scan_layers=scan)
+    config = dataclasses.replace(config, model=model)
+  module.save(where, params, config, opened.vocabulary)
+  return [*lines, f'wrote {target}']
+
+
+def report(opened, abstract) -> list[str]:
+  """What became of every tensor of a source."""
+  leaves = layout.by_path(abstract).values()
+  total = sum(int(np.prod(leaf.shape)) for leaf in leaves)
+  lines = [f'{total:,} parameters filled, in {len(leaves)} arrays']
+  if not hasattr(opened, 'links'):
+    return lines
+  used = {name for link in opened.links.values() for name in link.names}
+  lines.append(
+    f'{len(opened.shapes)} tensors in {opened.where}: {len(used)} mapped,'
+    f' {len(opened.copies)} tied, {len(opened.unused)} unused'
+  )
+  lines += [f'  tied: {a} = {b}' for a, b in opened.copies.items()]
+  lines += [
+    f'  unused: {name} {list(opened.shapes[name])}' for name in opened.unused
+  ]
+  changed = {
+    f'{opened.dtypes[n].name} -> float32'
+    for n in used
+    if opened.dtypes[n] != np.float32
+  }
+  return [*lines, *(f'  dtype: {change}' for change in sorted(changed))]
+
+
+def _verify(source: str, params, config: Config) -> str:
+  name, where = split(source)
+  module = importlib.import_module(FORMATS[name])
+  if not hasattr(module, 'logits'):
+    return f'no implementation of {name} to verify with'
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: rng.integers(
+    2, config.model.vocab_size, shape, dtype=np.int32
+  )
+  inputs, targets = draw(2, 12), draw(2, 7)
+  inputs[1, 8:] = 0
+  shifted = np.pad(targets[:, :-1], ((0, 0), (1, 0)))
+  model = Transformer(dataclasses.replace(config.model, dtype='float32'))
+  got = model.apply(
+    {'params': params}, inputs, shifted, targets, enable_dropout=False
+  )
+  want = module.logits(where, inputs, shifted)
+  return (
+    f'logits differ from {name} by at most {np.abs(got - want).max():.2g}, of'
+    f' {np.abs(want).max():.2g}'
+  )

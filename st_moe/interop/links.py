@@ -1,0 +1,129 @@
+"""Which of their tensors is which of our parameters, whatever the format.
+
+A format gives one `Link` for each parameter of the unrolled model. The same
+links check a checkpoint, read it into the scanned or the unrolled layout, and
+write one, a tensor at a time.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+
+from st_moe.config import Config, ModelConfig
+from st_moe.model import layout
+
+same = lambda a: a
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+  """How one of our parameters is made of theirs.
+
+  `forth` makes ours of theirs and `back` theirs of ours, by transposing and
+  reshaping. Of a `stacked` one each name is a slice along our first axis, as
+  an expert of a bank.
+  """
+
+  names: tuple[str, ...]
+  forth: Callable = same
+  back: Callable = same
+  stacked: bool = False
+
+  @classmethod
+  def to(cls, name: str, forth=same, back=same) -> 'Link':
+    return cls((name,), forth, back)
+
+
+@dataclasses.dataclass
+class Source:
+  """A checkpoint of theirs, opened and not yet read."""
+
+  where: str
+  config: Config
+  vocabulary: bytes | None  # b'': bytes; None: it has none.
+  links: Mapping[str, Link]
+  shapes: Mapping[str, tuple[int, ...]]
+  dtypes: Mapping[str, np.dtype]
+  read: Callable[[str], np.ndarray]
+  copies: Mapping[str, str] = dataclasses.field(default_factory=dict)  # Tied.
+
+  @property
+  def unused(self) -> list[str]:
+    """Tensors that no parameter is made of, and that are no copies either."""
+    used = {name for link in self.links.values() for name in link.names}
+    return sorted(set(self.shapes) - used - set(self.copies))
+
+  def check(self, abstract) -> None:
+    """Raises a ValueError that names the first tensor missing or misshapen."""
+    for path, leaf in layout.by_path(abstract).items():
+      for piece, i in layout.unrolled_paths(path, self.config.model):
+        shape = leaf.shape if i is None else leaf.shape[1:]
+        ours = jax.ShapeDtypeStruct(shape, np.float32)
+        self._check_piece(piece, ours)
+
+  def _check_piece(self, path: str, ours) -> None:
+    link = self.links[path]
+    want = ours.shape[1:] if link.stacked else ours.shape
+    if link.stacked and len(link.names) != ours.shape[0]:
+      raise ValueError(
+        f'{path} {list(ours.shape)} has another first axis than'
+        f' the {len(link.names)} tensors {link.names[0]} ...'
+      )
+    for name in link.names:
+      if name not in self.shapes:
+        raise ValueError(
+          f'{self.where} has no tensor {name}, of which {path} {list(want)} is'
+          ' made: another model, or a part of one.'
+        )
+      found = jax.ShapeDtypeStruct(self.shapes[name], np.float32)
+      try:
+        got = jax.eval_shape(link.forth, found).shape
+      except TypeError:  # A reshape that cannot be.
+        got = None
+      if got != want:
+        raise ValueError(
+          f'{self.where}: {name} is {list(found.shape)}, which does not make'
+          f' the {list(want)} of {path}: another model.'
+        )
+
+  def load(self, abstract):
+    """Parameters in the layout and, where `abstract` has them, shardings.
+
+    No more than one of their tensors is in memory besides ours.
+    """
+    self.check(abstract)
+
+    def make(path, leaf):
+      out = np.empty(leaf.shape, leaf.dtype)
+      for piece, i in layout.unrolled_paths(path, self.config.model):
+        ours = out if i is None else out[i]
+        link = self.links[piece]
+        for j, name in enumerate(link.names):
+          target = ours[j] if link.stacked else ours
+          target[...] = link.forth(self.read(name))
+      sharding = getattr(leaf, 'sharding', None)
+      return jax.device_put(out, sharding) if sharding else out
+
+    return layout.map_by_path(make, abstract)
+
+
+def tensors(params, config: ModelConfig, links: Mapping[str, Link]):
+  """(name, shape, dtype, call that makes it) of everything a target holds."""
+  for path, leaf in layout.by_path(params).items():
+    for piece, i in layout.unrolled_paths(path, config):
+      link = links[piece]
+      shape = leaf.shape if i is None else leaf.shape[1:]
+      shape = shape[1:] if link.stacked else shape
+      theirs = jax.eval_shape(
+        link.back, jax.ShapeDtypeStruct(shape, leaf.dtype)
+      )
+      for j, name in enumerate(link.names):
+
+        def make(leaf=leaf, i=i, j=j, link=link):
+          ours = np.asarray(leaf)
+          ours = ours if i is None else ours[i]
+          return link.back(ours[j] if link.stacked else ours)
+
+        yield name, theirs.shape, np.dtype(leaf.dtype), make

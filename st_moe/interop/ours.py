@@ -1,0 +1,41 @@
+"""Our own checkpoints, as a source and a target like the others."""
+
+import dataclasses
+
+from st_moe import config_file
+from st_moe.config import Config
+from st_moe.model import layout
+from st_moe.train import checkpoint
+
+
+@dataclasses.dataclass
+class Source:
+  """One of our checkpoints, opened and not yet read."""
+
+  where: str
+  config: Config
+  vocabulary: bytes | None
+  unused: tuple[str, ...] = ()
+
+  def load(self, abstract):
+    """Parameters in the layout of `abstract`, scanned or not."""
+    return checkpoint.load_params(self.where, abstract)
+
+
+def open_source(where: str) -> Source:
+  run = checkpoint.read_run(where)
+  config = config_file.from_dict(run['config'])
+  return Source(where, config, checkpoint.vocabulary_of(run))
+
+
+def save(where: str, params, config: Config, vocabulary: bytes | None) -> None:
+  run = checkpoint.describe_run(config_file.to_dict(config), vocabulary)
+  checkpoint.save_params(where, params, run)
+
+
+def relaid(params, config, *, scan: bool):
+  """`params` of `config` in the scanned layout or the unrolled one."""
+  if config.scan_layers == scan:
+    return params
+  turn = layout.roll if scan else layout.unroll
+  return turn(params, config)

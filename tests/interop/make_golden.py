@@ -1,0 +1,144 @@
+"""What transformers makes of small models, written down for the tests.
+
+  python -m tests.interop.make_golden     (needs transformers and torch)
+
+Weights are drawn by name, so a file holds names and shapes and no weights:
+logits, loss, gradient norms, expert choices and greedy decoding follow.
+"""
+
+import json
+import pathlib
+import zlib
+
+import numpy as np
+
+GOLDEN = pathlib.Path(__file__).parent / 'golden'
+_SMALL = dict(
+  vocab_size=48, d_model=16, d_kv=8, d_ff=24, num_heads=2,
+  decoder_start_token_id=0, dropout_rate=0.0,
+)  # fmt: skip
+_SWITCH = dict(
+  _SMALL, model_type='switch_transformers', router_jitter_noise=0.0
+)
+CASES = {
+  't5': dict(_SMALL, model_type='t5', num_layers=2),
+  't5_1_1': dict(
+    _SMALL, model_type='t5', num_layers=2, num_decoder_layers=3,
+    feed_forward_proj='gated-gelu', tie_word_embeddings=False,
+  ),
+  't5_1_1_tied': dict(
+    _SMALL, model_type='t5', num_layers=1, feed_forward_proj='gated-gelu',
+    tie_word_embeddings=False,
+  ),
+  'mt5': dict(
+    _SMALL, model_type='mt5', num_layers=2, feed_forward_proj='gated-gelu',
+    tie_word_embeddings=False,
+  ),
+  'switch_8': dict(
+    _SWITCH, num_layers=4, num_decoder_layers=4, num_sparse_encoder_layers=2,
+    num_sparse_decoder_layers=2, num_experts=8, expert_capacity=3,
+  ),
+  'switch_32': dict(
+    _SWITCH, num_layers=4, num_decoder_layers=4, num_sparse_encoder_layers=4,
+    num_sparse_decoder_layers=2, num_experts=32, expert_capacity=2,
+  ),
+}  # fmt: skip
+
+
+def weight(name: str, shape) -> np.ndarray:
+  """The same numbers for a name everywhere."""
+  rng = np.random.default_rng(zlib.crc32(name.encode()))
+  values = 0.3 * rng.standard_normal(shape)
+  return (values + ('norm' in name)).astype(np.float32)
+
+
+def batch() -> dict[str, np.ndarray]:
+  """Inputs with padding, and targets: ids from 2 on, 0 is padding."""
+  rng = np.random.default_rng(0)
+  inputs, targets = (rng.integers(2, 48, (3, n), np.int32) for n in (11, 7))
+  inputs[1, 6:], inputs[2, 9:], targets[2, 4:] = 0, 0, 0
+  return {
+    'inputs': inputs,
+    'targets': targets,
+    'shifted': np.pad(targets[:, :-1], ((0, 0), (1, 0))),
+  }
+
+
+def run(case: str) -> dict:
+  """Everything transformers says about a case."""
+  import torch
+  import transformers
+
+  about = dict(CASES[case])
+  config = transformers.AutoConfig.for_model(about.pop('model_type'), **about)
+  model = transformers.AutoModelForSeq2SeqLM.from_config(config)
+  if case in ('t5_1_1', 'mt5'):  # Released ones are untied.
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+  parameters = dict(model.named_parameters())
+  for name, parameter in parameters.items():
+    parameter.data = torch.tensor(weight(name, parameter.shape))
+  model.train()  # No dropout, no jitter: as in evaluation.
+  data = {k: torch.tensor(v, dtype=torch.long) for k, v in batch().items()}
+  experts = []
+  for name, module in model.named_modules():
+    if name.endswith('router'):
+      module.register_forward_hook(
+        lambda _, args, out, name=name: experts.append(
+          (name, out[2].argmax(-1).tolist())
+        )
+      )
+  given = {
+    'input_ids': data['inputs'],
+    'attention_mask': (data['inputs'] > 0).long(),
+  }
+  labels = data['targets'].masked_fill(data['targets'] == 0, -100)
+  out = model(**given, decoder_input_ids=data['shifted'], labels=labels)
+  out.loss.backward()
+  chosen = dict(experts)
+  model.eval()
+  greedy = model.generate(
+    **given,
+    max_new_tokens=9,
+    do_sample=False,
+    # Theirs allots the cache by the encoder's depth.
+    use_cache=config.num_layers == config.num_decoder_layers,
+  )
+  return {
+    'config': json.loads(config.to_json_string()),
+    'shapes': {name: list(p.shape) for name, p in parameters.items()},
+    'logits': out.logits.detach().numpy().tolist(),
+    'loss': float(out.loss),
+    'gradient_norms': {
+      # None: an expert whom nobody chose.
+      name: 0.0 if p.grad is None else float(p.grad.norm())
+      for name, p in parameters.items()
+    },
+    'experts': chosen,
+    'greedy': greedy[:, 1:].tolist(),
+  }
+
+
+def main():
+  import transformers
+
+  GOLDEN.mkdir(exist_ok=True)
+  for case in CASES:
+    found = {'transformers': transformers.__version__, **run(case)}
+    found = _rounded(found)
+    (GOLDEN / f'hf_{case}.json').write_text(json.dumps(found) + '\n')
+    print(case, found['loss'])
+
+
+def _rounded(value):
+  """Seven digits: all that a float32 holds."""
+  if isinstance(value, float):
+    return float(f'{value:.7g}')
+  if isinstance(value, list):
+    return [_rounded(v) for v in value]
+  if isinstance(value, dict):
+    return {k: _rounded(v) for k, v in value.items()}
+  return value
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,328 @@
+"""HuggingFace's models say through ours what they say by themselves.
+
+What transformers made of them is in golden/ (see make_golden.py); where it is
+installed, it is asked again.
+"""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import st_moe
+from st_moe import config_file
+from st_moe.config import Config, Part, StackConfig
+from st_moe.infer import decoding
+from st_moe.interop import convert, huggingface, links
+from st_moe.model import layout
+from st_moe.model.transformer import Transformer
+from st_moe.train import loop, loss
+from tests.helpers import jit, random_params, tiny
+from tests.interop.make_golden import CASES, GOLDEN, batch, run, weight
+
+EOS = 1
+
+
+@functools.cache
+def golden(case):
+  return json.loads((GOLDEN / f'hf_{case}.json').read_text())
+
+
+@pytest.fixture(scope='session', params=sorted(CASES))
+def case(request):
+  return request.param
+
+
+@pytest.fixture(scope='session')
+def directory(case, tmp_path_factory):
+  """The case as `save_pretrained` would leave it, its weights in two shards."""
+  found, path = golden(case), tmp_path_factory.mktemp(case)
+  (path / 'config.json').write_text(json.dumps(found['config']))
+  names = sorted(found['shapes'])
+  shards = {'a.safetensors': names[::2], 'b.safetensors': names[1::2]}
+  for file, part in shards.items():
+    tensors = {n: weight(n, found['shapes'][n]) for n in part}
+    save_file(tensors, path / file)
+  places = {n: file for file, part in shards.items() for n in part}
+  index = {'metadata': {}, 'weight_map': places}
+  (path / 'model.safetensors.index.json').write_text(json.dumps(index))
+  return path
+
+
+@pytest.fixture(scope='session')
+def loaded(directory):
+  params, config = st_moe.interop.load(f'hf:{directory}')
+  return params, dataclasses.replace(config, dtype='float32')
+
+
+def _forward(config, params, routing=False):
+  data = batch()
+  return Transformer(config).apply(
+    {'params': params},
+    data['inputs'],
+    data['shifted'],
+    data['targets'],
+    enable_dropout=False,
+    mutable=['routing'] if routing else False,
+  )
+
+
+def test_logits(case, loaded):
+  params, config = loaded
+  logits = jit(functools.partial(_forward, config))(params)
+  real = batch()['targets'] > 0  # Theirs lets padding see and be routed.
+  want = np.array(golden(case)['logits'])
+  np.testing.assert_allclose(logits[real], want[real], rtol=0, atol=1e-4)
+
+
+def test_loss_and_gradients(case, directory, loaded):
+  params, config = loaded
+  targets = batch()['targets']
+
+  def objective(params):
+    weights = (targets > 0).astype(jnp.float32)
+    terms = loss.token_terms(_forward(config, params), targets, weights)
+    total, count = terms['cross_entropy']
+    return total / count
+
+  value, grads = jit(jax.value_and_grad(objective))(params)
+  assert value == pytest.approx(golden(case)['loss'], rel=1e-4)
+  if case == 't5_1_1_tied':
+    return  # One tensor of theirs is two of ours, and has one gradient.
+  theirs = huggingface.open_source(str(directory)).links
+  want = golden(case)['gradient_norms']
+  found = {
+    name: np.linalg.norm(make())
+    for name, _, _, make in links.tensors(grads, config, theirs)
+  }
+  assert found.keys() == want.keys()
+  for name, norm in want.items():
+    assert found[name] == pytest.approx(norm, rel=1e-4, abs=1e-7), name
+
+
+def test_expert_choices(case, loaded):
+  params, config = loaded
+  _, sown = jit(functools.partial(_forward, config, routing=True))(params)
+  data, want = batch(), golden(case)['experts']
+  valid = {'encoder': data['inputs'] > 0, 'decoder': data['targets'] > 0}
+  found = {}
+  for path, leaf in layout.by_path(sown.get('routing', {})).items():
+    if not path.endswith('moe/seats/expert'):
+      continue
+    for piece, i in layout.unrolled_paths(path, config):
+      stack, layer = piece.split('/')[:2]
+      n = 2 if stack == 'decoder' else 1
+      name = (
+        f'{stack}.block.{layer.removeprefix("layers_")}.layer.{n}.mlp.router'
+      )
+      found[name] = np.asarray(leaf if i is None else leaf[i])
+  assert found.keys() == want.keys()
+  assert len(found) == {'switch_8': 4, 'switch_32': 6}.get(case, 0)
+  for name, experts in want.items():
+    real = valid[name.split('.')[0]]
+    got = found[name].reshape(real.shape)
+    np.testing.assert_array_equal(got[real], np.array(experts)[real], name)
+
+
+def test_greedy_decoding(case, loaded):
+  """Its capacity drops in the encoder; a decoder's single token always sits."""
+  params, config = loaded
+  greedy = functools.partial(decoding.greedy, Transformer(config), max_length=9)
+  got = np.asarray(jit(greedy)(params, batch()['inputs']))
+  want = np.array(golden(case)['greedy'])
+  np.testing.assert_array_equal(got[:, : want.shape[1]], want)
+
+
+def test_places_run_out():
+  """The above has dropped tokens in it, or it would not show what it says."""
+  for case in ('switch_8', 'switch_32'):
+    found = golden(case)
+    places = found['config']['expert_capacity']
+    longest = max(
+      np.bincount(row[: int(n)]).max()
+      for name, experts in found['experts'].items()
+      if name.startswith('encoder')
+      for row, n in zip(experts, (batch()['inputs'] > 0).sum(1), strict=True)
+    )
+    assert longest > places
+
+
+def test_there_and_back(case, directory, tmp_path):
+  """hf -> ours, unrolled -> ours, scanned -> hf: every bit."""
+  convert.convert(f'hf:{directory}', f'st_moe:{tmp_path}/a', scan=False)
+  convert.convert(f'{tmp_path}/a', f'{tmp_path}/b', scan=True)
+  convert.convert(f'{tmp_path}/b', f'hf:{tmp_path}/c')
+  back = huggingface.open_source(f'{tmp_path}/c')
+  shapes = golden(case)['shapes']
+  if case == 't5_1_1_tied':
+    shapes = {**shapes, 'lm_head.weight': shapes['shared.weight']}
+  assert set(back.shapes) == set(shapes) and not back.unused
+  for name in golden(case)['shapes']:
+    np.testing.assert_array_equal(back.read(name), weight(name, shapes[name]))
+  before = huggingface.open_source(str(directory)).config.model
+  if case != 't5_1_1_tied':
+    routed = [dataclasses.replace(c, moe=None) for c in
+              (back.config.model, before)]  # fmt: skip
+    assert routed[0] == routed[1]
+
+
+def test_as_transformers_says_today(case):
+  reason = "transformers is not installed: pip install -e '.[hf]'"
+  pytest.importorskip('transformers', reason=reason)
+  now, then = run(case), golden(case)
+  assert now['experts'] == then['experts'] and now['greedy'] == then['greedy']
+  np.testing.assert_allclose(now['logits'], then['logits'], rtol=0, atol=1e-5)
+
+
+# What cannot be
+
+
+def _t5(path, **changes):
+  """The case t5 in `path`, its config changed; returns the tensors."""
+  found = golden('t5')
+  about = {**found['config'], **changes}
+  (path / 'config.json').write_text(json.dumps(about))
+  tensors = {n: weight(n, s) for n, s in found['shapes'].items()}
+  save_file(tensors, path / 'model.safetensors')
+  return tensors
+
+
+def test_st_moe_has_no_class_there(tmp_path):
+  config = Config(model=tiny())
+  with pytest.raises(ValueError) as e:
+    huggingface.check_export(config)
+  for reason in (
+    'no ST-MoE',
+    'experts are gated',
+    'an extra FFN',
+    'more than one expert',
+  ):
+    assert reason in str(e.value)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'model_type': 'bert'}, "is a 'bert'; known are t5, mt5, switch"),
+    ({'layer_norm_epsilon': 1e-5}, 'layer_norm_epsilon 1e-05 is not the 1e-06'),
+    ({'feed_forward_proj': 'gated-silu'}, "no activation 'gated-silu' here"),
+    (
+      {'d_model': 24},
+      'final_layer_norm.weight is .16., which does not make the .24.',
+    ),
+    (
+      {'num_layers': 3},
+      'has no tensor encoder.block.2.layer.1.Dense',
+    ),
+  ],
+)
+def test_a_config_that_does_not_fit(changes, message, tmp_path):
+  _t5(tmp_path, **changes)
+  with pytest.raises(ValueError, match=message):
+    convert.convert(f'hf:{tmp_path}', f'{tmp_path}/to')
+  assert not (tmp_path / 'to').exists()
+
+
+def test_what_is_left_over_is_named(tmp_path):
+  tensors = _t5(tmp_path)
+  tensors['encoder.embed_tokens.weight'] = tensors['shared.weight']
+  tensors['decoder.extra.weight'] = np.zeros((2, 3), np.float16)
+  save_file(tensors, tmp_path / 'model.safetensors')
+  lines = convert.convert(f'hf:{tmp_path}', f'{tmp_path}/to')
+  assert lines[1].endswith('47 mapped, 1 tied, 1 unused')
+  assert '  tied: encoder.embed_tokens.weight = shared.weight' in lines
+  assert '  unused: decoder.extra.weight [2, 3]' in lines
+
+
+def test_half_precision_is_said(tmp_path):
+  tensors = _t5(tmp_path)
+  tensors = {n: a.astype(jnp.bfloat16) for n, a in tensors.items()}
+  save_file(tensors, tmp_path / 'model.safetensors')
+  lines = convert.convert(f'hf:{tmp_path}', f'{tmp_path}/to')
+  assert '  dtype: bfloat16 -> float32' in lines
+  params = st_moe.load(f'{tmp_path}/to').params
+  table = params['token_embedder']['embedding']
+  np.testing.assert_array_equal(table, tensors['shared.weight'].astype('f4'))
+
+
+def test_a_target_that_is_there_stays(directory, tmp_path):
+  for target in (f'hf:{tmp_path}/a', f'st_moe:{tmp_path}/b'):
+    convert.convert(f'hf:{directory}', target)
+    with pytest.raises(ValueError, match='is not empty; name a new directory'):
+      convert.convert(f'hf:{directory}', target)
+
+
+def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
+  config = tiny(
+    activation='relu',
+    moe={'selector': Part.of('top_k', k=1), 'extra_ffn': 'none'},
+  )
+  params = random_params(Transformer(config), *_arguments())
+
+  def fail(*args, **kwargs):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(huggingface.safetensors, '_write_shard', fail)
+  with pytest.raises(OSError, match='No space'):
+    huggingface.save(f'{tmp_path}/to', params, Config(model=config), None)
+  assert list(tmp_path.iterdir()) == []
+
+
+def _arguments():
+  ids = jnp.ones((1, 2), jnp.int32)
+  return ids, ids, ids
+
+
+@pytest.mark.parametrize('keep', [100, -3])
+def test_a_truncated_file(keep, tmp_path):
+  _t5(tmp_path)
+  path = tmp_path / 'model.safetensors'
+  path.write_bytes(path.read_bytes()[:keep])
+  with pytest.raises(ValueError, match='model.safetensors is truncated'):
+    convert.open_source(f'hf:{tmp_path}')
+
+
+def test_a_shard_that_is_missing(directory, tmp_path):
+  index = 'model.safetensors.index.json'
+  for name in ('config.json', index, 'a.safetensors'):
+    (tmp_path / name).write_bytes((directory / name).read_bytes())
+  with pytest.raises(ValueError, match='b.safetensors is missing, though the'):
+    convert.open_source(f'hf:{tmp_path}')
+
+
+def test_pickles_are_refused(tmp_path):
+  _t5(tmp_path)
+  (tmp_path / 'model.safetensors').rename(tmp_path / 'pytorch_model.bin')
+  message = 'is a pickle, which can run any code .*save_pretrained'
+  with pytest.raises(ValueError, match=message):
+    convert.open_source(f'hf:{tmp_path}')
+
+
+def test_a_place_that_is_none(tmp_path):
+  with pytest.raises(ValueError, match='holds no config.json'):
+    convert.open_source(f'hf:{tmp_path}')
+  with pytest.raises(ValueError, match='neither a directory nor the id'):
+    convert.open_source(f'hf:{tmp_path}/nothing/here')
+  with pytest.raises(ValueError, match="format 'hg'. Known: .'hf', "):
+    convert.open_source('hg:google/switch-base-8')
+
+
+def test_what_a_config_continues(tmp_path):
+  """--config.init=hf:DIR: the model is that of DIR, unless flags differ."""
+  _t5(tmp_path)
+  base = lambda init: config_file.to_dict(convert.open_source(init).config)
+  flags = {'init': f'hf:{tmp_path}', 'model.dropout': '0.3'}
+  config = config_file.load('configs/finetune.py', flags, base=base)
+  assert config.model.encoder == StackConfig(2, 0, 0, group_size=512)
+  assert config.model.tie_embeddings and config.model.activation == 'relu'
+  assert config.model.dropout == 0.3
+  with pytest.raises(ValueError, match='without a vocabulary: set data.vocab'):
+    loop.find_vocabulary(config, tmp_path / 'run')
+  (tmp_path / 'spiece.model').write_bytes(b'pieces')
+  found = loop.find_vocabulary(config, tmp_path / 'run')
+  assert found.model == b'pieces'
