@@ -107,7 +107,7 @@ def run(case: str) -> dict:
     'config': json.loads(config.to_json_string()),
     'shapes': {name: list(p.shape) for name, p in parameters.items()},
     'logits': out.logits.detach().numpy().tolist(),
-    'loss': float(out.loss),
+    'loss': out.loss.item(),
     'gradient_norms': {
       # None: an expert whom nobody chose.
       name: 0.0 if p.grad is None else float(p.grad.norm())
