@@ -239,18 +239,10 @@ def _convert(flags, overrides):
   _start(flags)
   from st_moe.interop import convert
 
-  known = {'model.scan_layers': {'true': True, 'false': False}}
-  for field, value in overrides.items():
-    if value.lower() not in known.get(field, ()):
-      raise ValueError(
-        f'--config.{field}={value}: a conversion changes the layout and nothing'
-        ' else, --config.model.scan_layers=true or false.'
-      )
-  scan = overrides.get('model.scan_layers', '').lower()
   lines = convert.convert(
     getattr(flags, 'from'),
     flags.to,
-    scan=known['model.scan_layers'].get(scan),
+    overrides=overrides,
     verify=flags.verify,
   )
   print('\n'.join(lines))

@@ -2,19 +2,21 @@
 
 import dataclasses
 import importlib
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 
-from st_moe import sharding
+from st_moe import config_file, sharding
 from st_moe.config import Config, ModelConfig, unknown
-from st_moe.interop import ours
 from st_moe.model import layout
 from st_moe.model.transformer import Transformer
 from st_moe.train import step
 
 FORMATS = {
   'hf': 'st_moe.interop.huggingface',
+  't5x': 'st_moe.interop.t5x',
+  't5x_orbax': 'st_moe.interop.t5x_orbax',
   'st_moe': 'st_moe.interop.ours',
 }
 
@@ -50,22 +52,29 @@ def load(uri: str, *, mesh=None) -> tuple[dict, ModelConfig]:
 
 
 def convert(
-  source: str, target: str, *, scan: bool | None = None, verify: bool = False
+  source: str,
+  target: str,
+  *,
+  overrides: Mapping | None = None,
+  verify: bool = False,
 ) -> list[str]:
   """Writes the checkpoint `source` as `target`, both FORMAT:PLACE.
 
   Args:
-    scan: for a target of ours, the layout: scanned or not; None: as it comes.
+    overrides: fields of the config to set: what a checkpoint does not say of
+      its model, or `model.scan_layers`, the layout of one of ours.
     verify: compare logits with the source's own implementation.
 
   Returns:
     What was done with every tensor, in lines.
   """
   opened = open_source(source)
+  values = config_file.to_dict(opened.config)
+  for field, value in (overrides or {}).items():
+    values = config_file.set_field(values, field, value)
+  opened.config = config_file.from_dict(values)
   name, where = split(target)
   module = importlib.import_module(FORMATS[name])
-  if not hasattr(module, 'save'):
-    raise ValueError(f'{name} is read here and not written.')
   config = opened.config
   if hasattr(module, 'check_export'):
     module.check_export(config)
@@ -74,10 +83,6 @@ def convert(
   lines = report(opened, abstract)
   if verify:
     lines.append(_verify(source, params, config))
-  if scan is not None and scan != config.model.scan_layers:
-    params = ours.relaid(params, config.model, scan=scan)
-    model = dataclasses.replace(config.model, scan_layers=scan)
-    config = dataclasses.replace(config, model=model)
   module.save(where, params, config, opened.vocabulary)
   return [*lines, f'wrote {target}']
 

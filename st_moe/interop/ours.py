@@ -5,7 +5,8 @@ import dataclasses
 from st_moe import config_file
 from st_moe.config import Config
 from st_moe.model import layout
-from st_moe.train import checkpoint
+from st_moe.model.transformer import Transformer
+from st_moe.train import checkpoint, step
 
 
 @dataclasses.dataclass
@@ -19,7 +20,14 @@ class Source:
 
   def load(self, abstract):
     """Parameters in the layout of `abstract`, scanned or not."""
-    return checkpoint.load_params(self.where, abstract)
+    own = config_file.from_dict(checkpoint.read_run(self.where)['config']).model
+    model = self.config.model
+    if own.scan_layers == model.scan_layers:
+      return checkpoint.load_params(self.where, abstract)
+    saved = step.abstract_params(Transformer(own))
+    params = checkpoint.load_params(self.where, saved)
+    turn = layout.roll if model.scan_layers else layout.unroll
+    return turn(params, model)
 
 
 def open_source(where: str) -> Source:
@@ -31,11 +39,3 @@ def open_source(where: str) -> Source:
 def save(where: str, params, config: Config, vocabulary: bytes | None) -> None:
   run = checkpoint.describe_run(config_file.to_dict(config), vocabulary)
   checkpoint.save_params(where, params, run)
-
-
-def relaid(params, config, *, scan: bool):
-  """`params` of `config` in the scanned layout or the unrolled one."""
-  if config.scan_layers == scan:
-    return params
-  turn = layout.roll if scan else layout.unroll
-  return turn(params, config)

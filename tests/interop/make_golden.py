@@ -1,6 +1,8 @@
 """What transformers makes of small models, written down for the tests.
 
-  python -m tests.interop.make_golden     (needs transformers and torch)
+  python -m tests.interop.make_golden CHECKPOINT
+
+Needs transformers and torch; CHECKPOINT is T5X's test_t5_tiny.checkpoint_0.
 
 Weights are drawn by name, so a file holds names and shapes and no weights:
 logits, loss, gradient norms, expert choices and greedy decoding follow.
@@ -8,6 +10,7 @@ logits, loss, gradient norms, expert choices and greedy decoding follow.
 
 import json
 import pathlib
+import sys
 import zlib
 
 import numpy as np
@@ -118,6 +121,71 @@ def run(case: str) -> dict:
   }
 
 
+def t5x_tiny(path) -> dict:
+  """The T5X checkpoint at `path` in HuggingFace's T5, tensor by tensor."""
+  import torch
+  import transformers
+  from flax import serialization
+
+  tree = serialization.msgpack_restore(pathlib.Path(path).read_bytes())
+  ours = tree['optimizer']['target']
+  vocab, d = ours['token_embedder']['embedding'].shape
+  encoder, decoder = ours['encoder'], ours['decoder']
+  heads = encoder['relpos_bias']['rel_embedding'].shape[0]
+  first = encoder['layers_0']
+  count = lambda stack: sum(k.startswith('layers_') for k in stack)
+  config = transformers.T5Config(
+    vocab_size=vocab, d_model=d, num_heads=heads,
+    d_kv=first['attention']['query']['kernel'].shape[1] // heads,
+    d_ff=first['mlp']['wi_0']['kernel'].shape[1], num_layers=count(encoder),
+    num_decoder_layers=count(decoder), feed_forward_proj='gated-gelu',
+    tie_word_embeddings=False, decoder_start_token_id=0, dropout_rate=0.0,
+  )  # fmt: skip
+  model = transformers.T5ForConditionalGeneration(config)
+  model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+
+  def put(parameter, array):
+    assert parameter.shape == array.shape
+    parameter.data = torch.tensor(np.array(array))
+
+  put(model.shared.weight, ours['token_embedder']['embedding'])
+  put(model.lm_head.weight, decoder['logits_dense']['kernel'].T)
+  for theirs, stack in ((model.encoder, encoder), (model.decoder, decoder)):
+    name = 'decoder' if stack is decoder else 'encoder'
+    put(theirs.final_layer_norm.weight, stack[f'{name}_norm']['scale'])
+    table = theirs.block[0].layer[0].SelfAttention.relative_attention_bias
+    put(table.weight, stack['relpos_bias']['rel_embedding'].T)
+    own = 'self_attention' if stack is decoder else 'attention'
+    for i, block in enumerate(theirs.block):
+      layer = stack[f'layers_{i}']
+      mixers = [(own, 'SelfAttention', f'pre_{own}_layer_norm')]
+      if stack is decoder:
+        cross = 'encoder_decoder_attention'
+        mixers.append(
+          (cross, 'EncDecAttention', 'pre_cross_attention_layer_norm')
+        )
+      for (mine, attr, norm), part in zip(mixers, block.layer, strict=False):
+        put(part.layer_norm.weight, layer[norm]['scale'])
+        for letter, key in zip(
+          'qkvo', ('query', 'key', 'value', 'out'), strict=True
+        ):
+          kernel = layer[mine][key]['kernel']
+          put(getattr(getattr(part, attr), letter).weight, kernel.T)
+      last = block.layer[-1]
+      put(last.layer_norm.weight, layer['pre_mlp_layer_norm']['scale'])
+      for w in ('wi_0', 'wi_1', 'wo'):
+        put(getattr(last.DenseReluDense, w).weight, layer['mlp'][w]['kernel'].T)
+  data = {k: torch.tensor(v, dtype=torch.long) for k, v in batch().items()}
+  with torch.no_grad():
+    out = model.eval()(
+      input_ids=data['inputs'],
+      attention_mask=(data['inputs'] > 0).long(),
+      decoder_input_ids=data['shifted'],
+    )
+  logits = out.logits[:, :, :48].numpy()  # Of 32128: enough to tell.
+  return {'logits': logits.tolist(), 'scale': float(out.logits.abs().max())}
+
+
 def main():
   import transformers
 
@@ -127,6 +195,8 @@ def main():
     found = _rounded(found)
     (GOLDEN / f'hf_{case}.json').write_text(json.dumps(found) + '\n')
     print(case, found['loss'])
+  found = _rounded(t5x_tiny(sys.argv[1]))
+  (GOLDEN / 't5x_tiny.json').write_text(json.dumps(found) + '\n')
 
 
 def _rounded(value):

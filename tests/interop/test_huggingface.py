@@ -154,8 +154,11 @@ def test_places_run_out():
 
 def test_there_and_back(case, directory, tmp_path):
   """hf -> ours, unrolled -> ours, scanned -> hf: every bit."""
-  convert.convert(f'hf:{directory}', f'st_moe:{tmp_path}/a', scan=False)
-  convert.convert(f'{tmp_path}/a', f'{tmp_path}/b', scan=True)
+  scan = lambda way: {'model.scan_layers': way}
+  convert.convert(
+    f'hf:{directory}', f'st_moe:{tmp_path}/a', overrides=scan('false')
+  )
+  convert.convert(f'{tmp_path}/a', f'{tmp_path}/b', overrides=scan('true'))
   convert.convert(f'{tmp_path}/b', f'hf:{tmp_path}/c')
   back = huggingface.open_source(f'{tmp_path}/c')
   shapes = golden(case)['shapes']

@@ -1,0 +1,400 @@
+"""T5X checkpoints: minimal T5 and Flaxformer MoE trees, both ways.
+
+Read: the legacy layout (msgpack, large arrays beside it as zarr) and Orbax's of
+today. Written: the legacy one as `t5x:DIR`, Orbax's as `t5x_orbax:DIR`. Places
+may be `gs://`. A checkpoint says nothing of its model but names and shapes:
+what these leave open (experts per token, capacity) is as Flaxformer has it.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import re
+
+import jax
+import numpy as np
+from etils import epath
+
+from st_moe.config import (
+  Capacity,
+  Config,
+  LossConfig,
+  ModelConfig,
+  MoEConfig,
+  Part,
+  StackConfig,
+)
+from st_moe.data import files
+from st_moe.interop.links import Link, Source, tensors
+
+_STACKS = ('encoder', 'decoder')
+
+
+def open_source(where: str) -> Source:
+  """Opens a checkpoint file or directory, legacy or Orbax's.
+
+  Raises:
+    ValueError: no such place, or no T5X checkpoint of a model we have.
+  """
+  path = epath.Path(where).expanduser()
+  if not path.exists():
+    raise ValueError(f'{where} is not there.')
+  if path.is_dir() and not (path / 'checkpoint').exists():
+    shapes, dtypes, read = _open_orbax(path)
+  else:
+    shapes, dtypes, read = _open_legacy(path)
+  if 'token_embedder/embedding' not in shapes:
+    raise ValueError(
+      f'{where} has no token_embedder/embedding: no T5 of T5X. It has'
+      f' {sorted(shapes)[:3]} ...'
+    )
+  if any(re.match(r'(en|de)coder/(en|de)coder/', name) for name in shapes):
+    raise ValueError(
+      f'{where} is of a scanned Flaxformer model, which has a table of position'
+      ' biases for every layer: another function than ours.'
+    )
+  config = _config(epath.Path(where).name, shapes)
+  return Source(
+    where=f't5x:{where}',
+    config=config,
+    vocabulary=None,
+    links=links(config.model),
+    shapes=shapes,
+    dtypes=dtypes,
+    read=read,
+  )
+
+
+# ---- Reading ----------------------------------------------------------------
+
+
+def _open_legacy(path: epath.Path):
+  from flax import serialization
+
+  directory = path if path.is_dir() else path.parent
+  file = path / 'checkpoint' if path.is_dir() else path
+  try:
+    tree = serialization.msgpack_restore(file.read_bytes())
+    target = tree['optimizer']['target']
+  except Exception as e:  # Whatever msgpack makes of another file.
+    raise ValueError(
+      f'{file} is no T5X checkpoint, or a truncated one'
+      f' ({type(e).__name__}: {e}).'
+    ) from None
+  leaves = _flat(target)
+  specs = {n: a for n, a in leaves.items() if isinstance(a, dict)}
+  inline = {n: np.asarray(a) for n, a in leaves.items() if n not in specs}
+  arrays = {n: _zarr(directory, n, spec) for n, spec in specs.items()}
+  both = {**inline, **arrays}
+  shapes = {n: tuple(a.shape) for n, a in both.items()}
+  dtypes = {n: np.dtype(getattr(a.dtype, 'numpy_dtype', a.dtype))
+            for n, a in both.items()}  # fmt: skip
+
+  def read(name):
+    return inline[name] if name in inline else _read(arrays[name], name)
+
+  return shapes, dtypes, read
+
+
+def _flat(tree, path='') -> dict:
+  """Leaves by 'a/b/c'; a tensorstore spec is a leaf."""
+  if not isinstance(tree, dict) or 'driver' in tree:
+    return {path: tree}
+  found = {}
+  for key, value in tree.items():
+    found |= _flat(value, f'{path}/{key}' if path else str(key))
+  return found
+
+
+def _zarr(directory: epath.Path, name: str, spec: dict):
+  # Specs written elsewhere name a bucket of then; the folder's name is what
+  # counts. Old ones have it at the top.
+  place = spec.get('path') or spec['kvstore']['path']
+  folder = directory / os.path.basename(place.rstrip('/'))
+  _check_chunks(folder, name)
+  return _open_array({'driver': 'zarr', 'kvstore': _kvstore(folder)}, name)
+
+
+def _check_chunks(folder: epath.Path, name: str) -> None:
+  """To zarr a chunk that is not there is one of zeros."""
+  if files.is_remote(folder):
+    return
+  about = folder / '.zarray'
+  if not about.exists():
+    raise ValueError(f'{name} is damaged: there is no {about}.')
+  about = json.loads(about.read_text())
+  pairs = zip(about['shape'], about['chunks'], strict=True)
+  grid = [range(-(-n // chunk)) for n, chunk in pairs]
+  for index in itertools.product(*grid):
+    chunk = about.get('dimension_separator', '.').join(map(str, index))
+    if not (folder / chunk).exists():
+      raise ValueError(
+        f'{name} is damaged: its chunk {folder / chunk} is gone.'
+      )
+
+
+def _open_orbax(path: epath.Path):
+  import orbax.checkpoint as ocp
+
+  state = path / 'state' if (path / 'state').exists() else path
+  try:
+    tree = ocp.PyTreeCheckpointHandler().metadata(state)
+  except Exception as e:
+    raise ValueError(
+      f'{path} holds no T5X checkpoint: neither a file `checkpoint` nor what'
+      f' Orbax wrote ({type(e).__name__}).'
+    ) from None
+  flat, _ = jax.tree_util.tree_flatten_with_path(getattr(tree, 'tree', tree))
+  name = lambda p: jax.tree_util.keystr(p, simple=True, separator='/')
+  leaves = {
+    name(p).removeprefix('target/'): leaf
+    for p, leaf in flat
+    if name(p).startswith('target/')
+  }
+  ocdbt = (state / 'manifest.ocdbt').exists()
+
+  @functools.cache
+  def array(name):
+    place = 'target.' + name.replace('/', '.')
+    if ocdbt:
+      base = _kvstore(state)
+      store = {'driver': 'ocdbt', 'base': base, 'path': place}
+    else:
+      store = _kvstore(state / place)
+    return _open_array({'driver': 'zarr', 'kvstore': store}, name)
+
+  shapes = {n: tuple(leaf.shape) for n, leaf in leaves.items()}
+  dtypes = {n: np.dtype(leaf.dtype) for n, leaf in leaves.items()}
+  return shapes, dtypes, lambda name: _read(array(name), name)
+
+
+def _kvstore(path: epath.Path) -> dict:
+  if not files.is_remote(path):
+    return {'driver': 'file', 'path': f'{epath.Path(path).resolve()}/'}
+  bucket, _, rest = os.fspath(path).removeprefix('gs://').partition('/')
+  return {'driver': 'gcs', 'bucket': bucket, 'path': f'{rest}/'}
+
+
+def _open_array(spec: dict, name: str):
+  import tensorstore
+
+  try:
+    return tensorstore.open(spec, open=True, read=True).result()
+  except Exception as e:
+    raise _broken(name, e) from None
+
+
+def _read(array, name: str) -> np.ndarray:
+  try:
+    return np.asarray(array.read().result())
+  except Exception as e:
+    raise _broken(name, e) from None
+
+
+def _broken(name: str, e: Exception) -> ValueError:
+  line = str(e).strip().splitlines()[0][:200]
+  return ValueError(f'{name} cannot be read: {line}')
+
+
+# ---- What model it is -------------------------------------------------------
+
+
+def _config(name: str, shapes: dict) -> Config:
+  vocab, d = shapes['token_embedder/embedding']
+  stacks = {s: _stack(shapes, s) for s in _STACKS}
+  heads, buckets = shapes['encoder/relpos_bias/rel_embedding']
+  joined = shapes['encoder/layers_0/attention/query/kernel'][1]
+  find = lambda pattern: [
+    shapes[n] for n in sorted(shapes) if re.search(pattern, n)
+  ]
+  dense = find(r'layers_\d+/(extra_)?mlp/wi(_0)?/kernel$')
+  banks = find(r'layers_\d+/mlp/expert/wi(_0)?/kernel$')
+  gated = bool(find(r'/wi_0/kernel$'))
+  extra = bool(find(r'/extra_mlp/'))
+  width = dense[0][1] if dense else banks[0][2]
+  model = ModelConfig(
+    vocab_size=vocab,
+    embed_dim=d,
+    num_heads=heads,
+    head_dim=joined // heads,
+    mlp_dim=width,
+    activation='geglu' if gated else 'relu',
+    relpos_buckets=buckets,
+    tie_embeddings='decoder/logits_dense/kernel' not in shapes,
+    init_scale=1.0,
+    **stacks,
+  )
+  if not banks:
+    return Config(name=name, model=model)
+  moe = MoEConfig(
+    num_experts=banks[0][0],
+    hidden_dim=banks[0][2] if banks[0][2] != width else 0,
+    # ST-MoE's are top-2, Switch's top-1; only the extra FFN tells them apart.
+    selector=Part.of(
+      'top_k', k=2 if extra else 1, normalize=False, train_policy='all'
+    ),
+    train_capacity=Capacity(1.25, rounding='round'),
+    eval_capacity=Capacity(2.0, rounding='round'),
+    padding='zeroed',
+    extra_ffn='after' if extra else 'none',
+  )
+  return Config(
+    name=name,
+    routing='flaxformer',
+    model=dataclasses.replace(model, moe=moe),
+    loss=LossConfig(
+      router={'load_balance_all': 1e-2, 'router_z': 1e-3}, layers='mean'
+    ),
+  )
+
+
+def _stack(shapes: dict, stack: str) -> StackConfig:
+  number = rf'{stack}/layers_(\d+)/'
+  layers = {int(m[1]) for n in shapes if (m := re.match(number, n))}
+  sparse = {
+    int(m[1]) for n in shapes if (m := re.match(number + r'mlp/expert/', n))
+  }
+  if not layers:
+    raise ValueError(f'The checkpoint has no {stack}/layers_0.')
+  count = max(layers) + 1
+  if not sparse:
+    return StackConfig(count, 0, 0, group_size=4096)
+  for every in range(1, count + 1):
+    offset = min(sparse)
+    if offset < every and sparse == set(range(offset, count, every)):
+      return StackConfig(count, every, offset, group_size=4096)
+  raise ValueError(
+    f'The {stack} is sparse in layers {sorted(sparse)}, not in every n-th.'
+  )
+
+
+# ---- Names ------------------------------------------------------------------
+
+
+def links(config: ModelConfig) -> dict[str, Link]:
+  """Our unrolled parameters, by T5X's names."""
+  found = {
+    'token_embedder/embedding': Link.to('token_embedder/embedding'),
+  }
+  if not config.tie_embeddings:
+    found['logits_dense/kernel'] = Link.to('decoder/logits_dense/kernel')
+  for stack in config.stacks:
+    for path in ('relpos_bias/rel_embedding', f'{stack}_norm/scale'):
+      found[f'{stack}/{path}'] = Link.to(f'{stack}/{path}')
+    for i, sublayers in enumerate(config.plan(stack).layers):
+      here = f'{stack}/layers_{i}'
+      for sublayer in sublayers:
+        norm, name = _names(stack, sublayer)
+        found[f'{here}/{sublayer.norm}/scale'] = Link.to(f'{here}/{norm}/scale')
+        for path, link in _parts(config, sublayer.kind, f'{here}/{name}'):
+          found[f'{here}/{sublayer.name}/{path}'] = link
+  return found
+
+
+def _names(stack: str, sublayer) -> tuple[str, str]:
+  """Their names of a norm and of what it stands before."""
+  if sublayer.kind == 'self_attention':
+    own = {'encoder': 'attention', 'decoder': 'self_attention'}[stack]
+    return f'pre_{own}_layer_norm', own
+  if sublayer.kind == 'moe':
+    return sublayer.norm, 'mlp'
+  return sublayer.norm, sublayer.name
+
+
+def _parts(config: ModelConfig, kind: str, where: str):
+  joined = config.num_heads, config.head_dim
+  matrices = ('wi', 'wo') if config.activation == 'relu' else (
+    'wi_0', 'wi_1', 'wo')  # fmt: skip
+  if kind == 'mlp':
+    for w in matrices:
+      yield f'{w}/kernel', Link.to(f'{where}/{w}/kernel')
+  elif kind == 'moe':
+    yield 'router/kernel', Link.to(f'{where}/router/router_weights/w/kernel')
+    for w in matrices:
+      yield f'experts/{w}/kernel', Link.to(f'{where}/expert/{w}/kernel')
+  else:
+    for name in ('query', 'key', 'value'):
+      yield (
+        f'{name}/kernel',
+        Link.to(
+          f'{where}/{name}/kernel',
+          lambda w: w.reshape(-1, *joined),
+          lambda w: w.reshape(w.shape[0], -1),
+        ),
+      )
+    yield (
+      'out/kernel',
+      Link.to(
+        f'{where}/out/kernel',
+        lambda w: w.reshape(*joined, -1),
+        lambda w: w.reshape(-1, w.shape[-1]),
+      ),
+    )
+
+
+# ---- Writing ----------------------------------------------------------------
+
+_INLINE = 1 << 20  # Bytes of an array that stays inside the msgpack.
+
+
+def check_export(config: Config) -> None:
+  model = config.model
+  if model.stacks != _STACKS:
+    raise ValueError('T5X has names for encoder-decoders only.')
+  sparse = any(model.plan(s).num_sparse for s in model.stacks)
+  if sparse and model.moe.extra_ffn == 'before':
+    raise ValueError('Flaxformer has the extra FFN after the sparse one only.')
+  if sparse and model.moe.multiplicative_bias:
+    raise ValueError('Flaxformer has no multiplicative bias in its experts.')
+
+
+def save(where: str, params, config: Config, vocabulary: bytes | None) -> None:
+  """Writes the legacy layout, parameters only; whole or not at all."""
+  del vocabulary  # T5X names one in its gin files.
+  from flax import serialization
+
+  with files.directory_appearing(where) as directory:
+    target = {}
+    theirs = links(config.model)
+    for name, shape, dtype, make in tensors(params, config.model, theirs):
+      leaf = _write_array(directory, name, shape, dtype, make)
+      *parents, last = name.split('/')
+      node = target
+      for key in parents:
+        node = node.setdefault(key, {})
+      node[last] = leaf
+    state = {'step': np.int32(0), 'param_states': {}}
+    tree = {'version': 3, 'optimizer': {'target': target, 'state': state}}
+    data = serialization.msgpack_serialize(tree)
+    (directory / 'checkpoint').write_bytes(data)
+
+
+def _write_array(directory, name: str, shape, dtype, make):
+  """The array itself if small, else a spec of the zarr folder it is now in."""
+  import tensorstore
+
+  if int(np.prod(shape)) * dtype.itemsize <= _INLINE:
+    return np.ascontiguousarray(make())
+  folder = 'target.' + name.replace('/', '.')
+  rows = max(1, (64 << 20) // (int(np.prod(shape[1:])) * dtype.itemsize))
+  chunks = [min(rows, shape[0]), *shape[1:]]
+  metadata = {
+    'shape': list(shape),
+    'chunks': chunks,
+    'dtype': dtype.str,
+    'compressor': {'id': 'gzip', 'level': 1},
+  }
+  spec = {
+    'driver': 'zarr',
+    'metadata': metadata,
+    'store_data_equal_to_fill_value': True,  # Or zeros would look damaged.
+  }
+  place = {'driver': 'file', 'path': f'{directory / folder}/'}
+  array = tensorstore.open(
+    {**spec, 'kvstore': place}, create=True, open=True
+  ).result()
+  array.write(make()).result()
+  kvstore = {'driver': 'file', 'path': folder}
+  return {'driver': 'zarr', 'metadata': metadata, 'kvstore': kvstore}
