@@ -17,6 +17,7 @@ FORMATS = {
   'hf': 'st_moe.interop.huggingface',
   't5x': 'st_moe.interop.t5x',
   't5x_orbax': 'st_moe.interop.t5x_orbax',
+  'mtf': 'st_moe.interop.mesh_tf',
   'st_moe': 'st_moe.interop.ours',
 }
 

@@ -1,0 +1,204 @@
+"""Checkpoints of Mesh-TensorFlow, read only: T5 and its mixtures of experts.
+
+A place is a directory, or the prefix of one checkpoint ('DIR/model.ckpt-1000'),
+here or on `gs://`. A stack there is blocks of sublayers; each self-attention
+begins one of our layers. Routing is the paper's, which was trained with this
+code; experts per token follow from the name of the gate.
+"""
+
+import functools
+import re
+
+import numpy as np
+
+from st_moe.config import Config, ModelConfig, MoEConfig, Part, StackConfig
+from st_moe.interop.links import Link, Source
+
+_STACKS = ('encoder', 'decoder')
+# A sublayer's class -> our kind.
+_KINDS = {
+  'SelfAttention': 'self_attention',
+  'EncDecAttention': 'cross_attention',
+  'DenseReluDense': 'mlp',
+  'MoE1D': 'moe',
+}
+_GATES = {'switch_gating': 1, 'top_2_gating': 2}
+_SUBLAYER = r'{}/(block_\d+/layer_\d+)/({})/'
+
+
+def open_source(where: str) -> Source:
+  """Opens a checkpoint.
+
+  Raises:
+    ValueError: none there, a damaged one, or of a model we do not have.
+  """
+  import tensorflow as tf
+
+  try:
+    reader = tf.train.load_checkpoint(str(where))
+    found = reader.get_variable_to_shape_map()
+    types = reader.get_variable_to_dtype_map()
+  except Exception as e:
+    line = str(e).strip().splitlines()[0][:200]
+    raise ValueError(
+      f'{where} is no TensorFlow checkpoint, or a damaged one ({line}).'
+    ) from None
+  # Adafactor's statistics lie beside what they are of.
+  names = [n for n in found if '_slot_' not in n and n != 'global_step']
+  shapes = {n: tuple(found[n]) for n in names}
+  if 'shared/embedding' not in shapes:
+    raise ValueError(
+      f'{where} has no shared/embedding: no T5 of Mesh-TensorFlow. It has'
+      f' {sorted(shapes)[:3]} ...'
+    )
+  layers = {stack: _layers(shapes, stack) for stack in _STACKS}
+  config = _config(str(where), shapes, layers)
+  return Source(
+    where=f'mtf:{where}',
+    config=config,
+    vocabulary=None,
+    links=_links(config.model, shapes, layers),
+    shapes=shapes,
+    dtypes={n: np.dtype(types[n].as_numpy_dtype) for n in names},
+    read=functools.partial(_read, reader),
+  )
+
+
+def _read(reader, name: str) -> np.ndarray:
+  try:
+    return reader.get_tensor(name)
+  except Exception as e:
+    line = str(e).strip().splitlines()[0][:200]
+    raise ValueError(f'{name} cannot be read: {line}') from None
+
+
+def _layers(shapes: dict, stack: str) -> list[list[tuple[str, str]]]:
+  """(place, class) of every sublayer, layer by layer in the order of depth."""
+  pattern = _SUBLAYER.format(stack, '|'.join(_KINDS))
+  found = {m.groups() for n in shapes if (m := re.match(pattern, n))}
+  layers = []
+  for place, kind in sorted(found):
+    if kind == 'SelfAttention':
+      layers.append([])
+    if not layers:
+      raise ValueError(f'{stack}/{place}: {kind} before any attention.')
+    layers[-1].append((f'{stack}/{place}', kind))
+  if not layers:
+    raise ValueError(f'The checkpoint has no {stack}/block_000/layer_000.')
+  return layers
+
+
+def _config(where: str, shapes: dict, layers: dict) -> Config:
+  vocab, d = shapes['shared/embedding']
+  first = f'{layers["encoder"][0][0][0]}/SelfAttention'
+  heads, buckets = shapes[f'{first}/relative_attention_bias']
+  find = lambda pattern: [
+    shapes[n] for n in sorted(shapes) if re.search(pattern, n)
+  ]
+  dense = find(r'DenseReluDense/wi(_0)?/kernel$')
+  banks = find(r'MoE1D/wi(_0)?/kernel$')
+  width = dense[0][1] if dense else banks[0][2]
+  extra, stacks = 'none', {}
+  for stack, depth in layers.items():
+    kinds = [[kind for _, kind in layer] for layer in depth]
+    sparse = [i for i, layer in enumerate(kinds) if 'MoE1D' in layer]
+    for i in sparse:
+      if 'DenseReluDense' in kinds[i]:
+        after = kinds[i].index('DenseReluDense') > kinds[i].index('MoE1D')
+        extra = 'after' if after else 'before'
+    stacks[stack] = _stack(stack, len(depth), sparse)
+  model = ModelConfig(
+    vocab_size=vocab,
+    embed_dim=d,
+    num_heads=heads,
+    head_dim=shapes[f'{first}/q'][1] // heads,
+    mlp_dim=width,
+    activation='geglu' if find(r'/wi_0/kernel$') else 'relu',
+    relpos_buckets=buckets,
+    tie_embeddings='decoder/logits/kernel' not in shapes,
+    moe=_moe(where, shapes, banks, width, extra) if banks else MoEConfig(),
+    **stacks,
+  )
+  return Config(name=where.rstrip('/').rpartition('/')[2], model=model)
+
+
+def _moe(where, shapes, banks, width, extra) -> MoEConfig:
+  gates = {n.split('/')[-2] for n in shapes if re.search(r'_gating/kernel$', n)}
+  if len(gates) != 1 or not gates <= set(_GATES):
+    raise ValueError(
+      f'{where} routes by {sorted(gates)}; known are {sorted(_GATES)}.'
+    )
+  return MoEConfig(
+    num_experts=banks[0][0],
+    hidden_dim=banks[0][2] if banks[0][2] != width else 0,
+    selector=Part.of('top_k', k=_GATES[gates.pop()]),
+    extra_ffn=extra,
+  )
+
+
+def _stack(stack: str, count: int, sparse: list[int]) -> StackConfig:
+  if not sparse:
+    return StackConfig(count, 0, 0)
+  for every in range(1, count + 1):
+    if sparse == list(range(sparse[0], count, every)) and sparse[0] < every:
+      return StackConfig(count, every, sparse[0])
+  raise ValueError(f'The {stack} is sparse in layers {sparse}, not every n-th.')
+
+
+def _links(config: ModelConfig, shapes, layers) -> dict[str, Link]:
+  """Our unrolled parameters, by Mesh-TensorFlow's names."""
+  found = {'token_embedder/embedding': Link.to('shared/embedding')}
+  if not config.tie_embeddings:
+    found['logits_dense/kernel'] = Link.to('decoder/logits/kernel')
+  for stack, depth in layers.items():
+    first = f'{depth[0][0][0]}/SelfAttention'
+    final = f'{stack}/final_layer_norm/scale'
+    if final not in shapes:  # As older gin files called it.
+      final = f'{stack}/rms_norm/scale'
+    found[f'{stack}/relpos_bias/rel_embedding'] = Link.to(
+      f'{first}/relative_attention_bias'
+    )
+    found[f'{stack}/{stack}_norm/scale'] = Link.to(final)
+    plan = config.plan(stack).layers
+    for i, (sublayers, places) in enumerate(zip(plan, depth, strict=True)):
+      kinds = [_KINDS[kind] for _, kind in places]
+      if kinds != [s.kind for s in sublayers]:
+        raise ValueError(
+          f'Layer {i} of the {stack} is {kinds}, where'
+          f' {[s.kind for s in sublayers]} would be like the others.'
+        )
+      for sublayer, (place, kind) in zip(sublayers, places, strict=True):
+        ours = f'{stack}/layers_{i}'
+        found[f'{ours}/{sublayer.norm}/scale'] = Link.to(
+          f'{place}/layer_norm/scale'
+        )
+        for path, link in _parts(config, sublayer.kind, f'{place}/{kind}'):
+          found[f'{ours}/{sublayer.name}/{path}'] = link
+  return found
+
+
+def _parts(config: ModelConfig, kind: str, where: str):
+  joined = config.num_heads, config.head_dim
+  matrices = ('wi', 'wo')
+  if config.activation == 'geglu':
+    matrices = ('wi_0', 'wi_1', 'wo')
+  if kind == 'mlp':
+    for w in matrices:
+      yield f'{w}/kernel', Link.to(f'{where}/{w}/kernel')
+  elif kind == 'moe':
+    per_token = config.moe.selector.kwargs['k']
+    gate = next(gate for gate, k in _GATES.items() if k == per_token)
+    yield 'router/kernel', Link.to(f'{where}/{gate}/kernel')
+    for w in matrices:
+      yield f'experts/{w}/kernel', Link.to(f'{where}/{w}/kernel')
+  else:
+    for name in ('query', 'key', 'value'):
+      yield (
+        f'{name}/kernel',
+        Link.to(f'{where}/{name[0]}', lambda w: w.reshape(-1, *joined)),
+      )
+    yield 'out/kernel', Link.to(f'{where}/o', lambda w: w.reshape(*joined, -1))
+
+
+def check_export(config: Config) -> None:
+  raise ValueError('Mesh-TensorFlow is read here and not written.')
