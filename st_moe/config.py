@@ -560,8 +560,11 @@ class Config:
   seed: int = 0
   total_steps: int = 0
   init: str = ''  # A checkpoint or workdir to start from; '': random.
-  # 'params', or 'architecture': only its model and vocabulary, untrained.
+  # 'params'; 'upcycle': dense into sparse; 'architecture': only its model and
+  # vocabulary, untrained.
   init_take: str = 'params'
+  # What else is made of what: pattern of a path -> path there ('' is: new).
+  init_rules: Mapping[str, str] = dataclasses.field(default_factory=dict)
   microbatches: int = 1  # Gradient accumulation; changes no number.
   paper_params: float = 0.0  # What its paper prints, to compare; 0: nothing.
   model: ModelConfig = ModelConfig()

@@ -13,6 +13,8 @@ import numpy as np
 
 from st_moe.config import Config, ModelConfig
 from st_moe.model import layout
+from st_moe.model.transformer import Transformer
+from st_moe.train import step
 
 same = lambda a: a
 
@@ -107,6 +109,14 @@ class Source:
       return jax.device_put(out, sharding) if sharding else out
 
     return layout.map_by_path(make, abstract)
+
+
+def unrolled(source) -> dict:
+  """Every parameter of a source's model, by its path in the unrolled one."""
+  model = dataclasses.replace(source.config.model, scan_layers=False)
+  config = dataclasses.replace(source.config, model=model)
+  source = dataclasses.replace(source, config=config)
+  return layout.by_path(source.load(step.abstract_params(Transformer(model))))
 
 
 def tensors(params, config: ModelConfig, links: Mapping[str, Link]):

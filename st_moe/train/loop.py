@@ -13,7 +13,7 @@ from st_moe import config_file, sharding
 from st_moe.config import Config, unknown
 from st_moe.data import files, pipeline, vocabulary
 from st_moe.infer.evaluate import Evaluator
-from st_moe.interop import convert
+from st_moe.interop import convert, links, rules
 from st_moe.model.transformer import Transformer
 from st_moe.train import checkpoint, loss, optimizer, step
 from st_moe.train.report import Clock, Report, read_rows
@@ -64,6 +64,8 @@ def train(config: Config, workdir, *, config_path: str = '') -> dict:
   )
   step.check_sizes(config, mesh)
   loss.check_names(config.loss)
+  if config.init and config.init_take != 'architecture':
+    rules.named(config.init_take, config.init_rules)
   pipeline.check(config.data, ('train', config.evaluate.split))
   asked, vocab = config, find_vocabulary(config, workdir)
   config = with_vocabulary_size(config, vocab)
@@ -97,12 +99,10 @@ def train(config: Config, workdir, *, config_path: str = '') -> dict:
     found = checkpoints.restore(abstract, notify=print)
     if found:
       state, run = found
-    elif config.init and config.init_take == 'params':
-      params = convert.open_source(config.init).load(abstract.params)
-      state, run = plan.begin(params), {'tokens_seen': {}}
     else:
-      params = plan.random_params(jax.random.key(config.seed))
+      params, lines = _first_params(config, plan, abstract.params)
       state, run = plan.begin(params), {'tokens_seen': {}}
+      print(*lines, sep='\n', end='\n' if lines else '')
     start = int(state.step)
     seen = {name: run['tokens_seen'].get(name, 0) for name in data.sources}
 
@@ -155,6 +155,18 @@ def train(config: Config, workdir, *, config_path: str = '') -> dict:
       report.close()
       checkpoints.close()
   return {**row, **measured}
+
+
+def _first_params(config: Config, plan, abstract):
+  """Where a run begins: at random, at a checkpoint, or at parts of one."""
+  random = lambda: plan.random_params(jax.random.key(config.seed))
+  if not config.init or config.init_take == 'architecture':
+    return random(), []
+  source = convert.open_source(config.init)
+  asked = rules.named(config.init_take, config.init_rules)
+  if not asked:
+    return source.load(abstract), []
+  return rules.initialize(random(), config.model, links.unrolled(source), asked)
 
 
 def find_vocabulary(config: Config, workdir) -> vocabulary.Vocabulary | None:

@@ -280,6 +280,36 @@ def test_only_the_architecture_is_taken(run, written, tmp_path):
   assert row['l2_params'] != pytest.approx(_norm(_params(run)), rel=1e-5)
 
 
+def test_a_sparse_run_begins_with_a_dense_one(written, tmp_path, capsys):
+  flags = lambda every: {
+    'model__encoder__sparse_every': every,
+    'model__decoder__sparse_every': every,
+    'total_steps': '1',
+    'evaluate__every': '0',
+  }
+  loop.train(_load(written, **flags('0')), tmp_path / 'dense')
+  config = _load(
+    written,
+    init=str(tmp_path / 'dense'),
+    init_take='upcycle',
+    optimizer__learning_rate='0.0',
+    **flags('1'),
+  )
+  loop.train(config, tmp_path / 'sparse')
+  said = capsys.readouterr().out
+  assert 'copied to every expert: 6 arrays, as decoder/layers_0/moe/ex' in said
+  assert 'new: 2 arrays, as decoder/layers_0/moe/router/kernel' in said
+  dense, sparse = _params(tmp_path / 'dense'), _params(tmp_path / 'sparse')
+  bank = sparse['encoder']['layers']['layer_0']['moe']['experts']
+  kernel = dense['encoder']['layers']['layer_0']['mlp']['wi_0']['kernel']
+  for e in range(4):
+    np.testing.assert_array_equal(bank['wi_0']['kernel'][:, e], kernel)
+  # A word that is none is refused before any work.
+  wrong = dataclasses.replace(config, init_take='upcicle')
+  with pytest.raises(ValueError, match="init_take 'upcicle'. Did you mean"):
+    loop.train(wrong, tmp_path / 'wrong')
+
+
 # An object store.
 
 
