@@ -79,7 +79,10 @@ def convert(
   config = opened.config
   if hasattr(module, 'check_export'):
     module.check_export(config)
-  abstract = step.abstract_params(Transformer(config.model))
+  # Arrays of JAX, which Orbax writes without a copy; in the host's memory.
+  mesh = sharding.make_mesh(devices=jax.local_devices(backend='cpu')[:1])
+  with sharding.use(mesh):
+    abstract = step.abstract_params(Transformer(config.model), mesh)
   params = opened.load(abstract)
   lines = report(opened, abstract)
   if verify:

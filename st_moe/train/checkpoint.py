@@ -355,7 +355,11 @@ def save_params(directory, params, run: dict) -> None:
     raise ValueError(f'{directory} is not empty; name a new directory.')
   directory.parent.mkdir(parents=True, exist_ok=True)
   _check_room(directory.parent, params)
-  handler = ocp.CompositeCheckpointHandler('params', 'run')
+  # By default up to 96 GB are copied before they are written.
+  handler = ocp.CompositeCheckpointHandler(
+    params=ocp.StandardCheckpointHandler(save_concurrent_gb=1),
+    run=ocp.JsonCheckpointHandler(),
+  )
   args = ocp.args.Composite(
     params=ocp.args.StandardSave(params), run=ocp.args.JsonSave(run)
   )
