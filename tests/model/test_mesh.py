@@ -106,8 +106,8 @@ def _measured(name):
 @pytest.mark.parametrize('name', MESHES)
 def test_eight_devices_say_what_one_says(name):
   one, eight = _measured(None), _measured(name)
-  # Five parts, each of them a number that matters.
-  assert len(one[0][1]) == 5 and all(v > 0.1 for v in one[0][1].values())
+  # Seven parts, each of them a number that matters.
+  assert len(one[0][1]) == 7 and all(v > 0.1 for v in one[0][1].values())
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=2e-5), eight[0], one[0]
   )
