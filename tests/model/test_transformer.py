@@ -195,10 +195,10 @@ def test_flops_are_those_of_the_traced_products(config):
     {'params': p}, **batch, rngs={'dropout': jax.random.key(0)}
   )
   traced = _dot_flops(jax.make_jaxpr(run)(params).jaxpr)
-  # f and p of the balance loss are two small products, which nobody counts.
+  # f and p of two balance losses are four small products, which nobody counts.
   tokens = {'encoder': 16, 'decoder': 8}
   losses = sum(
-    config.plan(stack).num_sparse * 2 * 2 * tokens[stack] * 4
+    config.plan(stack).num_sparse * 4 * 2 * tokens[stack] * 4
     for stack in config.stacks
   )
   assert traced - losses == 2 * config.forward_flops(8, 4)
