@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs, pre-trains, fine-tunes and evaluates a small ST-MoE: about ten minutes
+# Installs, pre-trains, fine-tunes and evaluates a small ST-MoE: about nine minutes
 # on two cores. Run again, it resumes. The runs land in runs/quickstart.
 source "$(dirname "$0")/env.sh"
 run=${1:-runs/quickstart}
