@@ -236,6 +236,8 @@ def _evaluate(flags, overrides):
 
 
 def _convert(flags, overrides):
+  # Needs no accelerator, and should neither wait for one nor fill it.
+  os.environ['JAX_PLATFORMS'] = 'cpu'
   _start(flags)
   from st_moe.interop import convert
 

@@ -206,6 +206,14 @@ def diff(a: Mapping, b: Mapping, path: str = '') -> list[str]:
   return lines
 
 
+def routed(values: Mapping) -> dict:
+  """A run's `values` with what their `routing` says and they leave open."""
+  code = values.get('routing', 'paper')
+  for field, value in choose('routing', code, config_lib.ROUTINGS).items():
+    values = _fill(config_lib.Config, values, field.split('.'), value)
+  return dict(values)
+
+
 def _fill(kind, values: Mapping, path: list[str], value) -> dict:
   """`values` of dataclass `kind` with a field set, if they leave it open."""
   head, *rest = path
@@ -273,9 +281,9 @@ def load(
   module_spec.loader.exec_module(module)
   values = module.get_config(arg or None).to_dict()
   values.setdefault('name', path.stem)
-  code = (overrides or {}).get('routing', values.get('routing', 'paper'))
-  for field, value in choose('routing', code, config_lib.ROUTINGS).items():
-    values = _fill(config_lib.Config, values, field.split('.'), value)
+  if 'routing' in (overrides or {}):
+    values['routing'] = overrides['routing']
+  values = routed(values)
   for field, value in (overrides or {}).items():
     values = merge(config_lib.Config, values, field, value)
   if values.get('init') and base:

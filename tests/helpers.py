@@ -10,6 +10,7 @@ import numpy as np
 
 from st_moe import sharding
 from st_moe.config import ModelConfig, MoEConfig, StackConfig
+from st_moe.model import layout
 from st_moe.model.transformer import Transformer
 
 # Programs this small are compiled once and run once: compile in haste.
@@ -38,14 +39,6 @@ def tiny(**changes) -> ModelConfig:
     dtype='float32',
   )
   return ModelConfig(**{**defaults, **changes})
-
-
-def tree_paths(tree) -> dict:
-  """'encoder/layers/...' -> leaf."""
-  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {
-    jax.tree_util.keystr(p, simple=True, separator='/'): a for p, a in flat
-  }
 
 
 def boxed_shapes(model: nn.Module, *args, **kwargs):
@@ -140,7 +133,7 @@ def distance(a, b) -> float:
 
 def assert_trees_close(a, b, tolerance: float = 2e-5):
   """Every leaf of `a` within `tolerance` of `b`, in relative norm."""
-  a, b = tree_paths(a), tree_paths(b)
+  a, b = layout.by_path(a), layout.by_path(b)
   assert a.keys() == b.keys()
   off = {k: distance(a[k], b[k]) for k in a}
   worst = max(off, key=off.get)

@@ -33,7 +33,12 @@ def split(uri: str) -> tuple[str, str]:
 def open_source(uri: str):
   """Opens the checkpoint at FORMAT:PLACE without reading its tensors."""
   name, where = split(uri)
-  return importlib.import_module(FORMATS[name]).open_source(where)
+  try:
+    return importlib.import_module(FORMATS[name]).open_source(where)
+  except KeyError as e:  # Of a field or tensor that every model there has.
+    raise ValueError(
+      f'{uri} has no {e.args[0]}: it is damaged, or of another model.'
+    ) from e
 
 
 def load(uri: str, *, mesh=None) -> tuple[dict, ModelConfig]:
@@ -79,8 +84,8 @@ def convert(
   config = opened.config
   if hasattr(module, 'check_export'):
     module.check_export(config)
-  # Arrays of JAX, which Orbax writes without a copy; in the host's memory.
-  mesh = sharding.make_mesh(devices=jax.local_devices(backend='cpu')[:1])
+  # Arrays of JAX, which Orbax writes without a copy.
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
   with sharding.use(mesh):
     abstract = step.abstract_params(Transformer(config.model), mesh)
   params = opened.load(abstract)

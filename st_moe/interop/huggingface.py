@@ -11,25 +11,18 @@ import pathlib
 
 import numpy as np
 
-from st_moe.config import (
-  ROUTINGS,
-  Capacity,
-  Config,
-  LossConfig,
-  ModelConfig,
-  MoEConfig,
-  Part,
-  StackConfig,
-)
+from st_moe import config_file
+from st_moe.config import Config, ModelConfig
 from st_moe.data import files
 from st_moe.interop import safetensors
-from st_moe.interop.links import Link, Source, tensors
+from st_moe.interop.links import Link, Source, attention, matrices, tensors
 
 _EPSILON = 1e-6
 _FILES = ('config.json', '*.safetensors', '*.safetensors.index.json')
 _T5 = ('t5', 'mt5')
 _SWITCH = 'switch_transformers'
 _ACTIVATIONS = {'relu': 'relu', 'gated-gelu': 'geglu'}
+_STACKS = ('encoder', 'decoder')
 
 
 def open_source(where: str) -> Source:
@@ -39,7 +32,10 @@ def open_source(where: str) -> Source:
     ValueError: no such place, no safetensors, or a model we have no class for.
   """
   directory = _directory(where)
-  about = json.loads((directory / 'config.json').read_text())
+  try:
+    about = json.loads((directory / 'config.json').read_text())
+  except ValueError as e:
+    raise ValueError(f'{directory}/config.json is no JSON ({e}).') from None
   reader = safetensors.Reader(directory)
   config, scaled = _config(about, where)
   head = 'lm_head.weight' in reader.shapes and not _tied(reader)
@@ -127,57 +123,56 @@ def _config(about: dict, where: str) -> tuple[Config, bool]:
     # As theirs counts: 0 sparse layers still make the second one sparse.
     sparse = [n // s if s else n for n, s in zip(layers, asked, strict=True)]
   encoder, decoder = (
-    StackConfig(n, every, int(every > 1), group_size=512)
+    {
+      'num_layers': n,
+      'sparse_every': every,
+      'sparse_offset': int(every > 1),
+      'group_size': 512,
+    }
     for n, every in zip(layers, sparse, strict=True)
   )
-  places = Capacity(count=about.get('expert_capacity', 64))
-  jitter = about.get('router_jitter_noise', 0.01) if switch else 0.0
-  moe = MoEConfig(
-    num_experts=about.get('num_experts', 8),
-    train_capacity=places,
-    eval_capacity=places,
-    gate=Part.of('linear', jitter=jitter) if jitter else Part.of('linear'),
-    selector=Part.of('top_k', k=1),
-    extra_ffn='none',
-    group_by=ROUTINGS['huggingface']['model.moe.group_by'],
-    padding=ROUTINGS['huggingface']['model.moe.padding'],
-  )
-  model = ModelConfig(
-    vocab_size=about['vocab_size'],
-    embed_dim=about['d_model'],
-    num_heads=about['num_heads'],
-    head_dim=about['d_kv'],
-    mlp_dim=about['d_ff'],
-    activation=_ACTIVATIONS[name],
-    encoder=encoder,
-    decoder=decoder,
-    moe=moe if switch else MoEConfig(),
-    dropout=float(about.get('dropout_rate', 0.1)),
-    relpos_buckets=about.get('relative_attention_num_buckets', 32),
-    relpos_max_distance=about.get('relative_attention_max_distance', 128),
-    init_scale=1.0,
-  )
-  loss = LossConfig(
-    z_loss=0.0,
-    router={
-      'load_balance': about.get('router_aux_loss_coef', 0.001),
-      'router_z': about.get('router_z_loss_coef', 0.001),
+  values = {
+    'name': pathlib.Path(where).name,
+    'model': {
+      'vocab_size': about['vocab_size'],
+      'embed_dim': about['d_model'],
+      'num_heads': about['num_heads'],
+      'head_dim': about['d_kv'],
+      'mlp_dim': about['d_ff'],
+      'activation': _ACTIVATIONS[name],
+      'encoder': encoder,
+      'decoder': decoder,
+      'dropout': about.get('dropout_rate', 0.1),
+      'relpos_buckets': about.get('relative_attention_num_buckets', 32),
+      'relpos_max_distance': about.get('relative_attention_max_distance', 128),
+      'init_scale': 1.0,
     },
-    layers='mean',
-  )
-  routing = 'huggingface' if switch else 'paper'
-  name = pathlib.Path(where).name
-  config = Config(
-    name=name,
-    routing=routing,
-    model=model,
-    loss=loss if switch else LossConfig(),
-  )
-  return config, scaled
+  }
+  if switch:
+    places = {'count': about.get('expert_capacity', 64)}
+    values['routing'] = 'huggingface'
+    values['model']['moe'] = {
+      'num_experts': about.get('num_experts', 8),
+      'train_capacity': places,
+      'eval_capacity': places,
+      'gate': {
+        'name': 'linear',
+        'jitter': float(about.get('router_jitter_noise', 0.01)),
+      },
+    }
+    values['loss'] = {
+      'z_loss': 0.0,
+      'router': {
+        'load_balance': about.get('router_aux_loss_coef', 0.001),
+        'router_z': about.get('router_z_loss_coef', 0.001),
+      },
+    }
+  return config_file.from_dict(config_file.routed(values)), scaled
 
 
-_STACKS = ('encoder', 'decoder')
-transpose = lambda w: w.T
+def _flipped(name: str) -> Link:
+  """A torch.nn.Linear holds its weight the other way."""
+  return Link.to(name).transposed
 
 
 def links(config: ModelConfig, *, head: bool, scaled: bool) -> dict[str, Link]:
@@ -190,16 +185,15 @@ def links(config: ModelConfig, *, head: bool, scaled: bool) -> dict[str, Link]:
   """
   found = {'token_embedder/embedding': Link.to('shared.weight')}
   if not config.tie_embeddings:
-    factor = config.embed_dim**-0.5 if scaled else 1.0
-    found['logits_dense/kernel'] = Link.to(
-      'lm_head.weight' if head else 'shared.weight',
-      (lambda w: w.T * factor) if scaled else transpose,
-      (lambda w: w.T / factor) if scaled else transpose,
-    )
+    name = 'lm_head.weight' if head else 'shared.weight'
+    factor = config.embed_dim**-0.5
+    divided = Link.to(name, lambda w: w * factor, lambda a: a / factor)
+    link = divided if scaled else Link.to(name)
+    found['logits_dense/kernel'] = link.transposed
   for stack in config.stacks:
     first = f'{stack}.block.0.layer.0.SelfAttention'
-    found[f'{stack}/relpos_bias/rel_embedding'] = Link.to(
-      f'{first}.relative_attention_bias.weight', transpose, transpose
+    found[f'{stack}/relpos_bias/rel_embedding'] = _flipped(
+      f'{first}.relative_attention_bias.weight'
     )
     found[f'{stack}/{stack}_norm/scale'] = Link.to(
       f'{stack}.final_layer_norm.weight'
@@ -216,49 +210,30 @@ def links(config: ModelConfig, *, head: bool, scaled: bool) -> dict[str, Link]:
 
 
 def _attention(config: ModelConfig, where: str, name: str) -> dict[str, Link]:
-  joined = config.num_heads, config.head_dim
-  apart = lambda w: w.T.reshape(-1, *joined)
-  together = lambda w: w.reshape(w.shape[0], -1).T
-  found = {
-    f'{ours}/kernel': Link.to(
-      f'{where}.{name}.{ours[0]}.weight', apart, together
-    )
-    for ours in ('query', 'key', 'value')
-  }
-  found['out/kernel'] = Link.to(
-    f'{where}.{name}.o.weight',
-    lambda w: w.T.reshape(*joined, -1),
-    lambda w: w.reshape(-1, w.shape[-1]).T,
-  )
-  return found
-
-
-def _matrices(config: ModelConfig) -> tuple[str, ...]:
-  return ('wi', 'wo') if config.activation == 'relu' else ('wi_0', 'wi_1', 'wo')
+  theirs = lambda ours: f'{where}.{name}.{ours[0]}.weight'
+  found = attention(config, theirs).items()
+  return {path: link.transposed for path, link in found}
 
 
 def _mlp(config: ModelConfig, where: str) -> dict[str, Link]:
   sparse = any(config.plan(s).num_sparse for s in config.stacks)
   name = 'mlp' if sparse else 'DenseReluDense'
   return {
-    f'{w}/kernel': Link.to(f'{where}.{name}.{w}.weight', transpose, transpose)
-    for w in _matrices(config)
+    f'{w}/kernel': _flipped(f'{where}.{name}.{w}.weight')
+    for w in matrices(config)
   }
 
 
 def _moe(config: ModelConfig, where: str) -> dict[str, Link]:
-  router = f'{where}.mlp.router.classifier.weight'
-  experts = range(config.moe.num_experts)
+  bank = lambda w: tuple(
+    f'{where}.mlp.experts.expert_{e}.{w}.weight'
+    for e in range(config.moe.num_experts)
+  )
   return {
-    'router/kernel': Link.to(router, transpose, transpose),
+    'router/kernel': _flipped(f'{where}.mlp.router.classifier.weight'),
     **{
-      f'experts/{w}/kernel': Link(
-        tuple(f'{where}.mlp.experts.expert_{e}.{w}.weight' for e in experts),
-        transpose,
-        transpose,
-        stacked=True,
-      )
-      for w in _matrices(config)
+      f'experts/{w}/kernel': Link(bank(w), stacked=True).transposed
+      for w in matrices(config)
     },
   }
 
@@ -371,7 +346,7 @@ def _family(model: ModelConfig) -> dict:
       'feed_forward_proj': names[model.activation],
       'scale_decoder_outputs': model.tie_embeddings,
     }
-  moe, wrong = model.moe, []
+  moe, places, wrong = model.moe, model.moe.eval_capacity, []
   if model.activation != 'relu':
     wrong.append('its experts are gated')
   if moe.extra_ffn != 'none':
@@ -400,7 +375,7 @@ def _family(model: ModelConfig) -> dict:
     'num_experts': moe.num_experts,
     'num_sparse_encoder_layers': counts[0],
     'num_sparse_decoder_layers': counts[1],
-    'expert_capacity': moe.eval_capacity.slots(512, moe.num_experts),
+    'expert_capacity': places.count or places.slots(512, moe.num_experts),
     'router_bias': False,
     'router_jitter_noise': moe.gate.kwargs.get('jitter', 0.0),
     'router_dtype': 'float32',

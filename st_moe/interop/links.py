@@ -6,7 +6,7 @@ write one, a tensor at a time.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 import numpy as np
@@ -36,6 +36,61 @@ class Link:
   @classmethod
   def to(cls, name: str, forth=same, back=same) -> 'Link':
     return cls((name,), forth, back)
+
+  @property
+  def transposed(self) -> 'Link':
+    """The same, of matrices that lie the other way there."""
+    return dataclasses.replace(
+      self,
+      forth=lambda w: self.forth(w.T),
+      back=lambda a: self.back(a).T,
+    )
+
+
+def matrices(config: ModelConfig) -> tuple[str, ...]:
+  """Names of the kernels of a feed-forward network."""
+  return ('wi', 'wo') if config.activation == 'relu' else ('wi_0', 'wi_1', 'wo')
+
+
+def attention(config: ModelConfig, name: Callable) -> dict[str, Link]:
+  """Kernels whose heads are joined there: query, key and value [d, heads * kv].
+
+  Args:
+    name: 'query', 'key', 'value' or 'out' -> their name of it.
+  """
+  joined = config.num_heads, config.head_dim
+  split = lambda w: w.reshape(-1, *joined)
+  join = lambda a: a.reshape(a.shape[0], -1)
+  found = {
+    f'{part}/kernel': Link.to(name(part), split, join)
+    for part in ('query', 'key', 'value')
+  }
+  found['out/kernel'] = Link.to(
+    name('out'),
+    lambda w: w.reshape(*joined, -1),
+    lambda a: a.reshape(-1, a.shape[-1]),
+  )
+  return found
+
+
+def stack_of(
+  stack: str, count: int, sparse: Collection[int], group_size: int
+) -> dict:
+  """Fields of a stack of `count` layers, of which those of `sparse` are so.
+
+  Raises:
+    ValueError: they are not every n-th.
+  """
+  fields = {'num_layers': count, 'group_size': group_size}
+  if not sparse:
+    return {**fields, 'sparse_every': 0, 'sparse_offset': 0}
+  offset = min(sparse)
+  for every in range(offset + 1, count + 1):
+    if set(sparse) == set(range(offset, count, every)):
+      return {**fields, 'sparse_every': every, 'sparse_offset': offset}
+  raise ValueError(
+    f'The {stack} is sparse in layers {sorted(sparse)}, not in every n-th.'
+  )
 
 
 @dataclasses.dataclass

@@ -11,8 +11,9 @@ import re
 
 import numpy as np
 
-from st_moe.config import Config, ModelConfig, MoEConfig, Part, StackConfig
-from st_moe.interop.links import Link, Source
+from st_moe import config_file
+from st_moe.config import Config, ModelConfig
+from st_moe.interop.links import Link, Source, attention, matrices, stack_of
 
 _STACKS = ('encoder', 'decoder')
 # A sublayer's class -> our kind.
@@ -38,7 +39,7 @@ def open_source(where: str) -> Source:
     reader = tf.train.load_checkpoint(str(where))
     found = reader.get_variable_to_shape_map()
     types = reader.get_variable_to_dtype_map()
-  except Exception as e:
+  except Exception as e:  # Whatever TensorFlow makes of another file.
     line = str(e).strip().splitlines()[0][:200]
     raise ValueError(
       f'{where} is no TensorFlow checkpoint, or a damaged one ({line}).'
@@ -67,7 +68,7 @@ def open_source(where: str) -> Source:
 def _read(reader, name: str) -> np.ndarray:
   try:
     return reader.get_tensor(name)
-  except Exception as e:
+  except Exception as e:  # Or of a truncated one.
     line = str(e).strip().splitlines()[0][:200]
     raise ValueError(f'{name} cannot be read: {line}') from None
 
@@ -106,43 +107,39 @@ def _config(where: str, shapes: dict, layers: dict) -> Config:
       if 'DenseReluDense' in kinds[i]:
         after = kinds[i].index('DenseReluDense') > kinds[i].index('MoE1D')
         extra = 'after' if after else 'before'
-    stacks[stack] = _stack(stack, len(depth), sparse)
-  model = ModelConfig(
-    vocab_size=vocab,
-    embed_dim=d,
-    num_heads=heads,
-    head_dim=shapes[f'{first}/q'][1] // heads,
-    mlp_dim=width,
-    activation='geglu' if find(r'/wi_0/kernel$') else 'relu',
-    relpos_buckets=buckets,
-    tie_embeddings='decoder/logits/kernel' not in shapes,
-    moe=_moe(where, shapes, banks, width, extra) if banks else MoEConfig(),
-    **stacks,
-  )
-  return Config(name=where.rstrip('/').rpartition('/')[2], model=model)
+    stacks[stack] = stack_of(stack, len(depth), sparse, group_size=2048)
+  values = {
+    'name': where.rstrip('/').rpartition('/')[2],
+    'model': {
+      'vocab_size': vocab,
+      'embed_dim': d,
+      'num_heads': heads,
+      'head_dim': shapes[f'{first}/q'][1] // heads,
+      'mlp_dim': width,
+      'activation': 'geglu' if find(r'/wi_0/kernel$') else 'relu',
+      'relpos_buckets': buckets,
+      'tie_embeddings': 'decoder/logits/kernel' not in shapes,
+      **stacks,
+    },
+  }
+  if banks:
+    values['model']['moe'] = {
+      'num_experts': banks[0][0],
+      'hidden_dim': banks[0][2] if banks[0][2] != width else 0,
+      'selector': {'name': 'top_k', 'k': _GATES[_gate(where, shapes)]},
+      'extra_ffn': extra,
+    }
+  return config_file.from_dict(values)
 
 
-def _moe(where, shapes, banks, width, extra) -> MoEConfig:
+def _gate(where: str, shapes: dict) -> str:
+  """The name of the gate, one for all layers."""
   gates = {n.split('/')[-2] for n in shapes if re.search(r'_gating/kernel$', n)}
   if len(gates) != 1 or not gates <= set(_GATES):
     raise ValueError(
       f'{where} routes by {sorted(gates)}; known are {sorted(_GATES)}.'
     )
-  return MoEConfig(
-    num_experts=banks[0][0],
-    hidden_dim=banks[0][2] if banks[0][2] != width else 0,
-    selector=Part.of('top_k', k=_GATES[gates.pop()]),
-    extra_ffn=extra,
-  )
-
-
-def _stack(stack: str, count: int, sparse: list[int]) -> StackConfig:
-  if not sparse:
-    return StackConfig(count, 0, 0)
-  for every in range(1, count + 1):
-    if sparse == list(range(sparse[0], count, every)) and sparse[0] < every:
-      return StackConfig(count, every, sparse[0])
-  raise ValueError(f'The {stack} is sparse in layers {sparse}, not every n-th.')
+  return gates.pop()
 
 
 def _links(config: ModelConfig, shapes, layers) -> dict[str, Link]:
@@ -172,32 +169,22 @@ def _links(config: ModelConfig, shapes, layers) -> dict[str, Link]:
         found[f'{ours}/{sublayer.norm}/scale'] = Link.to(
           f'{place}/layer_norm/scale'
         )
-        for path, link in _parts(config, sublayer.kind, f'{place}/{kind}'):
+        parts = _parts(config, sublayer.kind, f'{place}/{kind}')
+        for path, link in parts.items():
           found[f'{ours}/{sublayer.name}/{path}'] = link
   return found
 
 
-def _parts(config: ModelConfig, kind: str, where: str):
-  joined = config.num_heads, config.head_dim
-  matrices = ('wi', 'wo')
-  if config.activation == 'geglu':
-    matrices = ('wi_0', 'wi_1', 'wo')
+def _parts(config: ModelConfig, kind: str, where: str) -> dict[str, Link]:
+  to = lambda path: Link.to(f'{where}/{path}/kernel')
   if kind == 'mlp':
-    for w in matrices:
-      yield f'{w}/kernel', Link.to(f'{where}/{w}/kernel')
-  elif kind == 'moe':
+    return {f'{w}/kernel': to(w) for w in matrices(config)}
+  if kind == 'moe':
     per_token = config.moe.selector.kwargs['k']
     gate = next(gate for gate, k in _GATES.items() if k == per_token)
-    yield 'router/kernel', Link.to(f'{where}/{gate}/kernel')
-    for w in matrices:
-      yield f'experts/{w}/kernel', Link.to(f'{where}/{w}/kernel')
-  else:
-    for name in ('query', 'key', 'value'):
-      yield (
-        f'{name}/kernel',
-        Link.to(f'{where}/{name[0]}', lambda w: w.reshape(-1, *joined)),
-      )
-    yield 'out/kernel', Link.to(f'{where}/o', lambda w: w.reshape(*joined, -1))
+    bank = {f'experts/{w}/kernel': to(w) for w in matrices(config)}
+    return {'router/kernel': to(gate), **bank}
+  return attention(config, lambda ours: f'{where}/{ours[0]}')
 
 
 def check_export(config: Config) -> None:

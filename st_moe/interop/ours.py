@@ -16,7 +16,6 @@ class Source:
   where: str
   config: Config
   vocabulary: bytes | None
-  unused: tuple[str, ...] = ()
 
   def load(self, abstract):
     """Parameters in the layout of `abstract`, scanned or not."""

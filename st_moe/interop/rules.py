@@ -33,7 +33,8 @@ def named(take: str, own: Mapping[str, str]) -> dict[str, str]:
   """The rules of a config: its own before those of its `init_take`."""
   if take not in RULES:
     raise unknown('init_take', take, (*RULES, 'architecture'))
-  return {**own, **RULES[take]}
+  rest = {rule: made for rule, made in RULES[take].items() if rule not in own}
+  return {**own, **rest}
 
 
 def initialize(

@@ -6,28 +6,28 @@ may be `gs://`. A checkpoint says nothing of its model but names and shapes:
 what these leave open (experts per token, capacity) is as Flaxformer has it.
 """
 
-import dataclasses
 import functools
 import itertools
 import json
 import os
 import re
 
-import jax
 import numpy as np
 from etils import epath
+from flax import serialization, traverse_util
 
-from st_moe.config import (
-  Capacity,
-  Config,
-  LossConfig,
-  ModelConfig,
-  MoEConfig,
-  Part,
-  StackConfig,
-)
+from st_moe import config_file
+from st_moe.config import Config, ModelConfig
 from st_moe.data import files
-from st_moe.interop.links import Link, Source, tensors
+from st_moe.interop.links import (
+  Link,
+  Source,
+  attention,
+  matrices,
+  stack_of,
+  tensors,
+)
+from st_moe.model import layout
 
 _STACKS = ('encoder', 'decoder')
 
@@ -71,8 +71,6 @@ def open_source(where: str) -> Source:
 
 
 def _open_legacy(path: epath.Path):
-  from flax import serialization
-
   directory = path if path.is_dir() else path.parent
   file = path / 'checkpoint' if path.is_dir() else path
   try:
@@ -83,7 +81,9 @@ def _open_legacy(path: epath.Path):
       f'{file} is no T5X checkpoint, or a truncated one'
       f' ({type(e).__name__}: {e}).'
     ) from None
-  leaves = _flat(target)
+  leaves = traverse_util.flatten_dict(
+    target, sep='/', is_leaf=lambda _, tree: 'driver' in tree
+  )
   specs = {n: a for n, a in leaves.items() if isinstance(a, dict)}
   inline = {n: np.asarray(a) for n, a in leaves.items() if n not in specs}
   arrays = {n: _zarr(directory, n, spec) for n, spec in specs.items()}
@@ -96,16 +96,6 @@ def _open_legacy(path: epath.Path):
     return inline[name] if name in inline else _read(arrays[name], name)
 
   return shapes, dtypes, read
-
-
-def _flat(tree, path='') -> dict:
-  """Leaves by 'a/b/c'; a tensorstore spec is a leaf."""
-  if not isinstance(tree, dict) or 'driver' in tree:
-    return {path: tree}
-  found = {}
-  for key, value in tree.items():
-    found |= _flat(value, f'{path}/{key}' if path else str(key))
-  return found
 
 
 def _zarr(directory: epath.Path, name: str, spec: dict):
@@ -141,17 +131,15 @@ def _open_orbax(path: epath.Path):
   state = path / 'state' if (path / 'state').exists() else path
   try:
     tree = ocp.PyTreeCheckpointHandler().metadata(state)
-  except Exception as e:
+  except Exception as e:  # Whatever Orbax makes of another directory.
     raise ValueError(
       f'{path} holds no T5X checkpoint: neither a file `checkpoint` nor what'
       f' Orbax wrote ({type(e).__name__}).'
     ) from None
-  flat, _ = jax.tree_util.tree_flatten_with_path(getattr(tree, 'tree', tree))
-  name = lambda p: jax.tree_util.keystr(p, simple=True, separator='/')
   leaves = {
-    name(p).removeprefix('target/'): leaf
-    for p, leaf in flat
-    if name(p).startswith('target/')
+    name.removeprefix('target/'): leaf
+    for name, leaf in layout.by_path(getattr(tree, 'tree', tree)).items()
+    if name.startswith('target/')
   }
   ocdbt = (state / 'manifest.ocdbt').exists()
 
@@ -182,14 +170,14 @@ def _open_array(spec: dict, name: str):
 
   try:
     return tensorstore.open(spec, open=True, read=True).result()
-  except Exception as e:
+  except Exception as e:  # Whatever tensorstore makes of a broken file.
     raise _broken(name, e) from None
 
 
 def _read(array, name: str) -> np.ndarray:
   try:
     return np.asarray(array.read().result())
-  except Exception as e:
+  except Exception as e:  # Whatever tensorstore makes of a broken file.
     raise _broken(name, e) from None
 
 
@@ -214,60 +202,43 @@ def _config(name: str, shapes: dict) -> Config:
   gated = bool(find(r'/wi_0/kernel$'))
   extra = bool(find(r'/extra_mlp/'))
   width = dense[0][1] if dense else banks[0][2]
-  model = ModelConfig(
-    vocab_size=vocab,
-    embed_dim=d,
-    num_heads=heads,
-    head_dim=joined // heads,
-    mlp_dim=width,
-    activation='geglu' if gated else 'relu',
-    relpos_buckets=buckets,
-    tie_embeddings='decoder/logits_dense/kernel' not in shapes,
-    init_scale=1.0,
-    **stacks,
-  )
-  if not banks:
-    return Config(name=name, model=model)
-  moe = MoEConfig(
-    num_experts=banks[0][0],
-    hidden_dim=banks[0][2] if banks[0][2] != width else 0,
-    # ST-MoE's are top-2, Switch's top-1; only the extra FFN tells them apart.
-    selector=Part.of(
-      'top_k', k=2 if extra else 1, normalize=False, train_policy='all'
-    ),
-    train_capacity=Capacity(1.25, rounding='round'),
-    eval_capacity=Capacity(2.0, rounding='round'),
-    padding='zeroed',
-    extra_ffn='after' if extra else 'none',
-  )
-  return Config(
-    name=name,
-    routing='flaxformer',
-    model=dataclasses.replace(model, moe=moe),
-    loss=LossConfig(
-      router={'load_balance_all': 1e-2, 'router_z': 1e-3}, layers='mean'
-    ),
-  )
-
-
-def _stack(shapes: dict, stack: str) -> StackConfig:
-  number = rf'{stack}/layers_(\d+)/'
-  layers = {int(m[1]) for n in shapes if (m := re.match(number, n))}
-  sparse = {
-    int(m[1]) for n in shapes if (m := re.match(number + r'mlp/expert/', n))
+  values = {
+    'name': name,
+    'model': {
+      'vocab_size': vocab,
+      'embed_dim': d,
+      'num_heads': heads,
+      'head_dim': joined // heads,
+      'mlp_dim': width,
+      'activation': 'geglu' if gated else 'relu',
+      'relpos_buckets': buckets,
+      'tie_embeddings': 'decoder/logits_dense/kernel' not in shapes,
+      'init_scale': 1.0,
+      **stacks,
+    },
   }
-  if not layers:
+  if banks:
+    values['routing'] = 'flaxformer'
+    values['model']['moe'] = {
+      'num_experts': banks[0][0],
+      'hidden_dim': banks[0][2] if banks[0][2] != width else 0,
+      # ST-MoE's are top-2, Switch's top-1; only the extra FFN tells.
+      'selector': {'name': 'top_k', 'k': 2 if extra else 1},
+      'extra_ffn': 'after' if extra else 'none',
+    }
+  return config_file.from_dict(config_file.routed(values))
+
+
+def _stack(shapes: dict, stack: str) -> dict:
+  layers = lambda part: {
+    int(m[1])
+    for n in shapes
+    if (m := re.match(rf'{stack}/layers_(\d+)/{part}', n))
+  }
+  if not layers(''):
     raise ValueError(f'The checkpoint has no {stack}/layers_0.')
-  count = max(layers) + 1
-  if not sparse:
-    return StackConfig(count, 0, 0, group_size=4096)
-  for every in range(1, count + 1):
-    offset = min(sparse)
-    if offset < every and sparse == set(range(offset, count, every)):
-      return StackConfig(count, every, offset, group_size=4096)
-  raise ValueError(
-    f'The {stack} is sparse in layers {sorted(sparse)}, not in every n-th.'
-  )
+  count = max(layers('')) + 1
+  return stack_of(stack, count, layers('mlp/expert/'), group_size=4096)
 
 
 # ---- Names ------------------------------------------------------------------
@@ -288,7 +259,8 @@ def links(config: ModelConfig) -> dict[str, Link]:
       for sublayer in sublayers:
         norm, name = _names(stack, sublayer)
         found[f'{here}/{sublayer.norm}/scale'] = Link.to(f'{here}/{norm}/scale')
-        for path, link in _parts(config, sublayer.kind, f'{here}/{name}'):
+        parts = _parts(config, sublayer.kind, f'{here}/{name}')
+        for path, link in parts.items():
           found[f'{here}/{sublayer.name}/{path}'] = link
   return found
 
@@ -303,35 +275,14 @@ def _names(stack: str, sublayer) -> tuple[str, str]:
   return sublayer.norm, sublayer.name
 
 
-def _parts(config: ModelConfig, kind: str, where: str):
-  joined = config.num_heads, config.head_dim
-  matrices = ('wi', 'wo') if config.activation == 'relu' else (
-    'wi_0', 'wi_1', 'wo')  # fmt: skip
+def _parts(config: ModelConfig, kind: str, where: str) -> dict[str, Link]:
+  to = lambda path: Link.to(f'{where}/{path}/kernel')
   if kind == 'mlp':
-    for w in matrices:
-      yield f'{w}/kernel', Link.to(f'{where}/{w}/kernel')
-  elif kind == 'moe':
-    yield 'router/kernel', Link.to(f'{where}/router/router_weights/w/kernel')
-    for w in matrices:
-      yield f'experts/{w}/kernel', Link.to(f'{where}/expert/{w}/kernel')
-  else:
-    for name in ('query', 'key', 'value'):
-      yield (
-        f'{name}/kernel',
-        Link.to(
-          f'{where}/{name}/kernel',
-          lambda w: w.reshape(-1, *joined),
-          lambda w: w.reshape(w.shape[0], -1),
-        ),
-      )
-    yield (
-      'out/kernel',
-      Link.to(
-        f'{where}/out/kernel',
-        lambda w: w.reshape(*joined, -1),
-        lambda w: w.reshape(-1, w.shape[-1]),
-      ),
-    )
+    return {f'{w}/kernel': to(w) for w in matrices(config)}
+  if kind == 'moe':
+    bank = {f'experts/{w}/kernel': to(f'expert/{w}') for w in matrices(config)}
+    return {'router/kernel': to('router/router_weights/w'), **bank}
+  return attention(config, lambda ours: f'{where}/{ours}/kernel')
 
 
 # ---- Writing ----------------------------------------------------------------
@@ -353,18 +304,10 @@ def check_export(config: Config) -> None:
 def save(where: str, params, config: Config, vocabulary: bytes | None) -> None:
   """Writes the legacy layout, parameters only; whole or not at all."""
   del vocabulary  # T5X names one in its gin files.
-  from flax import serialization
-
   with files.directory_appearing(where) as directory:
-    target = {}
-    theirs = links(config.model)
-    for name, shape, dtype, make in tensors(params, config.model, theirs):
-      leaf = _write_array(directory, name, shape, dtype, make)
-      *parents, last = name.split('/')
-      node = target
-      for key in parents:
-        node = node.setdefault(key, {})
-      node[last] = leaf
+    theirs = tensors(params, config.model, links(config.model))
+    leaves = {t[0]: _write_array(directory, *t) for t in theirs}
+    target = traverse_util.unflatten_dict(leaves, sep='/')
     state = {'step': np.int32(0), 'param_states': {}}
     tree = {'version': 3, 'optimizer': {'target': target, 'state': state}}
     data = serialization.msgpack_serialize(tree)

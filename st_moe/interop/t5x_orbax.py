@@ -1,6 +1,7 @@
 """T5X checkpoints in Orbax's layout of today; see `t5x`."""
 
 import orbax.checkpoint as ocp
+from flax import traverse_util
 
 from st_moe.config import Config
 from st_moe.data import files
@@ -14,14 +15,9 @@ check_export = t5x.check_export
 def save(where: str, params, config: Config, vocabulary: bytes | None) -> None:
   """Writes the item `state` of a T5X checkpoint; whole or not at all."""
   del vocabulary
-  target = {}
-  links = t5x.links(config.model)
-  for name, _, _, make in tensors(params, config.model, links):
-    *parents, last = name.split('/')
-    node = target
-    for key in parents:
-      node = node.setdefault(key, {})
-    node[last] = make()
+  theirs = tensors(params, config.model, t5x.links(config.model))
+  leaves = {name: make() for name, _, _, make in theirs}
+  target = traverse_util.unflatten_dict(leaves, sep='/')
   with files.directory_appearing(where) as directory:
     with ocp.PyTreeCheckpointer() as writer:
       writer.save(directory / 'state', {'target': target, 'state': {'step': 0}})

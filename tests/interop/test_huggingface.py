@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 import st_moe
 from st_moe import config_file
-from st_moe.config import Config, Part, StackConfig
+from st_moe.config import Capacity, Config, Part, StackConfig
 from st_moe.infer import decoding
 from st_moe.interop import convert, huggingface, links
 from st_moe.model import layout
@@ -229,6 +229,29 @@ def test_a_config_that_does_not_fit(changes, message, tmp_path):
   with pytest.raises(ValueError, match=message):
     convert.convert(f'hf:{tmp_path}', f'{tmp_path}/to')
   assert not (tmp_path / 'to').exists()
+
+
+def test_a_config_that_is_damaged(tmp_path):
+  _t5(tmp_path)
+  file = tmp_path / 'config.json'
+  about = json.loads(file.read_text())
+  del about['d_kv']
+  file.write_text(json.dumps(about))
+  with pytest.raises(ValueError, match='has no d_kv: it is damaged, or of an'):
+    convert.open_source(f'hf:{tmp_path}')
+  file.write_text('{"d_kv": ')
+  with pytest.raises(ValueError, match='config.json is no JSON'):
+    convert.open_source(f'hf:{tmp_path}')
+
+
+def test_places_are_exported_as_they_are():
+  moe = {
+    'selector': Part.of('top_k', k=1),
+    'extra_ffn': 'none',
+    'eval_capacity': Capacity(count=600),
+  }
+  config = Config(model=tiny(activation='relu', moe=moe))
+  assert huggingface.check_export(config)['expert_capacity'] == 600
 
 
 def test_what_is_left_over_is_named(tmp_path):

@@ -144,6 +144,11 @@ def test_names_of_rule_sets():
   assert rules.named('params', {}) == {}
   own = {'encoder/.*': ''}
   assert list(rules.named('upcycle', own)) == [*own, *UPCYCLE]
+  # A rule of one's own is asked first, and stands for one of the same text.
+  router = {r'.*/moe/router/.*': 'encoder/layers_1/moe/router/kernel'}
+  asked = rules.named('upcycle', router)
+  assert list(asked)[0] == list(router)[0] and len(asked) == len(UPCYCLE)
+  assert asked[list(router)[0]] == 'encoder/layers_1/moe/router/kernel'
   with pytest.raises(
     ValueError, match="init_take 'parms'. Did you mean 'params'"
   ):

@@ -14,6 +14,7 @@ import pytest
 
 from st_moe import sharding
 from st_moe.config import Capacity, Part, StackConfig
+from st_moe.model import layout
 from st_moe.model.moe import MoE
 from st_moe.model.transformer import Transformer
 from st_moe.routing.types import RouteContext
@@ -25,7 +26,6 @@ from tests.helpers import (
   padded_batch,
   random_params,
   tiny,
-  tree_paths,
   with_moe,
 )
 
@@ -84,7 +84,7 @@ def _losses(params, batch):
 
 
 def _router_losses(sown):
-  flat = tree_paths(sown)
+  flat = layout.by_path(sown)
   for path in flat:
     if '/losses/' in path and path.endswith('/0'):
       yield path, (flat[path], flat[f'{path[:-1]}1'])
@@ -273,7 +273,7 @@ def test_every_axis_has_a_rule_and_a_use():
     'unmodeled', 'relpos_buckets',
   }  # fmt: skip
   # Every leaf is boxed, with a name for every axis.
-  shapes = tree_paths(sharding.unbox(boxed))
+  shapes = layout.by_path(sharding.unbox(boxed))
   axes = _leaves(sharding.axis_names(boxed))
   assert len(axes) == len(shapes)
   assert [len(a) for a in axes] == [s.ndim for s in shapes.values()]

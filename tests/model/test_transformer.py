@@ -27,7 +27,6 @@ from tests.helpers import (
   padded_batch,
   random_params,
   tiny,
-  tree_paths,
   with_moe,
 )
 
@@ -109,7 +108,7 @@ def test_parameters_are_counted_right(config):
   assert count_params(shapes) == sum(counts.values())
   # And each role by the paths of its own.
   roles = dict.fromkeys(counts, 0)
-  for path, leaf in tree_paths(shapes).items():
+  for path, leaf in layout.by_path(shapes).items():
     role = next(
       role
       for role, marks in {
@@ -296,13 +295,13 @@ def test_scanned_and_unrolled_models_are_equal():
 @pytest.mark.parametrize('config', [tiny(), ODD], ids=['both stacks', 'odd'])
 def test_roll_is_the_inverse_of_unroll(config):
   params = _params(config)
-  before = tree_paths(params)
-  after = tree_paths(layout.roll(layout.unroll(params, config), config))
+  before = layout.by_path(params)
+  after = layout.by_path(layout.roll(layout.unroll(params, config), config))
   assert before.keys() == after.keys()
   for path in before:
     np.testing.assert_array_equal(before[path], after[path])
   # Layer i of the unrolled model is repetition i // 2 of place i % 2.
-  flat = tree_paths(layout.unroll(params, config))
+  flat = layout.by_path(layout.unroll(params, config))
   place = 'decoder/layers/layer_0/self_attention/query/kernel'
   for i, row in enumerate(before[place]):
     name = place.replace('layers/layer_0', f'layers_{2 * i}')
@@ -351,7 +350,9 @@ def test_decoding_one_token_at_a_time_is_teacher_forcing():
   whole = batch['decoder_input_tokens']
   _, shapes = jax.eval_shape(decode, params, {}, whole)
   cache = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
-  keys = [a for p, a in tree_paths(cache).items() if p.endswith('cached_key')]
+  keys = [
+    a for p, a in layout.by_path(cache).items() if p.endswith('cached_key')
+  ]
   assert {a.shape for a in keys} == {(1, 4, length, 2, 8)}  # Scanned.
   step = jit(decode)
   for i in range(length):
@@ -380,7 +381,7 @@ def test_bfloat16_is_never_promoted():
   assert logits.dtype == jnp.float32
   stream = {
     path: leaf.dtype
-    for path, leaf in tree_paths(seen).items()
+    for path, leaf in layout.by_path(seen).items()
     if '__call__' in path
   }
   assert len(stream) == 2 * 3  # Two layers and a sparse sublayer a stack.
@@ -420,7 +421,9 @@ def test_one_step_lowers_the_loss(config):
   params, batch = _params(config), _batch(config)
   loss, grads = _step(config)(params, batch)
   assert math.isfinite(loss)
-  still = [p for p, g in tree_paths(grads).items() if not np.asarray(g).any()]
+  still = [
+    p for p, g in layout.by_path(grads).items() if not np.asarray(g).any()
+  ]
   assert still == []
   params = jax.tree.map(lambda p, g: p - 0.02 * g, params, grads)
   after, _ = _step(config)(params, batch)
@@ -435,7 +438,7 @@ def test_a_tied_model_has_one_table():
 def test_names_of_submodules():
   """They are an API: checkpoints, maps to other codes and masks use them."""
   config = tiny(moe={'selector': Part.of('top_k', k=1)})
-  names = set(tree_paths(_shapes(config)))
+  names = set(layout.by_path(_shapes(config)))
   first, second = (f'decoder/layers/layer_{i}' for i in (0, 1))
   for name in [
     'token_embedder/embedding',
