@@ -2,10 +2,11 @@
 
 A checkpoint is a directory WORKDIR/checkpoints/STEP with `params`, `rest` (what
 training needs besides) and `run`: config, vocabulary, versions, tokens seen. It
-needs nothing else. Beside it, STEP.files lists its files and sizes, so that a
-missing or truncated one is noticed and the newest intact one used instead.
+needs nothing else. Its files.json lists its files and sizes, so that a missing
+or truncated one is noticed and the newest intact one used instead.
 """
 
+import asyncio
 import base64
 import contextlib
 import dataclasses
@@ -25,6 +26,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from st_moe.config import CheckpointConfig
 from st_moe.data import files
 
+_LISTING = 'files.json'
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
@@ -92,13 +94,8 @@ class Checkpoints:
       self._manager.wait_until_finished()
     for step in self._unlisted:
       if (self.directory / str(step)).exists():
-        listing = self.directory / f'{step}.files'
-        sizes = _sizes(self.directory / str(step))
-        files.write_whole(listing, json.dumps(sizes).encode())
+        _list(self.directory / str(step))
     self._unlisted.clear()
-    for listing in self.directory.glob('*.files'):
-      if not (self.directory / listing.stem).exists():
-        listing.unlink()
 
   def close(self):
     self._finish()
@@ -211,9 +208,14 @@ def _sizes(directory: epath.Path) -> dict[str, int]:
   return found
 
 
+def _list(directory: epath.Path) -> None:
+  listing = json.dumps(_sizes(directory)).encode()
+  files.write_whole(directory / _LISTING, listing)
+
+
 def damage(directory: epath.Path) -> str:
   """What is wrong with the files of a checkpoint; '' if nothing is."""
-  listing = directory.parent / f'{directory.name}.files'
+  listing = directory / _LISTING
   if not listing.exists():
     return ''  # Killed between writing and listing; reading will tell.
   sizes = _sizes(directory)
@@ -234,10 +236,33 @@ def _restore(directory: epath.Path, wanted: dict) -> dict:
     for name, abstract in wanted.items():
       saved = handlers[name].metadata(directory / name)
       _check_shapes(directory, getattr(saved, 'tree', saved), abstract)
-    found = reader.restore(
-      directory, ocp.args.Composite(run=ocp.args.JsonRestore(), **args)
-    )
+    with _patient_loops():
+      found = reader.restore(
+        directory, ocp.args.Composite(run=ocp.args.JsonRestore(), **args)
+      )
   return {name: found[name] for name in (*wanted, 'run')}
+
+
+class _PatientLoop(asyncio.SelectorEventLoop):
+  def close(self):
+    if not self.is_closed() and (tasks := asyncio.all_tasks(self)):
+      self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+    super().close()
+
+
+@contextlib.contextmanager
+def _patient_loops():
+  """Lets Orbax end what it began.
+
+  At the first array it cannot read it closes its loop under the reads of the
+  others, and each of these prints a page of traces.
+  """
+  impatient = asyncio.new_event_loop
+  asyncio.new_event_loop = _PatientLoop
+  try:
+    yield
+  finally:
+    asyncio.new_event_loop = impatient
 
 
 class OtherModel(ValueError):
@@ -366,3 +391,4 @@ def save_params(directory, params, run: dict) -> None:
   # Orbax writes elsewhere and renames: half a checkpoint is none.
   with _told_if_full(directory), ocp.Checkpointer(handler) as writer:
     writer.save(directory, args, force=True)
+    _list(directory)

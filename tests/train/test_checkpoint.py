@@ -1,6 +1,7 @@
 """What is saved comes back to the bit; what is broken is passed over."""
 
 import errno
+import gc
 import pathlib
 import re
 import shutil
@@ -125,9 +126,9 @@ def test_a_state_may_be_overwritten_while_it_is_saved(tmp_path):
 def test_the_last_two_stay(tmp_path, asynchronous):
   _save(tmp_path, 1, 2, 3, 4, keep_last=2, asynchronous=asynchronous)
   assert _steps(tmp_path) == [3, 4]
-  # And no list of files of those that went.
-  lists = sorted(p.name for p in (tmp_path / 'checkpoints').glob('*.files'))
-  assert lists == ['3.files', '4.files']
+  # And each has the list of its files.
+  lists = sorted((tmp_path / 'checkpoints').glob('*/files.json'))
+  assert [path.parent.name for path in lists] == ['3', '4']
 
 
 def test_every_third_stays_for_ever(tmp_path):
@@ -167,7 +168,7 @@ def _lose_an_item(directory):
 
 def _lose_an_unlisted_item(directory):
   # As when it was killed between the checkpoint and the list of its files.
-  directory.with_name(f'{directory.name}.files').unlink()
+  (directory / 'files.json').unlink()
   shutil.rmtree(directory / 'rest')
 
 
@@ -422,9 +423,20 @@ def test_a_run_says_what_it_was(trained):
   assert checkpoint.vocabulary_of(bytes_run) == b''
 
 
-def test_load_of_what_cannot_be_read(trained, tmp_path):
+def test_load_of_what_cannot_be_read(trained, tmp_path, capfd):
+  # It carries the list of its files with it.
   alone = tmp_path / '20'
   shutil.copytree(trained[0] / 'checkpoints' / '20', alone)
-  _largest(alone / 'params').write_bytes(b'')
+  largest = _largest(alone / 'params')
+  size = largest.stat().st_size
+  largest.write_bytes(b'')
+  with pytest.raises(
+    ValueError, match='/20 is damaged: its file params/.* has'
+  ):
+    st_moe.load(alone)
+  # As long as before, and rotten: one message, and nothing printed besides.
+  largest.write_bytes(bytes(size))
   with pytest.raises(ValueError, match='/20 is damaged: it cannot be read'):
     st_moe.load(alone)
+  gc.collect()
+  assert capfd.readouterr().err == ''
