@@ -1,5 +1,7 @@
 """Multi-head attention: T5's relative position bias, a cache for decoding."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,14 +18,14 @@ def attend(query, key, value, bias, mask, *, dropout=None) -> jax.Array:
   smaller.
 
   Args:
-    query: [batch, q, heads, head_dim].
-    key, value: [batch, k, heads, head_dim].
+    query: [batch, heads, q, head_dim].
+    key, value: [batch, heads, k, head_dim].
     bias: float32 [1, heads, q, k], or None.
     mask: bool, broadcasts to [batch, heads, q, k]; False is not seen.
     dropout: applied to the attention weights.
   """
   logits = jnp.einsum(
-    'bqhd,bkhd->bhqk', query, key, preferred_element_type=jnp.float32
+    'bhqd,bhkd->bhqk', query, key, preferred_element_type=jnp.float32
   )
   if bias is not None:
     logits += bias
@@ -31,7 +33,7 @@ def attend(query, key, value, bias, mask, *, dropout=None) -> jax.Array:
   weights = jax.nn.softmax(jnp.where(mask, logits, -1e9)).astype(value.dtype)
   if dropout is not None:
     weights = dropout(weights)
-  return jnp.einsum('bhqk,bkhd->bqhd', weights, value)
+  return jnp.einsum('bhqk,bhkd->bhqd', weights, value)
 
 
 class Attention(nn.Module):
@@ -45,12 +47,17 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x, memory, bias, mask, *, deterministic: bool, index=None
+    self, x, memory, bias, mask, *, deterministic: bool, index=None, room=0
   ) -> jax.Array:
     """Maps `x` [batch, q, embed] to the same.
 
     With an `index` (int32 []) this is one step of decoding: `x` holds one
-    token, whose key and value join the cache at that place.
+    token, whose key and value join the cache at that place. The first such
+    call makes a cache with `room` for so many.
+
+    A `memory` [batch / r, k, embed] is shared by each r rows of `x`, as the
+    beams of a prompt do. Its keys and values are kept in the collection
+    'memory' where that is mutable, and taken from there where they are.
     """
 
     d, joined = x.shape[-1], (self.num_heads, self.head_dim)
@@ -63,14 +70,18 @@ class Attention(nn.Module):
         self.dtype,
         name=name,
       )()
-      return jnp.einsum('bld,dhk->blhk', x, kernel)
+      # Not 'bhlk' at once: XLA would transpose the kernel, in every step.
+      return jnp.einsum('bld,dhk->blhk', x, kernel).swapaxes(1, 2)
 
-    source = x if memory is None else memory
     query = project(x, 'query', scale=1 / self.head_dim)  # Of the variance.
-    key, value = project(source, 'key'), project(source, 'value')
-    if memory is None and index is not None:
-      key, value = self._cached(key, value, index)
-    axes = ('batch', 'length', 'activation_heads', 'activation_kv')
+    if memory is None:
+      key, value = project(x, 'key'), project(x, 'value')
+      if index is not None:
+        key, value = self._cached(key, value, index, room)
+    else:
+      key, value = (self._kept(n, memory, project) for n in ('key', 'value'))
+      query = _by_memory(query, len(key))
+    axes = ('batch', 'activation_heads', 'length', 'activation_kv')
     query, key, value = (constrain(a, *axes) for a in (query, key, value))
     drop = nn.Dropout(self.dropout, broadcast_dims=(-2,))
     y = attend(
@@ -89,22 +100,51 @@ class Attention(nn.Module):
       fan_in=(0, 1),
       name='out',
     )()
+    y = _by_row(y, len(x)).swapaxes(1, 2)
     return jnp.einsum('blhk,hkd->bld', y, out)
 
-  def _cached(self, key, value, index):
-    """Keys and values so far. The first, full-length call makes the room."""
+  def _kept(self, name, memory, project):
+    if self.has_variable('memory', name):
+      return self.get_variable('memory', name)
+    made = project(memory, name)
+    if self.is_mutable_collection('memory') and not self.is_initializing():
+      self.put_variable('memory', name, made)
+    return made
+
+  def _cached(self, key, value, index, room):
+    """Keys and values so far; none in the call that makes the room."""
     ready = self.has_variable('cache', 'cached_key')
-    keys = self.variable('cache', 'cached_key', jnp.zeros_like, key)
-    values = self.variable('cache', 'cached_value', jnp.zeros_like, value)
+    shape = (*key.shape[:2], room, key.shape[-1])
+    zeros = functools.partial(jnp.zeros, shape, key.dtype)
+    keys = self.variable('cache', 'cached_key', zeros)
+    values = self.variable('cache', 'cached_value', zeros)
     if ready:
       keys.value = jax.lax.dynamic_update_slice_in_dim(
-        keys.value, key, index, axis=1
+        keys.value, key, index, axis=2
       )
       values.value = jax.lax.dynamic_update_slice_in_dim(
-        values.value, value, index, axis=1
+        values.value, value, index, axis=2
       )
       return keys.value, values.value
     return key, value
+
+
+def _by_memory(query, batch: int):
+  """[batch * r, h, q, d] -> [batch, h, r * q, d]: rows of a memory as one."""
+  if len(query) == batch:
+    return query
+  _, h, q, d = query.shape
+  rows = query.reshape(batch, -1, h, q, d).swapaxes(1, 2)
+  return rows.reshape(batch, h, -1, d)
+
+
+def _by_row(y, rows: int):
+  """The inverse of `_by_memory`."""
+  if len(y) == rows:
+    return y
+  batch, h, _, d = y.shape
+  y = y.reshape(batch, h, rows // batch, -1, d).swapaxes(1, 2)
+  return y.reshape(rows, h, -1, d)
 
 
 class RelativePositionBias(nn.Module):

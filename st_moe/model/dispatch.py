@@ -18,6 +18,7 @@ from st_moe.sharding import constrain
 
 # Remat policies save these, so that no backward pass repeats the exchange.
 SAVED_NAMES = ('expert_inputs', 'expert_outputs')
+BLOCK = 128  # Rows of one expert that `grouped` computes together.
 
 
 def mask(x, seats: Seats, experts, *, capacity: int, num_experts: int):
@@ -52,7 +53,7 @@ def index(x, seats: Seats, experts, *, capacity: int, num_experts: int):
 
 
 def grouped(
-  x, seats: Seats, experts, *, capacity: int, num_experts: int, block: int = 128
+  x, seats: Seats, experts, *, capacity: int, num_experts: int, block=BLOCK
 ):
   """Rows sorted by expert, in blocks of one expert each: nothing need drop.
 
@@ -70,7 +71,7 @@ def grouped(
   starts = (ends - (-(-seats.load.sum(0) // block))) * block
   before = seats.load.cumsum(0) - seats.load  # [g, e]
   row = jnp.take_along_axis(starts + before, seats.expert, 1) + seats.place
-  expert = jnp.searchsorted(ends, jnp.arange(num_blocks), side='right')
+  expert = (ends <= jnp.arange(num_blocks)[:, None]).sum(-1)
   expert = jnp.minimum(expert, num_experts - 1)
 
   one = lambda a: a.reshape(1, -1)
@@ -87,7 +88,24 @@ def grouped(
   return y.reshape(g, s, d)
 
 
-DISPATCHERS = {'mask': mask, 'index': index, 'grouped': grouped}
+def per_token(x, seats: Seats, experts, *, capacity: int, num_experts: int):
+  """Each route through a copy of its expert's weights: for very few of them."""
+  del capacity, num_experts
+  g, n = seats.expert.shape
+  d = x.shape[-1]
+  xs = jnp.take_along_axis(x, seats.token[..., None], axis=1)
+  xs = jnp.where((seats.place < 0)[..., None], 0, xs)
+  ys = experts(xs.reshape(g * n, 1, d), seats.expert.reshape(-1))
+  route = jnp.broadcast_to(jnp.arange(n), (g, n))
+  return _combine(ys.reshape(g, n, d), seats, route, x)
+
+
+DISPATCHERS = {
+  'mask': mask,
+  'index': index,
+  'grouped': grouped,
+  'per_token': per_token,
+}
 
 
 def _exchange(xs: jax.Array, experts) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from st_moe import sharding
 from st_moe.config import ModelConfig, Part
-from st_moe.model.dispatch import DISPATCHERS
+from st_moe.model.dispatch import BLOCK, DISPATCHERS
 from st_moe.model.experts import Experts
 from st_moe.model.gates import GATES
 from st_moe.model.layers import activation_dtype
@@ -44,6 +44,8 @@ class MoE(nn.Module):
 
     gate = moe.gate.choose('gate', GATES)
     scores = gate(moe.num_experts, name='router')(xg, ctx)
+    if ctx.override is not None:
+      scores = scores.biased(ctx.override.bias)
     rng = self.make_rng('dropout') if self.has_rng('dropout') else None
     select = moe.selector.choose('selector', SELECTORS)
     seats = select(scores, ctx, rng=rng, capacity=capacity)
@@ -57,7 +59,7 @@ class MoE(nn.Module):
       dtype=activation_dtype(cfg.dtype),
       name='experts',
     )
-    dispatch = self._dispatcher(ctx).choose('dispatcher', DISPATCHERS)
+    dispatch = self._dispatcher(seats, ctx).choose('dispatcher', DISPATCHERS)
     y = dispatch(
       xg,
       seats,
@@ -69,12 +71,18 @@ class MoE(nn.Module):
     self._record(scores, seats, ctx)
     return y.reshape(-1, x.shape[-1])[: x[..., 0].size].reshape(x.shape)
 
-  def _dispatcher(self, ctx) -> Part:
+  def _dispatcher(self, seats, ctx) -> Part:
     moe = self.config.moe
     if moe.dispatcher != 'auto':
       return Part(moe.dispatcher)
-    dropless = moe.capacity(ctx.deterministic).dropless
-    return Part('grouped' if dropless else 'index')
+    if not moe.capacity(ctx.deterministic).dropless:
+      return Part('index')
+    # Few routes, as in a step of decoding: what counts is to read few weights,
+    # and to copy none where every expert is read anyway.
+    routes = seats.expert.size
+    if routes < moe.num_experts:
+      return Part('per_token')
+    return Part('index' if routes <= BLOCK else 'grouped')
 
   def _record(self, scores, seats, ctx):
     replace = lambda _, new: new

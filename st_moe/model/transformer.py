@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from st_moe.config import ModelConfig, Sublayer
+from st_moe.config import LayerPlan, ModelConfig, Sublayer
 from st_moe.model.attention import Attention, RelativePositionBias
 from st_moe.model.dispatch import SAVED_NAMES
 from st_moe.model.layers import (
@@ -19,7 +19,7 @@ from st_moe.model.layers import (
   activation_dtype,
 )
 from st_moe.model.moe import MoE
-from st_moe.routing.types import RouteContext
+from st_moe.routing.types import RouteContext, RouteOverride
 from st_moe.sharding import constrain
 
 _policies = jax.checkpoint_policies
@@ -44,6 +44,14 @@ class Surroundings:
   encoded: jax.Array | None = None  # [batch, k, embed].
   encoded_mask: jax.Array | None = None
   index: jax.Array | None = None  # int32 [], the step when decoding.
+  room: int = flax.struct.field(pytree_node=False, default=0)  # Of a cache.
+
+  def at_layer(self, n: int) -> 'Surroundings':
+    """What the n-th sparse layer sees, where a caller overrides routes."""
+    if self.ctx.override is None:
+      return self
+    row = jax.tree.map(lambda a: a[n], self.ctx.override)
+    return self.replace(ctx=self.ctx.replace(override=row))
 
 
 class Layer(nn.Module):
@@ -87,6 +95,7 @@ def _self_attention(layer, sublayer, x, around):
     around.mask,
     deterministic=around.ctx.deterministic,
     index=around.index,
+    room=around.room,
   )
 
 
@@ -133,12 +142,13 @@ class Period(nn.Module):
   group_size: int
 
   @nn.compact
-  def __call__(self, x: jax.Array, around: Surroundings):
+  def __call__(self, x: jax.Array, around: Surroundings, override=None):
+    around = around.replace(ctx=around.ctx.replace(override=override))
     for i, sublayers in enumerate(self.layers):
       layer = _layer(
         self.config, sublayers, self.group_size, f'layer_{i}', scanned=True
       )
-      x = layer(x, around)
+      x = layer(x, around.at_layer(LayerPlan(self.layers[:i]).num_sparse))
     return x, None
 
 
@@ -169,8 +179,8 @@ class Stack(nn.Module):
   ) -> jax.Array:
     """Maps `x` [batch, length, embed] to the same.
 
-    When decoding, a first call at full length makes the cache; each call after
-    it takes one token.
+    When decoding, a first call makes a cache for `max_decode_length` tokens
+    (its own, if None); each call after it takes one token.
     """
     cfg, dtype = self.config, activation_dtype(self.config.dtype)
     causal = self.kind == 'decoder'
@@ -178,16 +188,21 @@ class Stack(nn.Module):
     mask = _sees(ctx, ctx) & (
       (keys <= positions[:, None]) | jnp.bool_(not causal)
     )
-    index = None
+    encoded_mask = None
+    if encoded is not None:
+      # Decoding, every row is real, and several may share what is encoded.
+      whole = encoded_ctx.valid[:, None, None]
+      encoded_mask = whole if decode else _sees(ctx, encoded_ctx)
+    index, room = None, max_decode_length or x.shape[1]
     if decode:
-      if max_decode_length is None:
-        raise ValueError('decode=True needs max_decode_length: the cache size.')
       ready = self.has_variable('cache', 'cache_index')
+      if ready and max_decode_length is None:
+        raise ValueError('decode=True needs max_decode_length: the cache size.')
       step = self.variable('cache', 'cache_index', jnp.zeros, (), jnp.int32)
       index = step.value
       if ready:
         step.value = index + 1
-        positions, keys = index[None], jnp.arange(max_decode_length)
+        positions, keys = index[None], jnp.arange(room)
         mask = (keys <= index)[None, None, None]
     around = Surroundings(
       ctx=ctx,
@@ -201,8 +216,9 @@ class Stack(nn.Module):
       )(positions, keys),
       mask=mask,
       encoded=encoded,
-      encoded_mask=None if encoded is None else _sees(ctx, encoded_ctx),
+      encoded_mask=encoded_mask,
       index=index,
+      room=room,
     )
     drop = nn.Dropout(cfg.dropout, broadcast_dims=(-2,))
     x = drop(x.astype(dtype), deterministic=ctx.deterministic)
@@ -217,21 +233,30 @@ class Stack(nn.Module):
     if cfg.scan_layers:
       periods = len(plan.layers) // plan.period
       scanned = periods * plan.period
+      sparse = LayerPlan(plan.layers[:scanned]).num_sparse
+      rows = jax.tree.map(  # [periods, sparse layers in each, e]
+        lambda a: a[:sparse].reshape(periods, -1, *a.shape[1:]),
+        around.ctx.override,
+      )
       x, _ = nn.scan(
         Period,
         variable_axes={
           'params': 0,
           'cache': 0,
+          'memory': 0,
           'intermediates': 0,
           'routing': 0,
         },
         split_rngs={'params': True, 'dropout': True},
-        in_axes=nn.broadcast,
+        in_axes=(nn.broadcast, 0),
         length=periods,
         metadata_params={nn.PARTITION_NAME: 'layers'},
-      )(cfg, plan.layers[: plan.period], group_size, name='layers')(x, around)
+      )(
+        cfg, plan.layers[: plan.period], group_size, name='layers'
+      )(x, around.replace(ctx=around.ctx.replace(override=None)), rows)
     for i, sublayers in list(enumerate(plan.layers))[scanned:]:
-      x = _layer(cfg, sublayers, group_size, f'layers_{i}')(x, around)
+      layer = _layer(cfg, sublayers, group_size, f'layers_{i}')
+      x = layer(x, around.at_layer(LayerPlan(plan.layers[:i]).num_sparse))
     return x
 
 
@@ -261,7 +286,9 @@ class Transformer(nn.Module):
         jnp.float32,
       )
 
-  def _context(self, tokens, valid, segments, positions, step, dropout):
+  def _context(
+    self, tokens, valid, segments, positions, step, dropout, override
+  ):
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     return RouteContext(
@@ -270,6 +297,7 @@ class Transformer(nn.Module):
       positions=positions,
       segments=segments,
       step=step,
+      override=override,
       deterministic=not dropout,
     )
 
@@ -281,6 +309,7 @@ class Transformer(nn.Module):
     *,
     enable_dropout: bool = True,
     step=None,
+    override: RouteOverride | None = None,
   ) -> jax.Array:
     """Token ids [batch, length], 0 is padding, to [batch, length, embed]."""
     tokens = encoder_input_tokens
@@ -291,6 +320,7 @@ class Transformer(nn.Module):
       encoder_positions,
       step,
       enable_dropout,
+      override,
     )
     return self.encoder(self.token_embedder(tokens), ctx)
 
@@ -308,6 +338,7 @@ class Transformer(nn.Module):
     decode: bool = False,
     max_decode_length: int | None = None,
     step=None,
+    override: RouteOverride | None = None,
   ) -> jax.Array:
     """Logits float32 [batch, length, vocab] of the token after each input."""
     tokens = decoder_input_tokens
@@ -322,6 +353,7 @@ class Transformer(nn.Module):
       decoder_positions,
       step,
       enable_dropout,
+      override,
     )
     encoded_ctx = None
     if encoded is not None:

@@ -43,10 +43,14 @@ def top_k(
         f'Policy {policy!r} for choices past the first is none of'
         f' {", ".join(_POLICIES)}.'
       )
-  _, expert = jax.lax.top_k(select, k)  # [g, s, k]
+  pairs, rank = k > 1, 0
+  if ctx.override is not None:
+    k, rank = ctx.override.k or k, ctx.override.rank
+  best, expert = jax.lax.top_k(select, rank + k)
+  best, expert = best[..., rank:], expert[..., rank:]  # [g, s, k]
   weight = jnp.take_along_axis(scores.probs, expert, axis=-1)
-  active = jnp.broadcast_to(ctx.valid[..., None], weight.shape)
-  if k > 1:
+  active = ctx.valid[..., None] & (best > -jnp.inf)  # Which rules one out.
+  if pairs:
     share = weight / (weight.sum(-1, keepdims=True) + 1e-9)
     weight = share if normalize else weight
     policy = eval_policy if ctx.deterministic else train_policy

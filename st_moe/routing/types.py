@@ -7,6 +7,19 @@ d width    f expert hidden
 
 import flax.struct
 import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class RouteOverride:
+  """What a caller asks of the routers of one stack, whatever they say."""
+
+  # Added to their logits: -inf rules an expert out, a large number forces it.
+  # float32 [sparse layers, e]; [e] inside a layer.
+  bias: jax.Array
+  # Take `k` experts (None: as the config says) from the rank-th best on.
+  k: int | None = flax.struct.field(pytree_node=False, default=None)
+  rank: int = flax.struct.field(pytree_node=False, default=0)
 
 
 @flax.struct.dataclass
@@ -22,6 +35,7 @@ class RouteContext:
   positions: jax.Array | None = None  # int32, from 0 in each packed example.
   segments: jax.Array | None = None  # int32, 0 is padding.
   step: jax.Array | None = None  # int32 [], traced: schedules never retrace.
+  override: RouteOverride | None = None
   deterministic: bool = flax.struct.field(pytree_node=False, default=True)
 
 
@@ -36,6 +50,11 @@ class Scores:
   logits: jax.Array  # Clean, for the z-loss.
   select: jax.Array  # The order of choice.
   probs: jax.Array  # What weights and balance are made of.
+
+  def biased(self, bias: jax.Array) -> 'Scores':
+    """As if `bias` [e] had been added before the softmax."""
+    probs = jax.nn.softmax(jnp.log(self.probs) + bias)
+    return Scores(self.logits, self.select + bias, probs)
 
 
 @flax.struct.dataclass

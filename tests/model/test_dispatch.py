@@ -12,7 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from st_moe.model.dispatch import DISPATCHERS, grouped, index, mask
+from st_moe.model.dispatch import (
+  DISPATCHERS,
+  grouped,
+  index,
+  mask,
+  per_token,
+)
 from st_moe.routing.seating import seat
 from st_moe.routing.types import Assignment, Seats
 from tests.helpers import jit
@@ -25,6 +31,7 @@ KINDS = {
   'grouped': grouped,
   'grouped, block 1': functools.partial(grouped, block=1),
   'grouped, block 4': functools.partial(grouped, block=4),
+  'per_token': per_token,
 }
 every_kind = pytest.mark.parametrize('kind', KINDS)
 
@@ -231,4 +238,4 @@ def test_empty_places_hold_zeros(kind):
 
 
 def test_the_table():
-  assert set(DISPATCHERS) == {'mask', 'index', 'grouped'}
+  assert set(DISPATCHERS) == {'mask', 'index', 'grouped', 'per_token'}

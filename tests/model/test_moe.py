@@ -1,6 +1,7 @@
 """The whole sparse layer against plain loops, and what it promises."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -254,9 +255,18 @@ def test_dropless_drops_nothing():
 
 
 def test_auto_takes_the_dispatcher_that_fits():
-  auto = lambda **moe: MoE(tiny(moe=moe), 8)._dispatcher(_ctx(_valid())).name
+  ctx, expert = _ctx(_valid()), np.zeros((1, 4), np.int32)
+
+  def auto(expert=expert, **moe):
+    seats = types.SimpleNamespace(expert=expert)
+    return MoE(tiny(moe=moe), 8)._dispatcher(seats, ctx).name
+
+  dropless = Capacity(dropless=True)
   assert auto() == 'index'
-  assert auto(eval_capacity=Capacity(dropless=True)) == 'grouped'
+  assert auto(eval_capacity=dropless) == 'index'
+  assert auto(np.zeros((2, 65)), eval_capacity=dropless) == 'grouped'
+  # Three routes among four experts: as few as in a step of decoding.
+  assert auto(expert[:, :3], eval_capacity=dropless) == 'per_token'
   assert auto(train_capacity=Capacity(dropless=True)) == 'index'
   assert auto(dispatcher='mask') == 'mask'
 

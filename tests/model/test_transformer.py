@@ -353,7 +353,7 @@ def test_decoding_one_token_at_a_time_is_teacher_forcing():
   keys = [
     a for p, a in layout.by_path(cache).items() if p.endswith('cached_key')
   ]
-  assert {a.shape for a in keys} == {(1, 4, length, 2, 8)}  # Scanned.
+  assert {a.shape for a in keys} == {(1, 4, 2, length, 8)}  # Scanned.
   step = jit(decode)
   for i in range(length):
     logits, cache = step(params, cache, whole[:, i : i + 1])
