@@ -7,6 +7,7 @@ import sys
 _VERBS = {
   'train': 'pre-train or fine-tune: config, workdir -> checkpoints, metrics',
   'evaluate': 'score a checkpoint on its tasks -> metrics.json, predictions',
+  'generate': 'answer prompts: arguments, lines of a file, or a conversation',
   'convert': "HuggingFace's and our checkpoints into each other",
   'plan': 'what a model costs: parameters, FLOPs',
   'prepare': 'train a vocabulary, write a mixture to indexed shards',
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
   made['evaluate'].add_argument(
     '--output', default='', help="'': WORKDIR/evaluation"
   )
+  _generate_flags(made['generate'])
   for name, text in (('from', 'what to read'), ('to', 'a new place')):
     made['convert'].add_argument(
       f'--{name}', metavar='FORMAT:PLACE', required=True, help=text
@@ -123,6 +125,73 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
+# Flag -> type, default, help. Those of decoding have the names they have in
+# `infer.decoding.Method` and `infer.generate.Asked`.
+_ANSWER_FLAGS = {
+  'max_length': (int, 64, 'tokens of an answer at most'),
+  'temperature': (float, 0.0, 'of sampling; 0 is greedy'),
+  'top_k': (int, 0, 'sample among so many likeliest tokens; 0: all'),
+  'top_p': (float, 1.0, 'sample among the fewest that hold this probability'),
+  'seed': (int, 0, 'of sampling'),
+  'num_beams': (int, 1, 'above 1: beam search'),
+  'length_penalty': (float, 1.0, 'beam scores are over length ** this'),
+  'early_stopping': (str, 'false', 'of beam search: true, false or never'),
+  'num_return': (int, 1, 'answers a prompt'),
+  'repetition_penalty': (float, 1.0, 'above 1: tokens said are less likely'),
+  'prefix': (str, '', 'what every answer begins with'),
+  'k': (int, None, 'experts per token, in place of the config'),
+  'long': (str, 'cut', 'prompts longer than --max_inputs: cut or refuse'),
+}
+_ANSWER_LISTS = {
+  'stop': 'an answer ends before this text',
+  'forbid': 'a token never said',
+  'off': 'an expert switched off: STACK.LAYER.EXPERT, * is any',
+  'on': 'an expert that gets every token',
+}
+
+
+def _generate_flags(parser) -> None:
+  parser.add_argument('prompts', nargs='*', metavar='PROMPT')
+  parser.add_argument(
+    '--checkpoint',
+    required=True,
+    help='a workdir, its checkpoints/STEP, or FORMAT:PLACE as hf:DIR',
+  )
+  for name, text in {
+    'input': 'a file of prompts, one a line; without one: standard input',
+    'output': 'a file that grows, and goes on growing if run again',
+    'vocabulary': "a SentencePiece model or 'bytes'; '': the checkpoint's",
+    'targets': 'the field whose text is scored, instead of answering',
+  }.items():
+    parser.add_argument(f'--{name}', default='', help=text)
+  parser.add_argument(
+    '--jsonl', action='store_true', help='lines are JSON objects'
+  )
+  parser.add_argument('--field', default='inputs', help='of an object: prompt')
+  parser.add_argument(
+    '--fill', action='store_true', help='answer by filling <extra_id_N> in'
+  )
+  parser.add_argument('--batch_size', type=int, default=16)
+  parser.add_argument(
+    '--max_inputs', type=int, default=0, help='tokens; 0: as trained'
+  )
+  for name, (kind, default, text) in _ANSWER_FLAGS.items():
+    parser.add_argument(f'--{name}', type=kind, default=default, help=text)
+  for name, text in _ANSWER_LISTS.items():
+    parser.add_argument(
+      f'--{name}', metavar='TEXT', action='append', default=[], help=text
+    )
+  parser.add_argument(
+    '--contrast',
+    metavar='BETA',
+    type=float,
+    default=None,
+    help='self-contrast of strong and weak routing (0.5 is usual)',
+  )
+  parser.add_argument('--contrast_alpha', type=float, default=0.1)
+  parser.add_argument('--contrast_rank', type=int, default=2)
+
+
 def run(argv: list[str]) -> int:
   """Parses and runs; returns the exit status."""
   parser = _parser()
@@ -131,7 +200,7 @@ def run(argv: list[str]) -> int:
     parser.print_help()
     return 2
   overrides = _overrides(rest)
-  if overrides and flags.verb in ('report', 'doctor', 'list'):
+  if overrides and flags.verb in ('report', 'doctor', 'list', 'generate'):
     raise ValueError(f'`st-moe {flags.verb}` has no config to set fields of.')
   return _RUN[flags.verb](flags, overrides) or 0
 
@@ -235,6 +304,46 @@ def _evaluate(flags, overrides):
   )
 
 
+def _generate(flags, overrides):
+  if flags.targets and not flags.jsonl:
+    raise ValueError('--targets names a field of JSON objects: add --jsonl.')
+  if flags.prompts and flags.input:
+    raise ValueError('Prompts as arguments or in --input, not both.')
+  _start(flags)
+  import warnings
+
+  from st_moe.infer import decoding, generate, load, stream
+
+  words = {'true': True, 'false': False}
+  options = {n: getattr(flags, n) for n in (*_ANSWER_FLAGS, *_ANSWER_LISTS)}
+  options['early_stopping'] = words.get(
+    flags.early_stopping, flags.early_stopping
+  )
+  if flags.contrast is not None:
+    options['contrast'] = decoding.Contrast(
+      flags.contrast, flags.contrast_alpha, flags.contrast_rank
+    )
+  asked = generate.asked(**options)
+  warnings.formatwarning = lambda message, *_, **__: f'st-moe: {message}\n'
+  loaded = load.load(flags.checkpoint, vocabulary=flags.vocabulary)
+  generator = loaded.serve(
+    max_inputs=flags.max_inputs, batch_size=flags.batch_size
+  )
+  stream.run(
+    generator,
+    asked,
+    stream.Format(flags.jsonl, flags.field, flags.targets, flags.fill),
+    source=flags.input,
+    prompts=flags.prompts,
+    output=flags.output,
+    about={
+      'checkpoint': loaded.path,
+      'vocabulary': loaded.vocabulary.fingerprint,
+      'max_inputs': generator.max_inputs,
+    },
+  )
+
+
 def _convert(flags, overrides):
   # Needs no accelerator, and should neither wait for one nor fill it.
   os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -324,6 +433,7 @@ def _config(flags, overrides):
 _RUN = {
   'train': _train,
   'evaluate': _evaluate,
+  'generate': _generate,
   'convert': _convert,
   'plan': _plan,
   'prepare': _prepare,

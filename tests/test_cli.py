@@ -8,10 +8,16 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from st_moe import cli, config_file
+from st_moe.config import Config
 from st_moe.data import files
+from st_moe.interop import ours
+from st_moe.model.transformer import Transformer
+from st_moe.train import step
+from tests.helpers import random_params, tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = 'configs/st_moe_tiny.py:runlocal'
@@ -347,6 +353,61 @@ def test_checkpoints_that_are_none(tmp_path, capsys):
   )
   message = _fails(capsys, 'report', tmp_path)
   assert message == f'{tmp_path} is no workdir of `st-moe train`.'
+
+
+@pytest.fixture(scope='session')
+def tiny_model(tmp_path_factory):
+  """A checkpoint of a random model that reads bytes."""
+  config = Config(model=tiny(vocab_size=360))
+  one = np.ones((1, 1), np.int32)
+  params = random_params(Transformer(config.model), one, one, one)
+  path = tmp_path_factory.mktemp('answers') / 'model'
+  ours.save(str(path), params, config, b'')
+  return path
+
+
+def test_generate(capsys, tiny_model, tmp_path):
+  ask = ('generate', f'--checkpoint={tiny_model}', '--max_length=4')
+  said = _runs(capsys, *ask, '--jsonl', '--field=q', '{"q": "hi", "id": 1}')
+  row = json.loads(said)
+  assert row['id'] == 1 and len(row['outputs'][0]['tokens']) == 4
+  (tmp_path / 'in').write_text('hi\n\nthere\n')
+  with pytest.raises(SystemExit) as e:
+    cli.main([*ask, f'--input={tmp_path}/in', f'--output={tmp_path}/out'])
+  assert e.value.code == 0
+  first, empty, last = (tmp_path / 'out').read_text().splitlines()
+  assert first == row['outputs'][0]['text'] and empty == '' and last
+  assert 'wrote' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    (['--input=no.txt'], 'no.txt: no such file.'),
+    (['--targets=t'], '--targets names a field of JSON objects: add --jsonl.'),
+    (['hi', '--input=x'], 'Prompts as arguments or in --input, not both.'),
+    (['hi', '--off=decoder.1.9'], 'decoder.1.9: the experts are 0, 1, 2, 3.'),
+    (['hi', '--top_p=0'], 'top_p 0.0 must be above 0 and at most 1.'),
+    (['hi', '--early_stopping=yes'], "must be true, false or 'never'."),
+    (['hi', '--long=trim'], "long 'trim'"),
+    (['x' * 600, '--long=refuse'], 'Prompt 1 has 600 tokens, of 511 that'),
+    (['hi', '--vocabulary=no.model'], 'no.model: no such file'),
+    (['hi', '--contrast=0.5', '--contrast_rank=9'], 'there are 4 experts.'),
+  ],
+)
+def test_what_generate_refuses(capsys, tiny_model, flags, message):
+  ask = ('generate', f'--checkpoint={tiny_model}', *flags)
+  assert message in _fails(capsys, *ask)
+
+
+def test_a_model_without_a_vocabulary(capsys, tiny_model, tmp_path):
+  found = ours.open_source(str(tiny_model))
+  shapes = step.abstract_params(Transformer(found.config.model))
+  bare = tmp_path / 'bare'
+  ours.save(str(bare), found.load(shapes), found.config, None)
+  for verb in ('generate', 'evaluate'):
+    said = _fails(capsys, verb, f'--checkpoint={bare}')
+    assert 'bare has no vocabulary: give the SentencePiece model' in said
 
 
 def test_what_argparse_refuses(capsys):

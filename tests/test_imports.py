@@ -27,7 +27,7 @@ LINES = (
   ),
   ('data',),
   ('train.checkpoint', 'train.report', 'interop'),
-  ('infer.load', 'infer.generate', 'infer.evaluate'),
+  ('infer.load', 'infer.generate', 'infer.stream', 'infer.evaluate'),
   ('train.loop',),
   ('analysis', 'surgery', 'plan', 'train.compare', 'doctor'),
   ('cli', 't5x_bridge', '__init__', '__main__'),  # Leaves.

@@ -12,7 +12,7 @@ from st_moe.config import Config
 from st_moe.data import pipeline
 from st_moe.data.metrics import majority_baseline
 from st_moe.infer import decoding
-from st_moe.infer.load import load
+from st_moe.infer.load import load, no_vocabulary
 from st_moe.train import step
 
 
@@ -133,6 +133,8 @@ def evaluate(
     overrides: fields of its config to set, as on a command line.
   """
   loaded = load(path)
+  if loaded.vocabulary is None:
+    raise ValueError(no_vocabulary(loaded.path))
   values = config_file.to_dict(loaded.config)
   for field, value in (overrides or {}).items():
     values = config_file.set_field(values, field, value)

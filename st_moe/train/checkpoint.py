@@ -274,7 +274,8 @@ def _check_shapes(directory, saved, abstract) -> None:
   theirs, ours = _named(saved), _named(abstract)
   for name in sorted(set(ours) | set(theirs)):
     a, b = theirs.get(name, 'absent'), ours.get(name, 'absent')
-    if a != b:
+    # A dtype is changed in reading.
+    if a.partition('[')[1:] != b.partition('[')[1:]:
       raise OtherModel(
         f'Another model: {name} is {a} in the checkpoint {directory} and {b} in'
         ' this config. Use the config it was trained with, or another workdir.'

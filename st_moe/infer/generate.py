@@ -1,0 +1,328 @@
+"""Texts in, texts out: batches of like lengths, each shape compiled once."""
+
+import dataclasses
+import functools
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from st_moe import sharding
+from st_moe.config import ModelConfig, unknown
+from st_moe.data.vocabulary import Vocabulary
+from st_moe.infer import decoding
+from st_moe.infer.decoding import Method
+from st_moe.model import layout
+from st_moe.model.transformer import Transformer
+from st_moe.routing import steering
+
+_SENTINEL = re.compile(r'<extra_id_(\d+)>')
+_SHORTEST = 16  # Tokens; shorter prompts are padded to as many.
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  """One text and what it was worth to the model."""
+
+  text: str
+  tokens: list[int]  # EOS included, padding not.
+  logprobs: list[float]  # Of each token, nats.
+  score: float  # Their sum; of beams over the length, to its penalty.
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+  """What is asked of a model besides prompts."""
+
+  method: Method = Method()
+  seed: int = 0  # Of samples; prompt n draws from (seed, n).
+  prefix: str = ''  # What every answer begins with.
+  stop: tuple[str, ...] = ()  # An answer ends before the first of these.
+  forbid: tuple[str | int, ...] = ()  # Tokens never said: ids, or their text.
+  off: tuple[str, ...] = ()  # Experts: see `steering.overrides`.
+  on: tuple[str, ...] = ()
+  k: int | None = None
+  long: str = 'cut'  # Prompts longer than the model takes: 'cut' or 'refuse'.
+
+  def __post_init__(self):
+    if self.long not in ('cut', 'refuse'):
+      raise unknown('long', self.long, ('cut', 'refuse'))
+
+
+_GREEDY = Asked()
+
+
+def asked(**options) -> Asked:
+  """Fields of `Asked` and of its `Method`, told apart by name."""
+  own = {f.name for f in dataclasses.fields(Asked)} - {'method'}
+  mine = {k: v for k, v in options.items() if k in own}
+  of_method = {k: v for k, v in options.items() if k not in own}
+  known = {f.name for f in dataclasses.fields(Method)}
+  for name in set(of_method) - known:
+    raise unknown('option', name, sorted(own | known))
+  for name in ('stop', 'forbid', 'off', 'on'):
+    if name in mine:
+      value = mine[name]
+      mine[name] = (value,) if isinstance(value, str) else tuple(value)
+  return Asked(method=Method(**of_method), **mine)
+
+
+class Generator:
+  """A model with its vocabulary, ready to answer.
+
+  Drops no token, whatever the capacity of the config. Layers are unrolled: a
+  scan would copy the weights of each in every step.
+  """
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    params,
+    vocabulary: Vocabulary,
+    *,
+    max_inputs: int,
+    mesh=None,
+    batch_size: int = 16,
+  ):
+    """Makes an own copy of scanned parameters.
+
+    Args:
+      max_inputs: the longest prompt in tokens, EOS included.
+      mesh: devices a batch is split over; None: where parameters are.
+      batch_size: prompts at a time.
+    """
+    if config.scan_layers:
+      params = layout.unroll(params, config)
+      config = dataclasses.replace(config, scan_layers=False)
+    self.config = dataclasses.replace(config.dropless(), remat='none')
+    self.vocabulary, self.max_inputs = vocabulary, max_inputs
+    self._model, self._params = Transformer(self.config), params
+    self._mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
+    self._shards = self._mesh.size // self._mesh.shape['model']
+    self.batch_size = -(-batch_size // self._shards) * self._shards
+    self._answer = functools.cache(self._compile_answer)
+    jit = lambda f: jax.jit(functools.partial(f, self._model))
+    self._encode = jit(decoding.encode)
+    self._score = jit(decoding.token_logprobs)
+
+  # What people ask.
+
+  def answers(
+    self, prompts: Sequence[str], asked: Asked = _GREEDY, *, numbers=None
+  ) -> Iterator[list[Answer]]:
+    """The answers to each prompt, in order, as they come.
+
+    Args:
+      numbers: of the prompts, which samples are drawn from and errors name;
+        None counts from 0.
+
+    Raises:
+      ValueError: an empty prompt, one that is too long, an option that this
+        model cannot follow.
+    """
+    method = dataclasses.replace(asked.method, forbidden=self._forbidden(asked))
+    given = self._ids(asked.prefix)[: method.max_length]
+    overrides = self._overrides(asked)
+    numbers = np.arange(len(prompts)) if numbers is None else np.array(numbers)
+    rows = self._prompts(prompts, numbers, asked.long)
+    answer = self._answer(method)
+    root = jax.random.key(asked.seed)
+
+    def run(batch, at):
+      prefix = np.tile(np.array(given, np.int32), (len(batch), 1))
+      keys = None
+      if method.temperature:
+        fold = functools.partial(jax.random.fold_in, root)
+        keys = jax.vmap(fold)(numbers[at].astype(np.uint32))
+      found = answer(self._params, batch, prefix, keys, overrides)
+      return jax.device_get(found)
+
+    for found, row in self._in_order(rows, run):
+      parts = (found.tokens[row], found.logprobs[row], found.scores[row])
+      yield [
+        self._as_answer(*each, asked.stop) for each in zip(*parts, strict=True)
+      ]
+
+  def scored(
+    self,
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    asked: Asked = _GREEDY,
+    *,
+    numbers=None,
+  ) -> Iterator[list[Answer]]:
+    """As `answers`, had the model said each target."""
+    if len(prompts) != len(targets):
+      raise ValueError(
+        f'{len(prompts)} prompts and {len(targets)} targets: each needs one.'
+      )
+    overrides = self._overrides(asked)
+    numbers = range(len(prompts)) if numbers is None else numbers
+    rows = self._prompts(prompts, numbers, asked.long)
+    eos = self.vocabulary.eos
+    wanted = [[*self._ids(text), eos] for text in targets]
+
+    def run(batch, at):
+      length = _bucket(max(len(wanted[n]) for n in at))
+      padded = _padded([wanted[n] for n in at], length)
+      found = self._score(self._params, batch, padded, overrides)
+      return jax.device_get(found)
+
+    for n, (found, row) in enumerate(self._in_order(rows, run)):
+      logprobs = found[row, : len(wanted[n])]
+      yield [
+        Answer(targets[n], wanted[n], logprobs.tolist(), float(logprobs.sum()))
+      ]
+
+  def encode(
+    self, prompts: Sequence[str], *, long: str = 'cut'
+  ) -> list[np.ndarray]:
+    """What the encoder makes of each prompt, float [tokens, embed]."""
+    rows = self._prompts(prompts, range(len(prompts)), long)
+    run = lambda batch, _: jax.device_get(self._encode(self._params, batch))
+    return [
+      found[row, : len(ids)]
+      for (found, row), ids in zip(self._in_order(rows, run), rows, strict=True)
+    ]
+
+  def fill(self, text: str, answer: Answer) -> str:
+    """`text` with its <extra_id_N> replaced by the spans of an answer."""
+    spans, ids = {}, None
+    sentinels = {self.vocabulary.sentinel(k): k for k in range(100)}
+    for token in answer.tokens:
+      if token in sentinels:
+        ids = spans.setdefault(sentinels[token], [])
+      elif ids is not None and token != self.vocabulary.eos:
+        ids.append(token)
+    said = lambda match: self.vocabulary.decode(
+      spans.get(int(match[1]), [])
+    ).strip()
+    return re.sub(r'\s+', ' ', _SENTINEL.sub(said, text)).strip()
+
+  # How it is done.
+
+  def _compile_answer(self, method: Method):
+    def answer(params, prompts, prefix, keys, overrides):
+      return decoding.generate(
+        self._model,
+        params,
+        prompts,
+        method,
+        eos=self.vocabulary.eos,
+        keys=keys,
+        prefix=prefix if prefix.size else None,
+        overrides=overrides,
+      )
+
+    return jax.jit(answer)
+
+  def _in_order(self, rows: list[list[int]], run) -> Iterator[tuple]:
+    """(what `run` found for its batch, row in it) of each of `rows`, in order.
+
+    Prompts of like lengths share a batch, so that little of it is padding.
+    """
+    order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
+    ready, due = {}, 0
+    for start in range(0, len(order), self.batch_size):
+      numbers = order[start : start + self.batch_size]
+      length = min(_bucket(len(rows[numbers[-1]])), self.max_inputs)
+      size = min(_bucket(len(numbers), self._shards), self.batch_size)
+      filled = numbers + numbers[:1] * (size - len(numbers))
+      batch = _padded([rows[n] for n in filled], length)
+      with sharding.use(self._mesh):
+        batch = jax.device_put(batch, sharding.batch_sharding(self._mesh))
+        found = run(batch, filled)
+      ready |= {n: (found, row) for row, n in enumerate(numbers)}
+      while due in ready:
+        yield ready.pop(due)
+        due += 1
+
+  def _ids(self, text: str) -> list[int]:
+    if self.vocabulary.model:
+      return self.vocabulary.encode(text)
+    found, start = [], 0
+    for match in _SENTINEL.finditer(text):  # Bytes know none.
+      found += self.vocabulary.encode(text[start : match.start()])
+      found.append(self.vocabulary.sentinel(int(match[1])))
+      start = match.end()
+    return found + self.vocabulary.encode(text[start:])
+
+  def _prompts(self, prompts, numbers, long: str) -> list[list[int]]:
+    """Ids of each prompt, ending in an EOS."""
+    room = self.max_inputs - 1
+    rows, too_long = [], []
+    for text, number in zip(prompts, numbers, strict=True):
+      ids = self._ids(text)
+      if not ids:
+        raise ValueError(f'Prompt {number + 1} is empty.')
+      if len(ids) > room:
+        too_long.append(int(number) + 1)
+        if long == 'refuse':
+          raise ValueError(
+            f'Prompt {number + 1} has {len(ids)} tokens, of {room} that the'
+            " model takes (max_inputs, less an EOS); long='cut' cuts it."
+          )
+      rows.append([*ids[:room], self.vocabulary.eos])
+    if too_long:
+      warnings.warn(
+        f'Prompts longer than {room} tokens were cut: {_listed(too_long)}.',
+        stacklevel=2,
+      )
+    return rows
+
+  def _overrides(self, asked: Asked):
+    return steering.overrides(
+      self.config, off=asked.off, on=asked.on, k=asked.k
+    )
+
+  def _forbidden(self, asked: Asked) -> tuple[int, ...]:
+    found = list(asked.method.forbidden)
+    for each in asked.forbid:
+      ids = [each] if isinstance(each, int) else self._ids(each)
+      if len(ids) != 1:
+        raise ValueError(
+          f'{each!r} is {len(ids)} tokens; only single tokens can be forbidden.'
+        )
+      found += ids
+    for token in found:
+      if not 0 <= token < self.config.vocab_size:
+        raise ValueError(
+          f'Token {token} is not among 0 ... {self.config.vocab_size - 1}.'
+        )
+    return tuple(found)
+
+  def _as_answer(self, tokens, logprobs, score, stop) -> Answer:
+    ends = np.flatnonzero(tokens == self.vocabulary.eos)
+    used = int(ends[0]) + 1 if ends.size else len(tokens)
+    ids = tokens[:used].tolist()
+    text = self.vocabulary.decode(ids)
+    cuts = [at for s in stop if (at := text.find(s)) >= 0]
+    return Answer(
+      text[: min(cuts)] if cuts else text,
+      ids,
+      logprobs[:used].tolist(),
+      float(score),
+    )
+
+
+def _listed(numbers: list[int]) -> str:
+  more = f' and {len(numbers) - 5} more' if len(numbers) > 5 else ''
+  return ', '.join(map(str, numbers[:5])) + more
+
+
+def _bucket(n: int, least: int = _SHORTEST) -> int:
+  """The next power of two times `least`: few shapes are compiled."""
+  size = least
+  while size < n:
+    size *= 2
+  return size
+
+
+def _padded(rows: Iterable[list[int]], length: int) -> np.ndarray:
+  rows = list(rows)
+  out = np.zeros((len(rows), length), np.int32)
+  for to, row in zip(out, rows, strict=True):
+    to[: len(row)] = row
+  return out

@@ -1,0 +1,305 @@
+"""Lines in, lines out: what `st-moe generate` does, whatever interrupts it."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterable, Iterator
+
+from etils import epath
+
+from st_moe.data import files
+from st_moe.infer.generate import Answer, Asked, Generator
+
+_WINDOW = 16  # Batches whose prompts are sorted by length together.
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+  """How lines are read and written."""
+
+  jsonl: bool = False  # Objects, or plain text.
+  field: str = 'inputs'  # Of an object: the prompt.
+  targets: str = ''  # Of an object: what to score; '': generate.
+  fill: bool = False  # Answers are the prompts, their sentinels filled.
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One line of input."""
+
+  prompt: str
+  target: str = ''
+  values: dict = dataclasses.field(default_factory=dict)  # Of an object.
+
+
+def parse(lines: Iterable[bytes], name: str, form: Format) -> Iterator[Row]:
+  """Rows of the lines of the file `name`.
+
+  Raises:
+    ValueError: a line that is not UTF-8, no JSON object, or lacks a field.
+  """
+  for number, raw in enumerate(lines, 1):
+    where = f'{name}, line {number}'
+    try:
+      text = raw.decode().rstrip('\r\n')
+    except UnicodeDecodeError as e:
+      raise ValueError(f'{where} is not UTF-8: {e.reason}.') from None
+    if not form.jsonl:
+      yield Row(text)
+      continue
+    try:
+      values = json.loads(text)
+    except json.JSONDecodeError as e:
+      raise ValueError(f'{where} is no JSON: {e.msg}.') from None
+    if not isinstance(values, dict):
+      raise ValueError(f'{where} is no JSON object.')
+    for field in filter(None, (form.field, form.targets)):
+      if not isinstance(values.get(field), str):
+        raise ValueError(f'{where} has no text in the field {field!r}.')
+    yield Row(values[form.field], values.get(form.targets, ''), values)
+
+
+def results(
+  generator: Generator, rows: Iterable[Row], asked: Asked, form: Format, first=0
+) -> Iterator[tuple[str, int]]:
+  """(line of output, tokens said) of each row, in order, as they come.
+
+  An empty prompt has an empty answer.
+  """
+  rows, number = iter(rows), first
+  size = _WINDOW * generator.batch_size
+  while window := list(itertools.islice(rows, size)):
+    real = {
+      number + n: row for n, row in enumerate(window) if row.prompt.strip()
+    }
+    prompts = [row.prompt for row in real.values()]
+    if form.targets:
+      targets = [row.target for row in real.values()]
+      found = generator.scored(prompts, targets, asked, numbers=list(real))
+    else:
+      found = generator.answers(prompts, asked, numbers=list(real))
+    for row in window:
+      answers = next(found) if row.prompt.strip() else []
+      told = sum(len(a.tokens) for a in answers)
+      yield _line(generator, row, answers, form), told
+    number += len(window)
+
+
+def _line(
+  generator: Generator, row: Row, answers: list[Answer], form: Format
+) -> str:
+  texts = [a.text for a in answers]
+  if form.fill:
+    texts = [generator.fill(row.prompt, a) for a in answers]
+  if not form.jsonl:
+    return '\t'.join(t.replace('\n', '\\n') for t in texts)
+  said = [
+    {**dataclasses.asdict(a), 'text': text}
+    for text, a in zip(texts, answers, strict=True)
+  ]
+  return json.dumps({**row.values, 'outputs': said}, ensure_ascii=False)
+
+
+class Output:
+  """A file of lines that grows; begun again, it goes on where it stopped.
+
+  What was asked is kept beside it. An object store cannot append: there each
+  `write` is a part of its own, and `join` makes one of them.
+  """
+
+  def __init__(self, path, about: dict):
+    """Opens `path`; `done` lines of it are complete.
+
+    Raises:
+      ValueError: it is there, and something else was asked.
+    """
+    self.path, self._remote = epath.Path(path), files.is_remote(path)
+    self._about = self.path.parent / f'{self.path.name}.about.json'
+    self._parts = self.path.parent / f'{self.path.name}.parts'
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+    self._check(about)
+    self.done = 0
+    if self.path.exists():
+      self.done = self._complete_lines()
+    elif self._parts.exists():
+      self.done = sum(p.read_bytes().count(b'\n') for p in self._all_parts())
+    files.write_whole(self._about, json.dumps(about, indent=2).encode())
+    self._file = None if self._remote else pathlib.Path(path).open('ab')
+
+  def _check(self, about: dict):
+    if not self._about.exists():
+      if self.path.exists():
+        raise ValueError(
+          f'{self.path} exists and {self._about.name} does not: it was not'
+          ' written by `st-moe generate`. Name another file.'
+        )
+      return
+    then = json.loads(self._about.read_text())
+    differing = sorted(
+      k for k in {*then, *about} if then.get(k) != about.get(k)
+    )
+    if differing:
+      listed = '\n  '.join(
+        f'{k}: {then.get(k)!r} then, {about.get(k)!r} now' for k in differing
+      )
+      raise ValueError(
+        f'{self.path} was begun by another command:\n  {listed}\nName another'
+        ' file, or remove it.'
+      )
+
+  def _complete_lines(self) -> int:
+    """Counts them, and cuts what was being written when it was killed."""
+    count = whole = 0
+    with self.path.open('rb') as f:
+      while chunk := f.read(1 << 20):
+        count += chunk.count(b'\n')
+        last = chunk.rfind(b'\n')
+        if last >= 0:
+          whole = f.tell() - len(chunk) + last + 1
+    if not self._remote:
+      os.truncate(self.path, whole)
+    return count
+
+  def _all_parts(self):
+    return sorted(self._parts.iterdir(), key=lambda p: p.name)
+
+  def write(self, lines: list[str]):
+    data = ''.join(f'{line}\n' for line in lines).encode()
+    if self._file:
+      self._file.write(data)
+      self._file.flush()
+    elif lines:
+      self._parts.mkdir(parents=True, exist_ok=True)
+      files.write_whole(self._parts / f'{self.done:012}', data)
+    self.done += len(lines)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    if self._file:
+      self._file.close()
+
+  def join(self):
+    """Makes one object of the parts, where there are any."""
+    if self._parts.exists():
+      parts = [p.read_bytes() for p in self._all_parts()]
+      files.write_whole(self.path, b''.join(parts))
+      self._parts.rmtree()
+
+
+def run(
+  generator: Generator,
+  asked: Asked,
+  form: Format,
+  *,
+  source: str = '',
+  prompts: list[str] = (),
+  output: str = '',
+  about: dict | None = None,
+) -> None:
+  """Answers prompts, the lines of `source`, or those of standard input.
+
+  Args:
+    output: a file; '': standard output.
+    about: what makes answers what they are, besides `asked`.
+  """
+  with contextlib.ExitStack() as opened:
+    if prompts:
+      name, lines = 'prompt', [p.encode() for p in prompts]
+    elif source:
+      with _open(source) as whole:
+        for _ in parse(whole, source, form):
+          pass  # What is wrong with it is said before work is begun.
+      name, lines = source, opened.enter_context(_open(source))
+    elif sys.stdin.isatty():
+      return converse(generator, asked, form)
+    else:
+      name, lines = 'standard input', sys.stdin.buffer
+    rows = parse(lines, name, form)
+    if not output:
+      return _print(results(generator, rows, asked, form))
+    about = {**(about or {}), **_jsonable(asked), **dataclasses.asdict(form)}
+    about['source'] = files.stamp(source) if source else name
+    to = opened.enter_context(Output(output, about))
+    if to.done:
+      print(f'{output}: {to.done} lines are there, going on', file=sys.stderr)
+    rest = itertools.islice(rows, to.done, None)
+    found = results(generator, rest, asked, form, first=to.done)
+    with _Progress() as progress:
+      while several := list(itertools.islice(found, generator.batch_size)):
+        to.write([line for line, _ in several])
+        progress.advance(len(several), sum(tokens for _, tokens in several))
+    to.join()
+  print(f'wrote {output}: {to.done} lines', file=sys.stderr)
+  return None
+
+
+def _print(found) -> None:
+  # A terminal shows the lines themselves.
+  shown = contextlib.nullcontext() if sys.stdout.isatty() else _Progress()
+  with shown as progress:
+    for line, tokens in found:
+      print(line, flush=True)
+      if progress:
+        progress.advance(1, tokens)
+
+
+def _jsonable(asked: Asked) -> dict:
+  return json.loads(json.dumps(dataclasses.asdict(asked)))
+
+
+def _open(source: str):
+  path = epath.Path(source).expanduser()
+  if not path.exists() or path.is_dir():
+    raise ValueError(f'{source}: no such file.')
+  return path.open('rb')
+
+
+def converse(generator: Generator, asked: Asked, form: Format) -> None:
+  """A prompt at a time, until the end of input."""
+  print('One prompt a line; end with Ctrl-D.', file=sys.stderr)
+  while True:
+    try:
+      text = input('> ')
+    except EOFError:
+      print()
+      return
+    if text.strip():
+      for line, _ in results(generator, [Row(text)], asked, form):
+        print(line)
+
+
+class _Progress:
+  """Lines and tokens a second, on standard error if people see it."""
+
+  def __enter__(self):
+    from rich import progress as bars
+    from rich.console import Console
+
+    console = Console(stderr=True)
+
+    self._bar = bars.Progress(
+      bars.TextColumn('{task.completed} lines'),
+      bars.TextColumn('{task.fields[rate]:,.0f} tokens/s'),
+      bars.TimeElapsedColumn(),
+      console=console,
+      disable=not console.is_terminal,
+    )
+    self._bar.start()
+    self._task = self._bar.add_task('', total=None, rate=0.0)
+    self._tokens, self._start = 0, time.perf_counter()
+    return self
+
+  def advance(self, lines: int, tokens: int):
+    self._tokens += tokens
+    rate = self._tokens / (time.perf_counter() - self._start)
+    self._bar.update(self._task, advance=lines, rate=rate)
+
+  def __exit__(self, *_):
+    self._bar.stop()

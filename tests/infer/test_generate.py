@@ -1,0 +1,224 @@
+"""Texts in, texts out: neighbours, order and devices move nothing."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from st_moe import sharding
+from st_moe.config import Capacity, Config, DataConfig, StackConfig
+from st_moe.data import vocabulary
+from st_moe.infer import decoding, generate
+from st_moe.infer.decoding import Method
+from st_moe.infer.generate import Generator, asked
+from st_moe.infer.load import Loaded
+from st_moe.model.transformer import Transformer
+from tests.helpers import random_params, tiny
+
+BYTES = vocabulary.load('bytes')
+# One place an expert: a model that dropped tokens would not be used for this.
+CONFIG = tiny(
+  vocab_size=BYTES.size + 1,
+  encoder=StackConfig(1, 1, 0, group_size=16),
+  decoder=StackConfig(1, 1, 0, group_size=16),
+  moe={'eval_capacity': Capacity(0.5, minimum=1), 'extra_ffn': 'none'},
+)
+PROMPTS = [
+  'the cat sat on a mat'[n % 7 : n % 7 + 1 + n * 5 % 14] for n in range(20)
+]
+
+
+@functools.cache
+def _params():
+  one = np.ones((1, 1), np.int32)
+  return random_params(Transformer(CONFIG), one, one, one, seed=3)
+
+
+@functools.cache
+def _generator(batch_size=4, devices=1, max_inputs=64):
+  mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+  return Generator(
+    CONFIG, _params(), BYTES, max_inputs=max_inputs, mesh=mesh,
+    batch_size=batch_size,
+  )  # fmt: skip
+
+
+def _ask(generator, prompts=PROMPTS, numbers=None, **options):
+  options = {'max_length': 8, **options}
+  found = generator.answers(prompts, asked(**options), numbers=numbers)
+  return list(found)
+
+
+def _equal(got, want):
+  for a, b in zip(got, want, strict=True):
+    assert [x.tokens for x in a] == [x.tokens for x in b]
+    for x, y in zip(a, b, strict=True):
+      np.testing.assert_allclose(x.logprobs, y.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize('options', [{}, {'temperature': 1.0, 'num_return': 2}])
+def test_an_answer_depends_on_its_prompt_alone(options):
+  together = _ask(_generator(), **options)
+  assert len({str(a[0].tokens) for a in together}) > 10
+  _equal(_ask(_generator(20), **options), together)
+  backwards = _ask(
+    _generator(), PROMPTS[::-1], numbers=range(20)[::-1], **options
+  )
+  _equal(backwards[::-1], together)
+  alone = _ask(_generator(), PROMPTS[7:8], numbers=[7], **options)
+  _equal(alone, together[7:8])
+
+
+def test_eight_devices_answer_as_one():
+  _equal(_ask(_generator(8, devices=8)), _ask(_generator()))
+
+
+def test_it_is_what_decoding_says():
+  text = PROMPTS[11]
+  ids = np.array([[*BYTES.encode(text), BYTES.eos]], np.int32)
+  # Scanned, not padded, compiled for itself.
+  run = functools.partial(
+    decoding.generate,
+    Transformer(CONFIG.dropless()),
+    method=Method(max_length=8),
+  )
+  found = jax.jit(run)(_params(), ids)
+  (((answer,),),) = [_ask(_generator(), [text])]
+  assert answer.tokens == found.tokens[0, 0, : len(answer.tokens)].tolist()
+  assert answer.score == pytest.approx(float(found.scores[0, 0]), abs=1e-4)
+  assert answer.text == BYTES.decode(answer.tokens)
+
+
+def test_few_shapes_are_compiled():
+  generator = _generator(max_inputs=48)
+  lengths = [3, 17, 30, 47, 46, 5, 9, 2, 1]
+  _ask(generator, ['x' * n for n in lengths])
+  # Of 4, 4 and 1 prompts, by length: 16, 32 (of 10 to 31 tokens) and 48.
+  run = generator._answer(asked(max_length=8).method)
+  assert run._cache_size() == 3
+  _ask(generator, ['y' * n for n in lengths])
+  assert run._cache_size() == 3
+
+
+def test_scores_are_those_of_each_alone():
+  targets = [text[::-1] for text in PROMPTS]
+  generator = _generator()
+  found = list(generator.scored(PROMPTS, targets))
+  for n in (0, 13):
+    ids = np.array([[*BYTES.encode(PROMPTS[n]), 1]], np.int32)
+    want = [*BYTES.encode(targets[n]), 1]
+    run = functools.partial(
+      decoding.token_logprobs, Transformer(CONFIG.dropless())
+    )
+    alone = jax.jit(run)(_params(), ids, np.array([want], np.int32))[0]
+    (answer,) = found[n]
+    assert answer.tokens == want
+    np.testing.assert_allclose(answer.logprobs, alone, atol=1e-4)
+    assert answer.score == pytest.approx(float(alone.sum()), abs=1e-4)
+
+
+def test_what_is_encoded_is_as_long_as_its_prompt():
+  generator = _generator()
+  found = generator.encode(PROMPTS)
+  assert [f.shape for f in found] == [(len(p) + 1, 16) for p in PROMPTS]
+  (alone,) = generator.encode(PROMPTS[3:4])
+  np.testing.assert_allclose(alone, found[3], atol=1e-5)
+
+
+def test_spans_are_filled_in():
+  s = BYTES.sentinel
+  said = [s(0), *BYTES.encode(' big dog '), s(1), *BYTES.encode('ran'), s(2), 1]
+  answer = generate.Answer('', said, [], 0.0)
+  text = 'A <extra_id_0> and <extra_id_1> away <extra_id_5>.'
+  assert _generator().fill(text, answer) == 'A big dog and ran away .'
+
+
+def test_a_prompt_may_hold_sentinels():
+  ids = _generator()._ids('a<extra_id_0>b<extra_id_12>')
+  assert ids == [100, BYTES.sentinel(0), 101, BYTES.sentinel(12)]
+
+
+def test_stop_prefix_and_forbid():
+  ((free,),) = _ask(_generator(), PROMPTS[:1])
+  letter = free.text[3]
+  ((cut,),) = _ask(_generator(), PROMPTS[:1], stop=letter)
+  assert cut.text == free.text[: free.text.index(letter)]
+  assert cut.tokens == free.tokens
+  token = free.tokens[2]
+  ((without,),) = _ask(_generator(), PROMPTS[:1], forbid=[token])
+  assert token in free.tokens and token not in without.tokens
+  ((led,),) = _ask(_generator(), PROMPTS[:1], prefix='so')
+  assert led.text.startswith('so')
+
+
+def test_experts_are_steered():
+  off = ['decoder.0.0', 'encoder.0.2']
+  assert _ask(_generator(), off=off) != _ask(_generator())
+
+
+@pytest.mark.parametrize(
+  ('prompts', 'options', 'message'),
+  [
+    (['a', ''], {}, 'Prompt 2 is empty'),
+    (
+      ['a' * 70],
+      {'long': 'refuse'},
+      "Prompt 1 has 70 tokens, of 63 that the model takes .*long='cut' cuts",
+    ),
+    (['a'], {'long': 'cutt'}, "'cutt'. Did you mean 'cut'"),
+    (['a'], {'temperatur': 1}, "'temperatur'. Did you mean 'temperature'"),
+    (['a'], {'forbid': ['ab']}, "'ab' is 2 tokens; only single tokens"),
+    (['a'], {'forbid': [999]}, 'Token 999 is not among 0 ... 359'),
+    (['a'], {'off': ['decoder.0.9']}, 'decoder.0.9: the experts are 0, 1, 2'),
+  ],
+)
+def test_what_cannot_be_asked(prompts, options, message):
+  with pytest.raises(ValueError, match=message):
+    _ask(_generator(), prompts, **options)
+
+
+def test_a_prompt_that_is_cut_is_told():
+  with pytest.warns(UserWarning, match='longer than 63 tokens were cut: 2.$'):
+    ((_,), (cut,)) = _ask(_generator(), ['a', 'b' * 80])
+  ((whole,),) = _ask(_generator(), ['b' * 63])
+  assert cut.tokens == whole.tokens
+
+
+# As `st_moe.load` hands it out.
+
+
+@functools.cache
+def _loaded(**changes):
+  fields = dict(
+    model=Transformer(CONFIG),
+    params=_params(),
+    config=Config(model=CONFIG, data=DataConfig(inputs_length=64)),
+    vocabulary=BYTES,
+    path='here',
+    step=0,
+    mesh=sharding.make_mesh(devices=jax.devices()[:1]),
+  )
+  return Loaded(**{**fields, **changes})
+
+
+def test_a_loaded_model_answers():
+  model = _loaded()
+  texts = model.generate(PROMPTS[:3], max_length=8)
+  assert texts == [a.text for (a,) in _ask(_generator(), PROMPTS[:3])]
+  several = model.generate(PROMPTS[:2], max_length=8, num_beams=2, num_return=2)
+  assert [len(texts) for texts in several] == [2, 2]
+  (score,) = model.score(PROMPTS[:1], ['yes'])
+  assert score == next(model.generator.scored(PROMPTS[:1], ['yes']))[0].score
+  assert model.encode(PROMPTS[:1])[0].shape == (len(PROMPTS[0]) + 1, 16)
+  (filled,) = model.fill(['a <extra_id_0>'], max_length=8)
+  assert filled.startswith('a') and '<' not in filled
+
+
+def test_who_cannot_answer_says_why():
+  with pytest.raises(ValueError, match='here has no vocabulary: give the Sent'):
+    _loaded(vocabulary=None).generate(['a'])
+  alone = Transformer(dataclasses.replace(CONFIG, decoder=None))
+  with pytest.raises(ValueError, match='here has no decoder'):
+    _loaded(model=alone).generate(['a'])

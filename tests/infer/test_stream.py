@@ -1,0 +1,216 @@
+"""Lines in, lines out: nothing lost, doubled or out of order."""
+
+import dataclasses
+import io
+import json
+import types
+
+import pytest
+
+from st_moe.infer import stream
+from st_moe.infer.generate import Answer, Asked, asked
+from st_moe.infer.stream import Format, Row
+
+LINES, JSONL = Format(), Format(jsonl=True)
+PLAIN = Asked()
+
+
+class Echo:
+  """Answers each prompt with itself, and its number; counts them."""
+
+  batch_size = 3
+
+  def __init__(self, breaks_at=10**9):
+    self.answered, self.breaks_at = 0, breaks_at
+
+  def answers(self, prompts, asked, *, numbers):
+    assert len(prompts) == len(numbers)
+    for prompt, number in zip(prompts, numbers, strict=True):
+      if number == self.breaks_at:
+        raise KeyboardInterrupt
+      self.answered += 1
+      text = f'{number}:{prompt}'
+      yield [
+        Answer(text, [1, 2], [-0.5, -0.25], -0.75)
+      ] * asked.method.num_return
+
+  def scored(self, prompts, targets, asked, *, numbers):
+    for target in targets:
+      yield [Answer(target, [5], [-2.0], -2.0)]
+
+  def fill(self, prompt, answer):
+    return f'{prompt} <- {answer.text}'
+
+
+def _parse(data: bytes, form=LINES):
+  return list(stream.parse(io.BytesIO(data), 'in.txt', form))
+
+
+def test_lines_and_objects():
+  assert _parse(b'one\r\n\ntwo') == [Row('one'), Row(''), Row('two')]
+  (row,) = _parse('{"inputs": "ü", "id": 7}\n'.encode(), JSONL)
+  assert row.prompt == 'ü' and row.values == {'inputs': 'ü', 'id': 7}
+
+
+@pytest.mark.parametrize(
+  ('data', 'form', 'message'),
+  [
+    (
+      b'fine\n\xff\xfe\n',
+      Format(),
+      'in.txt, line 2 is not UTF-8: invalid start',
+    ),
+    (b'{"inputs": "a"}\n{"inp\n', JSONL, 'in.txt, line 2 is no JSON: Untermin'),
+    (b'["a"]\n', JSONL, 'in.txt, line 1 is no JSON object'),
+    (b'{"input": "a"}\n', JSONL, "line 1 has no text in the field 'inputs'"),
+    (
+      b'{"inputs": "a", "t": 3}\n',
+      Format(jsonl=True, targets='t'),
+      "line 1 has no text in the field 't'",
+    ),
+  ],
+)
+def test_a_line_that_cannot_be_read(data, form, message):
+  with pytest.raises(ValueError, match=message):
+    _parse(data, form)
+
+
+def _lines(rows, form=LINES, **options):
+  found = stream.results(Echo(), rows, asked(**options), form)
+  return [line for line, _ in found]
+
+
+def test_an_empty_prompt_has_an_empty_answer():
+  rows = [Row('a'), Row(' '), Row('b\nc')]
+  # Numbers are those of lines: samples do not depend on what is empty.
+  assert _lines(rows) == ['0:a', '', '2:b\\nc']
+  (_, empty, _) = map(json.loads, _lines(rows, JSONL))
+  assert empty == {'outputs': []}
+
+
+def test_objects_keep_their_fields():
+  row = Row('a', values={'inputs': 'a', 'id': 7})
+  (found,) = map(json.loads, _lines([row], JSONL))
+  said = {'text': '0:a', 'tokens': [1, 2], 'logprobs': [-0.5, -0.25]}
+  assert found == {
+    'inputs': 'a',
+    'id': 7,
+    'outputs': [{**said, 'score': -0.75}],
+  }
+
+
+def test_several_answers_scores_and_spans():
+  assert _lines([Row('a')], num_return=2, temperature=1.0) == ['0:a\t0:a']
+  assert _lines([Row('a')], Format(fill=True)) == ['a <- 0:a']
+  form = Format(jsonl=True, targets='t')
+  (found,) = map(json.loads, _lines([Row('a', 'yes', {'t': 'yes'})], form))
+  assert found['outputs'][0]['score'] == -2.0
+
+
+@pytest.fixture(params=['disk', 'bucket'])
+def place(request, tmp_path):
+  if request.param == 'disk':
+    return str(tmp_path)
+  request.getfixturevalue('bucket')
+  return 'gs://b'
+
+
+@pytest.fixture
+def source(tmp_path):
+  path = tmp_path / 'prompts.txt'
+  path.write_text(''.join(f'p{n}\n' for n in range(100)))
+  return str(path)
+
+
+WANT = [f'{n}:p{n}' for n in range(100)]
+
+
+def _run(source, output, echo=None, asked=PLAIN):
+  echo = echo or Echo()
+  about = {'checkpoint': 'c'}
+  stream.run(echo, asked, Format(), source=source, output=output, about=about)
+  return echo.answered
+
+
+def _read(path):
+  return stream.epath.Path(path).read_text().splitlines()
+
+
+def test_a_run_that_is_interrupted_goes_on(source, place, capsys):
+  output = f'{place}/out.txt'
+  with pytest.raises(KeyboardInterrupt):
+    _run(source, output, Echo(breaks_at=61))
+  # 48 prompts are sorted together; of the next window whole batches are there.
+  assert _run(source, output) == 100 - 60
+  assert _read(output) == WANT
+  assert '60 lines are there, going on' in capsys.readouterr().err
+  assert _run(source, output) == 0  # All is done.
+  assert _read(output) == WANT
+  assert not stream.epath.Path(f'{output}.parts').exists()
+
+
+def test_a_torn_line_is_written_anew(source, tmp_path):
+  output = tmp_path / 'out.txt'
+  _run(source, str(output))
+  whole = output.read_bytes()
+  for cut in (0, 1, 4, 5, 6, 301, len(whole) - 1):
+    output.write_bytes(whole[:cut])
+    done = whole[:cut].count(b'\n')
+    assert _run(source, str(output)) == 100 - done
+    assert output.read_bytes() == whole
+
+
+def test_what_another_command_wrote_is_left_alone(source, tmp_path):
+  output = tmp_path / 'out.txt'
+  _run(source, str(output))
+  with pytest.raises(
+    ValueError, match='(?s)begun by another.*seed: 0 then, 1 now'
+  ):
+    _run(source, str(output), asked=Asked(seed=1))
+  other = tmp_path / 'other.txt'
+  other.write_text('precious\n')
+  with pytest.raises(
+    ValueError, match='other.txt exists and .* was not written'
+  ):
+    _run(source, str(other))
+  assert other.read_text() == 'precious\n'
+  with pytest.raises(ValueError, match='nowhere.txt: no such file'):
+    _run(str(tmp_path / 'nowhere.txt'), str(tmp_path / 'x'))
+
+
+def test_a_broken_line_is_told_before_work_is_begun(tmp_path):
+  path = tmp_path / 'in.txt'
+  path.write_bytes(b'a\n' * 50 + b'\xff\n')
+  echo = Echo()
+  with pytest.raises(ValueError, match='line 51 is not UTF-8'):
+    _run(str(path), str(tmp_path / 'out'), echo)
+  assert echo.answered == 0 and not (tmp_path / 'out').exists()
+
+
+def test_standard_input_and_a_conversation(monkeypatch, capsys):
+  read = io.BytesIO(b'a\nb\n')
+  piped = types.SimpleNamespace(buffer=read, isatty=lambda: False)
+  monkeypatch.setattr(stream.sys, 'stdin', piped)
+  stream.run(Echo(), Asked(), Format())
+  assert capsys.readouterr().out == '0:a\n1:b\n'
+  typed = iter(['hello', ' ', 'again'])
+
+  def type_in(_):
+    try:
+      return next(typed)
+    except StopIteration:
+      raise EOFError from None
+
+  monkeypatch.setattr('builtins.input', type_in)
+  monkeypatch.setattr(piped, 'isatty', lambda: True)
+  stream.run(Echo(), Asked(), Format())
+  assert capsys.readouterr().out == '0:hello\n0:again\n\n'
+
+
+def test_the_order_of_options_is_no_difference(source, tmp_path):
+  output = str(tmp_path / 'out.txt')
+  _run(source, output, asked=asked(stop=['x'], num_beams=2))
+  assert _run(source, output, asked=asked(num_beams=2, stop='x')) == 0
+  about = json.loads((tmp_path / 'out.txt.about.json').read_text())
+  assert about['method']['num_beams'] == 2
+  assert dataclasses.asdict(asked(stop='x'))['stop'] == ('x',)
