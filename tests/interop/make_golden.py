@@ -8,6 +8,7 @@ Weights are drawn by name, so a file holds names and shapes and no weights:
 logits, loss, gradient norms, expert choices and greedy decoding follow.
 """
 
+import functools
 import json
 import pathlib
 import sys
@@ -99,13 +100,15 @@ def run(case: str) -> dict:
   out.loss.backward()
   chosen = dict(experts)
   model.eval()
-  greedy = model.generate(
+  generate = functools.partial(
+    model.generate,
     **given,
     max_new_tokens=9,
     do_sample=False,
     # Theirs allots the cache by the encoder's depth.
     use_cache=config.num_layers == config.num_decoder_layers,
   )
+  beams = generate(num_beams=3, num_return_sequences=2, length_penalty=0.5)
   return {
     'config': json.loads(config.to_json_string()),
     'shapes': {name: list(p.shape) for name, p in parameters.items()},
@@ -117,7 +120,9 @@ def run(case: str) -> dict:
       for name, p in parameters.items()
     },
     'experts': chosen,
-    'greedy': greedy[:, 1:].tolist(),
+    'greedy': generate()[:, 1:].tolist(),
+    # Behind the EOS theirs repeats it.
+    'beams': [row[: (row + [1]).index(1) + 1] for row in beams[:, 1:].tolist()],
   }
 
 

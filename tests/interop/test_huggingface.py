@@ -138,6 +138,20 @@ def test_greedy_decoding(case, loaded):
   np.testing.assert_array_equal(got[:, : want.shape[1]], want)
 
 
+def test_beam_search(case, loaded):
+  params, config = loaded
+  method = decoding.Method(
+    max_length=9, num_beams=3, num_return=2, length_penalty=0.5
+  )
+  model = Transformer(config)
+  search = functools.partial(decoding.generate, model, method=method)
+  found = np.asarray(jit(search)(params, batch()['inputs']).tokens)
+  for row, want in zip(
+    found.reshape(-1, 9), golden(case)['beams'], strict=True
+  ):
+    assert row.tolist() == want + [0] * (9 - len(want))
+
+
 def test_places_run_out():
   """The above has dropped tokens in it, or it would not show what it says."""
   for case in ('switch_8', 'switch_32'):
@@ -178,7 +192,8 @@ def test_as_transformers_says_today(case):
   reason = "transformers is not installed: pip install -e '.[hf]'"
   pytest.importorskip('transformers', reason=reason)
   now, then = run(case), golden(case)
-  assert now['experts'] == then['experts'] and now['greedy'] == then['greedy']
+  for name in ('experts', 'greedy', 'beams'):
+    assert now[name] == then[name]
   np.testing.assert_allclose(now['logits'], then['logits'], rtol=0, atol=1e-5)
 
 
