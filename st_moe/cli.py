@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 # Flag -> type, default, help. Those of decoding have the names they have in
-# `infer.decoding.Method` and `infer.generate.Asked`.
+# `infer.methods.Method` and `infer.generate.Asked`.
 _ANSWER_FLAGS = {
   'max_length': (int, 64, 'tokens of an answer at most'),
   'temperature': (float, 0.0, 'of sampling; 0 is greedy'),
@@ -312,7 +312,7 @@ def _generate(flags, overrides):
   _start(flags)
   import warnings
 
-  from st_moe.infer import decoding, generate, load, stream
+  from st_moe.infer import generate, load, methods, stream
 
   words = {'true': True, 'false': False}
   options = {n: getattr(flags, n) for n in (*_ANSWER_FLAGS, *_ANSWER_LISTS)}
@@ -320,7 +320,7 @@ def _generate(flags, overrides):
     flags.early_stopping, flags.early_stopping
   )
   if flags.contrast is not None:
-    options['contrast'] = decoding.Contrast(
+    options['contrast'] = methods.Contrast(
       flags.contrast, flags.contrast_alpha, flags.contrast_rank
     )
   asked = generate.asked(**options)

@@ -19,6 +19,8 @@ LINES = (
   ('sharding',),
   ('model',),
   (
+    'infer.methods',
+    'infer.beams',
     'infer.decoding',
     'train.loss',
     'train.optimizer',

@@ -13,7 +13,7 @@ from st_moe import sharding
 from st_moe.config import ModelConfig, unknown
 from st_moe.data.vocabulary import Vocabulary
 from st_moe.infer import decoding
-from st_moe.infer.decoding import Method
+from st_moe.infer.methods import Method
 from st_moe.model import layout
 from st_moe.model.transformer import Transformer
 from st_moe.routing import steering

@@ -58,7 +58,7 @@ class Loaded:
     """A text for each prompt, or a list of `num_return` texts.
 
     Args:
-      options: fields of `infer.generate.Asked` and `infer.decoding.Method`:
+      options: fields of `infer.generate.Asked` and `infer.methods.Method`:
         max_length, temperature, top_k, top_p, seed, num_beams, stop, ...
     """
     from st_moe.infer.generate import asked

@@ -11,9 +11,9 @@ from st_moe import sharding
 from st_moe.config import Capacity, Config, DataConfig, StackConfig
 from st_moe.data import vocabulary
 from st_moe.infer import decoding, generate
-from st_moe.infer.decoding import Method
 from st_moe.infer.generate import Generator, asked
 from st_moe.infer.load import Loaded
+from st_moe.infer.methods import Method
 from st_moe.model.transformer import Transformer
 from tests.helpers import random_params, tiny
 

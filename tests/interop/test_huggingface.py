@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 import st_moe
 from st_moe import config_file
 from st_moe.config import Capacity, Config, Part, StackConfig
-from st_moe.infer import decoding
+from st_moe.infer import decoding, methods
 from st_moe.interop import convert, huggingface, links
 from st_moe.model import layout
 from st_moe.model.transformer import Transformer
@@ -140,7 +140,7 @@ def test_greedy_decoding(case, loaded):
 
 def test_beam_search(case, loaded):
   params, config = loaded
-  method = decoding.Method(
+  method = methods.Method(
     max_length=9, num_beams=3, num_return=2, length_penalty=0.5
   )
   model = Transformer(config)

@@ -1,0 +1,114 @@
+"""How to decode: what a user may ask, and what it does to scores."""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrast:
+  """Self-contrast (SCMoE, arXiv:2405.14507): strong against weak routing.
+
+  The weak pass asks only the expert at `rank` (1 is the best). Tokens whose
+  strong logit is within ln `alpha` of the best are scored by
+  (1 + beta) strong - beta weak, the others are out.
+  """
+
+  beta: float = 0.5
+  alpha: float = 0.1
+  rank: int = 2
+
+  def __post_init__(self):
+    if not 0 < self.alpha <= 1 or self.rank < 1:
+      raise ValueError(f'{self}: alpha must be in (0, 1] and rank 1 or more.')
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """How to decode. The default is greedy."""
+
+  max_length: int = 64  # Tokens at most, EOS included.
+  # Sampling: 0 is greedy. Then of the `top_k` likeliest (0: all), the fewest
+  # that hold `top_p` of the probability.
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  # Beam search, if above 1: a text's score is its log-probability over its
+  # length ** `length_penalty`. `early_stopping`: a prompt is done at once when
+  # it has as many texts as beams (True), when its best beam is no better than
+  # the worst of them (False), or when it cannot become so ('never').
+  num_beams: int = 1
+  length_penalty: float = 1.0
+  early_stopping: bool | str = False
+  num_return: int = 1  # Texts a prompt: samples, or the best of the beams.
+  # Divides positive logits of tokens already said, multiplies negative ones.
+  repetition_penalty: float = 1.0
+  forbidden: tuple[int, ...] = ()  # Tokens never to be said.
+  contrast: Contrast | None = None
+
+  def __post_init__(self):
+    wrong = [
+      ('max_length', self.max_length >= 1, 'at least 1'),
+      ('temperature', self.temperature >= 0, '0 (greedy) or more'),
+      ('top_k', self.top_k >= 0, '0 (all) or more'),
+      ('top_p', 0 < self.top_p <= 1, 'above 0 and at most 1'),
+      ('num_beams', self.num_beams >= 1, 'at least 1'),
+      ('repetition_penalty', self.repetition_penalty > 0, 'above 0'),
+      ('num_return', self.num_return >= 1, 'at least 1'),
+      (
+        'early_stopping',
+        self.early_stopping in (True, False, 'never'),
+        "true, false or 'never'",
+      ),
+    ]
+    for field, right, rule in wrong:
+      if not right:
+        raise ValueError(f'{field} {getattr(self, field)!r} must be {rule}.')
+    if self.num_beams > 1 and self.temperature:
+      raise ValueError('Beam search and sampling exclude each other.')
+    if self.num_beams > 1 and self.num_return > self.num_beams:
+      raise ValueError(
+        f'num_return {self.num_return} is more than num_beams {self.num_beams}.'
+      )
+    if self.num_return > 1 and self.num_beams == 1 and not self.temperature:
+      raise ValueError('Greedy decoding has one answer; num_return must be 1.')
+
+
+@flax.struct.dataclass
+class Decoded:
+  """Answers to each prompt, the best first where there is an order."""
+
+  tokens: jax.Array  # int32 [b, r, t], 0 after the EOS.
+  logprobs: jax.Array  # float32 [b, r, t], of each token, before any option.
+  scores: jax.Array  # float32 [b, r]: their sum; of beams over the length.
+
+
+def adjusted(scores, said, method: Method):
+  """Scores [n, v] with what the method says of single tokens."""
+  if method.repetition_penalty != 1:
+    p = method.repetition_penalty
+    scores = jnp.where(
+      said, jnp.where(scores > 0, scores / p, scores * p), scores
+    )
+  if method.forbidden:
+    scores = scores.at[:, jnp.array(method.forbidden)].set(-jnp.inf)
+  return scores
+
+
+def truncated(scores, method: Method):
+  """Scores [n, v] at their temperature, -inf where top-k or top-p rules out."""
+  scores = scores / method.temperature
+  if 0 < method.top_k < scores.shape[-1]:
+    kth = jax.lax.top_k(scores, method.top_k)[0][:, -1:]
+    scores = jnp.where(scores < kth, -jnp.inf, scores)
+  if method.top_p < 1:
+    order = jnp.argsort(-scores, axis=-1)
+    probs = jnp.take_along_axis(jax.nn.softmax(scores), order, axis=-1)
+    # Those before it do not hold `top_p` yet, so it is needed.
+    needed = probs.cumsum(-1) - probs < method.top_p
+    back = jnp.argsort(order, axis=-1)
+    keep = jnp.take_along_axis(needed, back, axis=-1)
+    scores = jnp.where(keep, scores, -jnp.inf)
+  return scores
