@@ -68,8 +68,8 @@ def batch() -> dict[str, np.ndarray]:
   }
 
 
-def run(case: str) -> dict:
-  """Everything transformers says about a case."""
+def theirs(case: str):
+  """A case in transformers, with its weights by name."""
   import torch
   import transformers
 
@@ -78,9 +78,39 @@ def run(case: str) -> dict:
   model = transformers.AutoModelForSeq2SeqLM.from_config(config)
   if case in ('t5_1_1', 'mt5'):  # Released ones are untied.
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
-  parameters = dict(model.named_parameters())
-  for name, parameter in parameters.items():
+  for name, parameter in model.named_parameters():
     parameter.data = torch.tensor(weight(name, parameter.shape))
+  return model
+
+
+def generated(model, inputs, **options) -> list[list[int]]:
+  """What transformers answers; each text ends at its EOS."""
+  import torch
+
+  ids = torch.tensor(inputs, dtype=torch.long)
+  config = model.config
+  found = (
+    model.eval()
+    .generate(
+      input_ids=ids,
+      attention_mask=(ids > 0).long(),
+      do_sample=False,
+      # Theirs allots the cache by the encoder's depth.
+      use_cache=config.num_layers == config.num_decoder_layers,
+      **options,
+    )[:, 1:]
+    .tolist()
+  )
+  return [row[: (row + [1]).index(1) + 1] for row in found]
+
+
+def run(case: str) -> dict:
+  """Everything transformers says about a case."""
+  import torch
+
+  model = theirs(case)
+  config = model.config
+  parameters = dict(model.named_parameters())
   model.train()  # No dropout, no jitter: as in evaluation.
   data = {k: torch.tensor(v, dtype=torch.long) for k, v in batch().items()}
   experts = []
@@ -99,16 +129,9 @@ def run(case: str) -> dict:
   out = model(**given, decoder_input_ids=data['shifted'], labels=labels)
   out.loss.backward()
   chosen = dict(experts)
-  model.eval()
-  generate = functools.partial(
-    model.generate,
-    **given,
-    max_new_tokens=9,
-    do_sample=False,
-    # Theirs allots the cache by the encoder's depth.
-    use_cache=config.num_layers == config.num_decoder_layers,
+  answer = functools.partial(
+    generated, model, batch()['inputs'], max_new_tokens=9
   )
-  beams = generate(num_beams=3, num_return_sequences=2, length_penalty=0.5)
   return {
     'config': json.loads(config.to_json_string()),
     'shapes': {name: list(p.shape) for name, p in parameters.items()},
@@ -120,9 +143,8 @@ def run(case: str) -> dict:
       for name, p in parameters.items()
     },
     'experts': chosen,
-    'greedy': generate()[:, 1:].tolist(),
-    # Behind the EOS theirs repeats it.
-    'beams': [row[: (row + [1]).index(1) + 1] for row in beams[:, 1:].tolist()],
+    'greedy': answer(),
+    'beams': answer(num_beams=3, num_return_sequences=2, length_penalty=0.5),
   }
 
 
