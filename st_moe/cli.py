@@ -92,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     '--mixture', default='', help="NAME or NAME,NAME; '': what it trained on"
   )
   made['evaluate'].add_argument(
+    '--vocabulary', default='', help="'': the checkpoint's"
+  )
+  made['evaluate'].add_argument(
     '--output', default='', help="'': WORKDIR/evaluation"
   )
   _generate_flags(made['generate'])
@@ -300,6 +303,7 @@ def _evaluate(flags, overrides):
     flags.checkpoint,
     mixture=[name for name in flags.mixture.split(',') if name],
     output=flags.output,
+    vocabulary=flags.vocabulary,
     overrides=overrides,
   )
 
@@ -325,14 +329,19 @@ def _generate(flags, overrides):
     )
   asked = generate.asked(**options)
   warnings.formatwarning = lambda message, *_, **__: f'st-moe: {message}\n'
-  loaded = load.load(flags.checkpoint, vocabulary=flags.vocabulary)
+  form = stream.Format(flags.jsonl, flags.field, flags.targets, flags.fill)
+  if flags.input:
+    stream.check(flags.input, form)
+  loaded = load.load(
+    flags.checkpoint, vocabulary=flags.vocabulary, for_answers=True
+  )
   generator = loaded.serve(
     max_inputs=flags.max_inputs, batch_size=flags.batch_size
   )
   stream.run(
     generator,
     asked,
-    stream.Format(flags.jsonl, flags.field, flags.targets, flags.fill),
+    form,
     source=flags.input,
     prompts=flags.prompts,
     output=flags.output,

@@ -120,7 +120,8 @@ class MoEConfig:
   eval_capacity: Capacity = Capacity(2.0)
   gate: Part = Part.of('linear')
   selector: Part = Part.of('top_k', k=2)
-  # 'auto': `index` where places are limited, `grouped` where nothing drops.
+  # 'auto': `index` where places are limited; where nothing drops, `grouped`,
+  # or what suits few tokens (see `MoE`).
   dispatcher: str = 'auto'
   multiplicative_bias: bool = False  # On the expert's hidden units, Table 17.
   expert_dropout: float | None = None  # None: the model's dropout.

@@ -86,6 +86,7 @@ def search(state, step, method, forced, eos):
     full = (finished.score > _NEVER / 2).all(-1)
     counts = open_ & ~(full & (method.early_stopping is True))
     seen = ends & (jnp.arange(2 * r) < r) & counts[:, None]
+    seen &= grown.score > _NEVER / 2  # Not made of what may not be said.
     ended = grown.replace(
       score=jnp.where(seen, over(grown.score, i + 1), _NEVER)
     )

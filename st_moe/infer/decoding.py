@@ -15,10 +15,10 @@ import jax.numpy as jnp
 
 from st_moe.infer import beams
 from st_moe.infer.methods import (
-  Contrast,
   Decoded,
   Method,
   adjusted,
+  permitted,
   truncated,
 )
 from st_moe.routing.types import RouteOverride
@@ -84,13 +84,13 @@ def _decoder(model, params, prompts, encoded, rows, max_length, overrides):
 
 
 def contrasted(
-  model, params, prompts, contrast: Contrast, *, overrides=None, **sizes
+  model, params, prompts, method: Method, *, overrides=None, **sizes
 ):
   """As `stepper`: two routings of one decoder, each with its own cache.
 
   The encoder is shared, strong.
   """
-  overrides = overrides or {}
+  overrides, contrast = overrides or {}, method.contrast
   encoded = encode(model, params, prompts, overrides.get('encoder'))
   weak = weakened(model.config, overrides.get('decoder'), contrast.rank)
   build = functools.partial(_decoder, model, params, prompts, encoded, **sizes)
@@ -100,9 +100,11 @@ def contrasted(
   def step(caches, tokens):
     strong, _, a = strong_step(caches[0], tokens)
     faint, _, b = weak_step(caches[1], tokens)
-    least = strong.max(-1, keepdims=True) + math.log(contrast.alpha)
+    # Plausible is what comes near the best that may be said.
+    best = permitted(strong, method).max(-1, keepdims=True)
+    plausible = strong >= best + math.log(contrast.alpha)
     scores = (1 + contrast.beta) * strong - contrast.beta * faint
-    return strong, jnp.where(strong >= least, scores, -jnp.inf), (a, b)
+    return strong, jnp.where(plausible, scores, -jnp.inf), (a, b)
 
   return (strong_cache, weak_cache), step
 
@@ -149,7 +151,7 @@ def generate(
   sizes = dict(rows=rows, max_length=method.max_length)
   if method.contrast:
     made = contrasted(
-      model, params, prompts, method.contrast, overrides=overrides, **sizes
+      model, params, prompts, method, overrides=overrides, **sizes
     )
   else:
     made = stepper(model, params, prompts, overrides=overrides, **sizes)

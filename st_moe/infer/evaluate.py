@@ -123,16 +123,22 @@ def _metrics(source, by: str, texts) -> dict[str, float]:
 
 
 def evaluate(
-  path, *, mixture=(), output: str = '', overrides: dict | None = None
+  path,
+  *,
+  mixture=(),
+  output: str = '',
+  vocabulary: str = '',
+  overrides: dict | None = None,
 ) -> dict[str, float]:
   """Scores the checkpoint at `path`; writes metrics.json and predictions.
 
   Args:
     mixture: names of tasks or text sources; none: what it was trained on.
     output: a directory; '': 'evaluation' in the workdir.
+    vocabulary: a SentencePiece model or 'bytes'; '': the checkpoint's.
     overrides: fields of its config to set, as on a command line.
   """
-  loaded = load(path)
+  loaded = load(path, vocabulary=vocabulary)
   if loaded.vocabulary is None:
     raise ValueError(no_vocabulary(loaded.path))
   values = config_file.to_dict(loaded.config)

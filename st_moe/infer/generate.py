@@ -11,7 +11,7 @@ import numpy as np
 
 from st_moe import sharding
 from st_moe.config import ModelConfig, unknown
-from st_moe.data.vocabulary import Vocabulary
+from st_moe.data.vocabulary import SENTINELS, Vocabulary
 from st_moe.infer import decoding
 from st_moe.infer.methods import Method
 from st_moe.model import layout
@@ -52,6 +52,7 @@ class Asked:
 
 
 _GREEDY = Asked()
+_PLAIN = dataclasses.asdict(_GREEDY)
 
 
 def asked(**options) -> Asked:
@@ -88,11 +89,19 @@ class Generator:
   ):
     """Makes an own copy of scanned parameters.
 
+    Raises:
+      ValueError: a batch of nothing, prompts without room.
+
     Args:
       max_inputs: the longest prompt in tokens, EOS included.
       mesh: devices a batch is split over; None: where parameters are.
       batch_size: prompts at a time.
     """
+    if batch_size < 1 or max_inputs < 2:
+      raise ValueError(
+        f'batch_size {batch_size} must be at least 1, max_inputs {max_inputs}'
+        ' at least 2: a token and the EOS.'
+      )
     if config.scan_layers:
       params = layout.unroll(params, config)
       config = dataclasses.replace(config, scan_layers=False)
@@ -122,9 +131,7 @@ class Generator:
       ValueError: an empty prompt, one that is too long, an option that this
         model cannot follow.
     """
-    method = dataclasses.replace(asked.method, forbidden=self._forbidden(asked))
-    given = self._ids(asked.prefix)[: method.max_length]
-    overrides = self._overrides(asked)
+    method, given, overrides = self.understood(asked)
     numbers = np.arange(len(prompts)) if numbers is None else np.array(numbers)
     rows = self._prompts(prompts, numbers, asked.long)
     answer = self._answer(method)
@@ -139,11 +146,34 @@ class Generator:
       found = answer(self._params, batch, prefix, keys, overrides)
       return jax.device_get(found)
 
-    for found, row in self._in_order(rows, run):
-      parts = (found.tokens[row], found.logprobs[row], found.scores[row])
-      yield [
-        self._as_answer(*each, asked.stop) for each in zip(*parts, strict=True)
-      ]
+    def each():
+      for found, row in self._in_order(rows, run):
+        parts = (found.tokens[row], found.logprobs[row], found.scores[row])
+        yield [
+          self._as_answer(*one, asked.stop) for one in zip(*parts, strict=True)
+        ]
+
+    return each()
+
+  def understood(self, asked: Asked) -> tuple:
+    """The method, ids of the prefix and RouteOverrides that are asked for.
+
+    Raises:
+      ValueError: what this model cannot follow.
+    """
+    method = dataclasses.replace(asked.method, forbidden=self._forbidden(asked))
+    given = self.ids(asked.prefix)
+    if given and len(given) >= method.max_length:
+      raise ValueError(
+        f'The prefix {asked.prefix!r} has {len(given)} tokens: an answer of'
+        f' {method.max_length} (max_length) has no room for more.'
+      )
+    if method.contrast:
+      decoding.weakened(self.config, None, method.contrast.rank)
+    overrides = steering.overrides(
+      self.config, off=asked.off, on=asked.on, k=asked.k
+    )
+    return method, given, overrides
 
   def scored(
     self,
@@ -158,11 +188,17 @@ class Generator:
       raise ValueError(
         f'{len(prompts)} prompts and {len(targets)} targets: each needs one.'
       )
-    overrides = self._overrides(asked)
+    told = dataclasses.asdict(asked)
+    for name in ('method', 'prefix', 'stop', 'forbid'):
+      if told[name] != _PLAIN[name]:
+        raise ValueError(
+          f'A score depends on no {name}: leave the options of answering out.'
+        )
+    _, _, overrides = self.understood(asked)
     numbers = range(len(prompts)) if numbers is None else numbers
     rows = self._prompts(prompts, numbers, asked.long)
     eos = self.vocabulary.eos
-    wanted = [[*self._ids(text), eos] for text in targets]
+    wanted = [[*self.ids(text), eos] for text in targets]
 
     def run(batch, at):
       length = _bucket(max(len(wanted[n]) for n in at))
@@ -170,11 +206,12 @@ class Generator:
       found = self._score(self._params, batch, padded, overrides)
       return jax.device_get(found)
 
-    for n, (found, row) in enumerate(self._in_order(rows, run)):
-      logprobs = found[row, : len(wanted[n])]
-      yield [
-        Answer(targets[n], wanted[n], logprobs.tolist(), float(logprobs.sum()))
-      ]
+    def each():
+      for n, (found, row) in enumerate(self._in_order(rows, run)):
+        logprobs = found[row, : len(wanted[n])].tolist()
+        yield [Answer(targets[n], wanted[n], logprobs, sum(logprobs))]
+
+    return each()
 
   def encode(
     self, prompts: Sequence[str], *, long: str = 'cut'
@@ -190,16 +227,20 @@ class Generator:
   def fill(self, text: str, answer: Answer) -> str:
     """`text` with its <extra_id_N> replaced by the spans of an answer."""
     spans, ids = {}, None
-    sentinels = {self.vocabulary.sentinel(k): k for k in range(100)}
+    sentinels = {self.vocabulary.sentinel(k): k for k in range(SENTINELS)}
     for token in answer.tokens:
       if token in sentinels:
         ids = spans.setdefault(sentinels[token], [])
       elif ids is not None and token != self.vocabulary.eos:
         ids.append(token)
-    said = lambda match: self.vocabulary.decode(
-      spans.get(int(match[1]), [])
-    ).strip()
-    return re.sub(r'\s+', ' ', _SENTINEL.sub(said, text)).strip()
+    pieces = _SENTINEL.split(text)  # Text and numbers in turn.
+    filled = pieces[0]
+    for number, after in zip(pieces[1::2], pieces[2::2], strict=True):
+      span = self.vocabulary.decode(spans.get(int(number), [])).strip()
+      # Where nothing is said, one space of two stays.
+      filled += span or ''
+      filled += after.lstrip(' ') if not span and filled[-1:] == ' ' else after
+    return filled
 
   # How it is done.
 
@@ -239,11 +280,14 @@ class Generator:
         yield ready.pop(due)
         due += 1
 
-  def _ids(self, text: str) -> list[int]:
+  def ids(self, text: str) -> list[int]:
+    """Of a text, its <extra_id_N> included; no EOS."""
     if self.vocabulary.model:
       return self.vocabulary.encode(text)
     found, start = [], 0
     for match in _SENTINEL.finditer(text):  # Bytes know none.
+      if int(match[1]) >= SENTINELS:
+        continue  # Text like any other.
       found += self.vocabulary.encode(text[start : match.start()])
       found.append(self.vocabulary.sentinel(int(match[1])))
       start = match.end()
@@ -254,7 +298,7 @@ class Generator:
     room = self.max_inputs - 1
     rows, too_long = [], []
     for text, number in zip(prompts, numbers, strict=True):
-      ids = self._ids(text)
+      ids = self.ids(text)
       if not ids:
         raise ValueError(f'Prompt {number + 1} is empty.')
       if len(ids) > room:
@@ -272,15 +316,10 @@ class Generator:
       )
     return rows
 
-  def _overrides(self, asked: Asked):
-    return steering.overrides(
-      self.config, off=asked.off, on=asked.on, k=asked.k
-    )
-
   def _forbidden(self, asked: Asked) -> tuple[int, ...]:
     found = list(asked.method.forbidden)
     for each in asked.forbid:
-      ids = [each] if isinstance(each, int) else self._ids(each)
+      ids = [each] if isinstance(each, int) else self.ids(each)
       if len(ids) != 1:
         raise ValueError(
           f'{each!r} is {len(ids)} tokens; only single tokens can be forbidden.'

@@ -34,7 +34,10 @@ class Loaded:
     return self.serve()
 
   def serve(self, *, max_inputs: int = 0, batch_size: int = 16):
-    """A Generator for prompts of up to `max_inputs` tokens (0: as trained)."""
+    """A Generator for prompts of up to `max_inputs` tokens (0: as trained).
+
+    It holds a copy of the parameters, unless they were loaded `for_answers`.
+    """
     from st_moe.infer.generate import Generator
 
     config = self.model.config
@@ -112,13 +115,17 @@ def no_vocabulary(path: str) -> str:
   )
 
 
-def load(path, *, mesh=None, vocabulary: str = '') -> Loaded:
+def load(
+  path, *, mesh=None, vocabulary: str = '', for_answers: bool = False
+) -> Loaded:
   """Loads WORKDIR (its newest intact checkpoint) or WORKDIR/checkpoints/STEP.
 
   Args:
     path: or a checkpoint of another code as FORMAT:PLACE, 'hf:DIR' say.
     mesh: where parameters go; None is one device.
     vocabulary: a SentencePiece model or 'bytes'; '': the checkpoint's.
+    for_answers: restore what a Generator holds and nothing else: layers
+      unrolled, weights in the dtype they are multiplied in.
 
   Raises:
     ValueError: there is no checkpoint, or it is damaged.
@@ -127,12 +134,17 @@ def load(path, *, mesh=None, vocabulary: str = '') -> Loaded:
   if name == 'st_moe':
     where = str(checkpoint.find(where))
   source = convert.open_source(f'{name}:{where}')
+  if for_answers:
+    unrolled = dataclasses.replace(source.config.model, scan_layers=False)
+    source.config = dataclasses.replace(source.config, model=unrolled)
   config = source.config
   mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
   model = Transformer(config.model)
   with sharding.use(mesh):
     abstract = step.abstract_params(model, mesh)
-    params = source.load(layout.map_by_path(_as_used(config.model), abstract))
+    if for_answers:
+      abstract = layout.map_by_path(_as_used(config.model), abstract)
+    params = source.load(abstract)
   own = None
   if vocabulary:
     own = vocabulary_lib.load(vocabulary)

@@ -57,15 +57,18 @@ class Method:
       ('num_beams', self.num_beams >= 1, 'at least 1'),
       ('repetition_penalty', self.repetition_penalty > 0, 'above 0'),
       ('num_return', self.num_return >= 1, 'at least 1'),
+      ('contrast', isinstance(self.contrast, Contrast | None), 'a Contrast'),
       (
         'early_stopping',
-        self.early_stopping in (True, False, 'never'),
+        isinstance(self.early_stopping, bool) or self.early_stopping == 'never',
         "true, false or 'never'",
       ),
     ]
     for field, right, rule in wrong:
       if not right:
         raise ValueError(f'{field} {getattr(self, field)!r} must be {rule}.')
+    if not self.temperature and (self.top_k or self.top_p < 1):
+      raise ValueError('top_k and top_p are of sampling: set a temperature.')
     if self.num_beams > 1 and self.temperature:
       raise ValueError('Beam search and sampling exclude each other.')
     if self.num_beams > 1 and self.num_return > self.num_beams:
@@ -92,9 +95,13 @@ def adjusted(scores, said, method: Method):
     scores = jnp.where(
       said, jnp.where(scores > 0, scores / p, scores * p), scores
     )
-  if method.forbidden:
-    scores = scores.at[:, jnp.array(method.forbidden)].set(-jnp.inf)
-  return scores
+  return permitted(scores, method)
+
+
+def permitted(scores, method: Method):
+  if not method.forbidden:
+    return scores
+  return scores.at[:, jnp.array(method.forbidden)].set(-jnp.inf)
 
 
 def truncated(scores, method: Method):

@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -15,7 +17,7 @@ from etils import epath
 from st_moe.data import files
 from st_moe.infer.generate import Answer, Asked, Generator
 
-_WINDOW = 16  # Batches whose prompts are sorted by length together.
+_WINDOW = 16  # Batches of a file that are sorted by length together.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,21 +63,35 @@ def parse(lines: Iterable[bytes], name: str, form: Format) -> Iterator[Row]:
     for field in filter(None, (form.field, form.targets)):
       if not isinstance(values.get(field), str):
         raise ValueError(f'{where} has no text in the field {field!r}.')
+      if re.search('[\ud800-\udfff]', values[field]):
+        raise ValueError(f'{where} has half a surrogate pair in {field!r}.')
     yield Row(values[form.field], values.get(form.targets, ''), values)
 
 
 def results(
-  generator: Generator, rows: Iterable[Row], asked: Asked, form: Format, first=0
+  generator: Generator,
+  rows: Iterable[Row],
+  asked: Asked,
+  form: Format,
+  *,
+  first: int = 0,
+  window_size: int = 1,
 ) -> Iterator[tuple[str, int]]:
   """(line of output, tokens said) of each row, in order, as they come.
 
-  An empty prompt has an empty answer.
+  A prompt without a token has an empty answer.
+
+  Args:
+    first: number of the first row.
+    window_size: batches whose prompts are sorted by length together.
   """
   rows, number = iter(rows), first
-  size = _WINDOW * generator.batch_size
+  size = window_size * generator.batch_size
   while window := list(itertools.islice(rows, size)):
     real = {
-      number + n: row for n, row in enumerate(window) if row.prompt.strip()
+      number + n: row
+      for n, row in enumerate(window)
+      if generator.ids(row.prompt)
     }
     prompts = [row.prompt for row in real.values()]
     if form.targets:
@@ -83,8 +99,8 @@ def results(
       found = generator.scored(prompts, targets, asked, numbers=list(real))
     else:
       found = generator.answers(prompts, asked, numbers=list(real))
-    for row in window:
-      answers = next(found) if row.prompt.strip() else []
+    for n, row in enumerate(window, number):
+      answers = next(found) if n in real else []
       told = sum(len(a.tokens) for a in answers)
       yield _line(generator, row, answers, form), told
     number += len(window)
@@ -118,27 +134,33 @@ class Output:
     Raises:
       ValueError: it is there, and something else was asked.
     """
-    self.path, self._remote = epath.Path(path), files.is_remote(path)
+    self.path = epath.Path(path).expanduser()
+    self._remote = files.is_remote(path)
     self._about = self.path.parent / f'{self.path.name}.about.json'
     self._parts = self.path.parent / f'{self.path.name}.parts'
     self.path.parent.mkdir(parents=True, exist_ok=True)
-    self._check(about)
     self.done = 0
     if self.path.exists():
       self.done = self._complete_lines()
+      if self._parts.exists():  # Killed while they were removed.
+        self._parts.rmtree()
     elif self._parts.exists():
       self.done = sum(p.read_bytes().count(b'\n') for p in self._all_parts())
+    if self.done:
+      self._check(about)
     files.write_whole(self._about, json.dumps(about, indent=2).encode())
-    self._file = None if self._remote else pathlib.Path(path).open('ab')
+    self._file = None
+    if not self._remote:
+      if self.path.exists():
+        os.truncate(self.path, self._whole)
+      self._file = pathlib.Path(self.path).open('ab')
 
   def _check(self, about: dict):
     if not self._about.exists():
-      if self.path.exists():
-        raise ValueError(
-          f'{self.path} exists and {self._about.name} does not: it was not'
-          ' written by `st-moe generate`. Name another file.'
-        )
-      return
+      raise ValueError(
+        f'{self.path} exists and {self._about.name} does not: it was not'
+        ' written by `st-moe generate`. Name another file.'
+      )
     then = json.loads(self._about.read_text())
     differing = sorted(
       k for k in {*then, *about} if then.get(k) != about.get(k)
@@ -153,7 +175,7 @@ class Output:
       )
 
   def _complete_lines(self) -> int:
-    """Counts them, and cuts what was being written when it was killed."""
+    """Counts them, up to what was being written when it was killed."""
     count = whole = 0
     with self.path.open('rb') as f:
       while chunk := f.read(1 << 20):
@@ -161,8 +183,7 @@ class Output:
         last = chunk.rfind(b'\n')
         if last >= 0:
           whole = f.tell() - len(chunk) + last + 1
-    if not self._remote:
-      os.truncate(self.path, whole)
+    self._whole = whole
     return count
 
   def _all_parts(self):
@@ -210,27 +231,38 @@ def run(
     about: what makes answers what they are, besides `asked`.
   """
   with contextlib.ExitStack() as opened:
+    window, stamp = 1, None
     if prompts:
       name, lines = 'prompt', [p.encode() for p in prompts]
+      stamp = list(prompts)
     elif source:
-      with _open(source) as whole:
-        for _ in parse(whole, source, form):
-          pass  # What is wrong with it is said before work is begun.
-      name, lines = source, opened.enter_context(_open(source))
+      name, lines = source, opened.enter_context(_path(source).open('rb'))
+      if _is_file(source):
+        window, stamp = _WINDOW, files.stamp(_path(source))
     elif sys.stdin.isatty():
+      if output or form.targets:
+        raise ValueError('A conversation has no --output and no --targets.')
       return converse(generator, asked, form)
     else:
       name, lines = 'standard input', sys.stdin.buffer
+    generator.understood(asked)  # Or nothing is written.
     rows = parse(lines, name, form)
+    answer = functools.partial(
+      results, generator, asked=asked, form=form, window_size=window
+    )
     if not output:
-      return _print(results(generator, rows, asked, form))
+      return _print(answer(rows))
     about = {**(about or {}), **_jsonable(asked), **dataclasses.asdict(form)}
-    about['source'] = files.stamp(source) if source else name
-    to = opened.enter_context(Output(output, about))
+    to = opened.enter_context(Output(output, {**about, 'source': stamp}))
+    if to.done and stamp is None:
+      raise ValueError(
+        f'{output} holds {to.done} lines, and {name} cannot be read again from'
+        ' its beginning: give --input=FILE, or name another output.'
+      )
     if to.done:
       print(f'{output}: {to.done} lines are there, going on', file=sys.stderr)
     rest = itertools.islice(rows, to.done, None)
-    found = results(generator, rest, asked, form, first=to.done)
+    found = answer(rest, first=to.done)
     with _Progress() as progress:
       while several := list(itertools.islice(found, generator.batch_size)):
         to.write([line for line, _ in several])
@@ -254,25 +286,39 @@ def _jsonable(asked: Asked) -> dict:
   return json.loads(json.dumps(dataclasses.asdict(asked)))
 
 
-def _open(source: str):
-  path = epath.Path(source).expanduser()
-  if not path.exists() or path.is_dir():
+def check(source: str, form: Format) -> None:
+  """Says what is wrong with a file of prompts before work is begun."""
+  if not _path(source).exists() or _path(source).is_dir():
     raise ValueError(f'{source}: no such file.')
-  return path.open('rb')
+  if _is_file(source):  # A pipe can be read once.
+    with _path(source).open('rb') as lines:
+      for _ in parse(lines, source, form):
+        pass
+
+
+def _path(source: str) -> epath.Path:
+  return epath.Path(source).expanduser()
+
+
+def _is_file(source: str) -> bool:
+  return files.is_remote(source) or os.path.isfile(_path(source))
 
 
 def converse(generator: Generator, asked: Asked, form: Format) -> None:
   """A prompt at a time, until the end of input."""
   print('One prompt a line; end with Ctrl-D.', file=sys.stderr)
-  while True:
+  for number in itertools.count():
     try:
       text = input('> ')
     except EOFError:
       print()
       return
-    if text.strip():
-      for line, _ in results(generator, [Row(text)], asked, form):
+    try:
+      row = [Row(text)] if text.strip() else []
+      for line, _ in results(generator, row, asked, form, first=number):
         print(line)
+    except ValueError as e:
+      print(e, file=sys.stderr)
 
 
 class _Progress:

@@ -25,7 +25,8 @@ FORMATS = {
 def split(uri: str) -> tuple[str, str]:
   """'hf:PLACE' as ('hf', 'PLACE'); what names no format is one of ours."""
   name, colon, where = str(uri).partition(':')
-  if colon and not where.startswith('//') and name not in FORMATS:
+  named = colon and '/' not in name and not where.startswith('//')
+  if named and name not in FORMATS:
     raise unknown('format', name, FORMATS)
   return (name, where) if name in FORMATS and colon else ('st_moe', str(uri))
 

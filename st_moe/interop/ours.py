@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+
 from st_moe import config_file
 from st_moe.config import Config
 from st_moe.model import layout
@@ -26,7 +28,11 @@ class Source:
     saved = step.abstract_params(Transformer(own))
     params = checkpoint.load_params(self.where, saved)
     turn = layout.roll if model.scan_layers else layout.unroll
-    return turn(params, model)
+    return jax.tree.map(_as_asked, turn(params, model), abstract)
+
+
+def _as_asked(array, abstract):
+  return jax.device_put(array.astype(abstract.dtype), abstract.sharding)
 
 
 def open_source(where: str) -> Source:

@@ -50,7 +50,8 @@ class Surroundings:
     """What the n-th sparse layer sees, where a caller overrides routes."""
     if self.ctx.override is None:
       return self
-    row = jax.tree.map(lambda a: a[n], self.ctx.override)
+    # A dense layer behind the last sparse one reads no row.
+    row = jax.tree.map(lambda a: a[min(n, len(a) - 1)], self.ctx.override)
     return self.replace(ctx=self.ctx.replace(override=row))
 
 

@@ -25,7 +25,7 @@ def overrides(
   Args:
     off, on: experts as 'STACK.LAYER.EXPERT', where LAYER is the number in
       `layers_LAYER` and any part may be '*'. Those off get no token, those on
-      get every token.
+      get every token, and all the weight.
     k: experts per token, in place of the config's.
 
   Raises:
@@ -40,6 +40,9 @@ def overrides(
     layers = _sparse_layers(config, stack)
     if layers:
       found[stack] = np.zeros((len(layers), experts), np.float32)
+  off, on = list(off), list(on)
+  if (off or on or k is not None) and not found:
+    raise ValueError('This model is dense: there are no experts to steer.')
   touched = set(found) if k is not None else set()
   wanted = collections.Counter()
   for names, bias in ((off, -np.inf), (on, _FORCE)):
@@ -51,8 +54,14 @@ def overrides(
         found[stack][row, expert] = bias
         touched.add(stack)
   for stack in touched:
-    left = np.isfinite(found[stack]).sum(-1)
-    for layer, n in zip(_sparse_layers(config, stack), left, strict=True):
+    each = zip(_sparse_layers(config, stack), found[stack], strict=True)
+    for layer, bias in each:
+      n, forced = np.isfinite(bias).sum(), (bias == _FORCE).sum()
+      if forced > (k or k_in_config):
+        raise ValueError(
+          f'{stack} layer {layer} has {forced} experts on, for'
+          f' {k or k_in_config} per token.'
+        )
       if n < (k or 1):
         raise ValueError(
           f'{stack} layer {layer} has {n} of {experts} experts left, for'

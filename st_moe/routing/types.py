@@ -53,7 +53,8 @@ class Scores:
 
   def biased(self, bias: jax.Array) -> 'Scores':
     """As if `bias` [e] had been added before the softmax."""
-    probs = jax.nn.softmax(jnp.log(self.probs) + bias)
+    # Where all that is left had underflowed, 0 would become NaN.
+    probs = jax.nn.softmax(jnp.log(jnp.maximum(self.probs, 1e-37)) + bias)
     return Scores(self.logits, self.select + bias, probs)
 
 

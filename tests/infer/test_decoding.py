@@ -174,7 +174,8 @@ def _slow_rows(b, method, eos, prefix, keys):
         weak = (('k', 1), ('rank', c.rank - 1))
         (faint,) = _next_logits(b, [text], weak)
         scores = (1 + c.beta) * z - c.beta * faint
-        scores[z < z.max() + math.log(c.alpha)] = -np.inf
+        best = max(z[v] for v in range(len(z)) if v not in method.forbidden)
+        scores[z < best + math.log(c.alpha)] = -np.inf
       scores = _adjust(scores, text, method)
       if method.temperature:
         key = jax.random.fold_in(jax.random.fold_in(keys[b], r), len(text))
@@ -257,6 +258,9 @@ METHODS = {
     max_length=LENGTH, contrast=Contrast(beta=2.0, alpha=0.01, rank=4)
   ),
 }
+METHODS['contrast, some forbidden'] = dataclasses.replace(
+  METHODS['contrast'], forbidden=METHODS['some forbidden'].forbidden
+)
 # So likely in this model that some answers end early and others do not.
 OFTEN = 9
 
@@ -341,6 +345,9 @@ def test_token_logprobs_sum_to_scores():
     ({'max_length': 0}, 'max_length 0 must be at least 1'),
     ({'temperature': -1}, r'temperature -1 must be 0 \(greedy\) or more'),
     ({'top_p': 0}, 'top_p 0 must be above 0'),
+    ({'top_k': 3}, 'top_k and top_p are of sampling: set a temperature'),
+    ({'contrast': 0.5}, 'contrast 0.5 must be a Contrast'),
+    ({'early_stopping': 1}, "early_stopping 1 must be true, false or 'never'"),
     ({'early_stopping': 'maybe'}, "'maybe' must be true, false or 'never'"),
     ({'num_beams': 2, 'temperature': 1}, 'exclude each other'),
     (

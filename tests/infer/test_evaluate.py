@@ -250,7 +250,7 @@ def _evaluate(monkeypatch, path, config=CONFIG, **options):
       return Source(ROWS, name=name, is_text=True, labels=())
     return Source(ROWS, name=name)
 
-  monkeypatch.setattr(evaluate, 'load', lambda _: loaded)
+  monkeypatch.setattr(evaluate, 'load', lambda _, vocabulary: loaded)
   monkeypatch.setattr(pipeline, 'open_eval', open_eval)
   monkeypatch.setattr(pipeline, 'source_names', lambda *_: ['text', 'quiz'])
   return evaluate.evaluate('anywhere', **options), opened

@@ -133,11 +133,13 @@ def test_spans_are_filled_in():
   answer = generate.Answer('', said, [], 0.0)
   text = 'A <extra_id_0> and <extra_id_1> away <extra_id_5>.'
   assert _generator().fill(text, answer) == 'A big dog and ran away .'
+  assert _generator().fill('a\n  b <extra_id_9> c', answer) == 'a\n  b c'
 
 
 def test_a_prompt_may_hold_sentinels():
-  ids = _generator()._ids('a<extra_id_0>b<extra_id_12>')
+  ids = _generator().ids('a<extra_id_0>b<extra_id_12>')
   assert ids == [100, BYTES.sentinel(0), 101, BYTES.sentinel(12)]
+  assert BYTES.decode(_generator().ids('<extra_id_100>')) == '<extra_id_100>'
 
 
 def test_stop_prefix_and_forbid():
@@ -167,6 +169,7 @@ def test_experts_are_steered():
       {'long': 'refuse'},
       "Prompt 1 has 70 tokens, of 63 that the model takes .*long='cut' cuts",
     ),
+    (['a'], {'prefix': 'x' * 8}, 'has 8 tokens: an answer of 8 .* has no room'),
     (['a'], {'long': 'cutt'}, "'cutt'. Did you mean 'cut'"),
     (['a'], {'temperatur': 1}, "'temperatur'. Did you mean 'temperature'"),
     (['a'], {'forbid': ['ab']}, "'ab' is 2 tokens; only single tokens"),
@@ -177,6 +180,16 @@ def test_experts_are_steered():
 def test_what_cannot_be_asked(prompts, options, message):
   with pytest.raises(ValueError, match=message):
     _ask(_generator(), prompts, **options)
+
+
+def test_scores_follow_no_options_of_answering():
+  generator = _generator()
+  with pytest.raises(ValueError, match='A score depends on no method'):
+    generator.scored(['a'], ['b'], asked(num_beams=2))
+  with pytest.raises(ValueError, match='1 prompts and 2 targets'):
+    generator.scored(['a'], ['b', 'c'])
+  with pytest.raises(ValueError, match='batch_size 0 must be at least 1'):
+    Generator(CONFIG, _params(), BYTES, max_inputs=8, batch_size=0)
 
 
 def test_a_prompt_that_is_cut_is_told():

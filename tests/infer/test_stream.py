@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import json
+import os
+import threading
 import types
 
 import pytest
@@ -22,6 +24,13 @@ class Echo:
 
   def __init__(self, breaks_at=10**9):
     self.answered, self.breaks_at = 0, breaks_at
+
+  def ids(self, text):
+    return text.split()
+
+  def understood(self, asked):
+    if asked.off:
+      raise ValueError('no such expert')
 
   def answers(self, prompts, asked, *, numbers):
     assert len(prompts) == len(numbers)
@@ -61,6 +70,11 @@ def test_lines_and_objects():
       'in.txt, line 2 is not UTF-8: invalid start',
     ),
     (b'{"inputs": "a"}\n{"inp\n', JSONL, 'in.txt, line 2 is no JSON: Untermin'),
+    (
+      b'{"inputs": "\\ud800"}\n',
+      JSONL,
+      "line 1 has half a surrogate pair in 'i",
+    ),
     (b'["a"]\n', JSONL, 'in.txt, line 1 is no JSON object'),
     (b'{"input": "a"}\n', JSONL, "line 1 has no text in the field 'inputs'"),
     (
@@ -76,7 +90,7 @@ def test_a_line_that_cannot_be_read(data, form, message):
 
 
 def _lines(rows, form=LINES, **options):
-  found = stream.results(Echo(), rows, asked(**options), form)
+  found = stream.results(Echo(), rows, asked(**options), form, window_size=2)
   return [line for line, _ in found]
 
 
@@ -128,6 +142,7 @@ WANT = [f'{n}:p{n}' for n in range(100)]
 def _run(source, output, echo=None, asked=PLAIN):
   echo = echo or Echo()
   about = {'checkpoint': 'c'}
+  stream.check(source, LINES)
   stream.run(echo, asked, Format(), source=source, output=output, about=about)
   return echo.answered
 
@@ -204,7 +219,49 @@ def test_standard_input_and_a_conversation(monkeypatch, capsys):
   monkeypatch.setattr('builtins.input', type_in)
   monkeypatch.setattr(piped, 'isatty', lambda: True)
   stream.run(Echo(), Asked(), Format())
-  assert capsys.readouterr().out == '0:hello\n0:again\n\n'
+  assert capsys.readouterr().out == '0:hello\n2:again\n\n'
+  with pytest.raises(ValueError, match='conversation has no --output'):
+    stream.run(Echo(), PLAIN, LINES, output='x')
+
+
+def test_a_pipe_is_read_once(monkeypatch, tmp_path, capsys):
+  piped = lambda text: types.SimpleNamespace(
+    buffer=io.BytesIO(text), isatty=lambda: False
+  )
+  output = str(tmp_path / 'out')
+  monkeypatch.setattr(stream.sys, 'stdin', piped(b'a\nb\n'))
+  stream.run(Echo(), PLAIN, LINES, output=output)
+  monkeypatch.setattr(stream.sys, 'stdin', piped(b'x\ny\nz\n'))
+  with pytest.raises(ValueError, match='cannot be read again from its begin'):
+    stream.run(Echo(), PLAIN, LINES, output=output)
+  assert _read(output) == ['0:a', '1:b']
+  fifo = tmp_path / 'fifo'
+  os.mkfifo(fifo)
+  writer = threading.Thread(target=fifo.write_text, args=('p\nq\n',))
+  writer.start()
+  stream.check(str(fifo), LINES)
+  capsys.readouterr()
+  stream.run(Echo(), PLAIN, LINES, source=str(fifo))
+  writer.join()
+  assert capsys.readouterr().out == '0:p\n1:q\n'
+
+
+def test_other_prompts_are_another_command(tmp_path):
+  output = str(tmp_path / 'out')
+  stream.run(Echo(), PLAIN, LINES, prompts=['a'], output=output)
+  with pytest.raises(ValueError, match='(?s)begun by another.*source:'):
+    stream.run(Echo(), PLAIN, LINES, prompts=['b'], output=output)
+
+
+def test_a_first_try_that_fails_leaves_nothing(source, tmp_path):
+  output = tmp_path / 'out.txt'
+  with pytest.raises(ValueError, match='no such expert'):
+    _run(source, str(output), asked=asked(off='decoder.9.9'))
+  assert not output.exists()
+  _run(source, str(output))
+  assert _read(output) == WANT
+  output.unlink()  # As the message says, it can be removed.
+  assert _run(source, str(output), asked=asked(seed=3)) == 100
 
 
 def test_the_order_of_options_is_no_difference(source, tmp_path):

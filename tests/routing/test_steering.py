@@ -140,6 +140,22 @@ def test_weights_are_shared_among_those_left():
   np.testing.assert_array_equal(steered.logits, logits)  # Clean, for losses.
 
 
+def test_an_expert_whose_rivals_had_no_chance():
+  logits = np.array([[[120.0, 0.0, -3.0]]], np.float32)
+  scores = Scores(logits, logits, jax.nn.softmax(logits))
+  off = scores.biased(np.array([-np.inf, 0, 0], np.float32))
+  assert np.isfinite(off.probs).all() and off.probs[0, 0, 0] == 0
+  on = scores.biased(np.array([0, 1e4, 0], np.float32))
+  np.testing.assert_array_equal(on.probs[0, 0], [0, 1, 0])
+
+
+def test_a_dense_model_has_none():
+  dense = tiny(encoder=StackConfig(1, 0, 0), decoder=StackConfig(1, 0, 0))
+  assert steering.overrides(dense) == {}
+  with pytest.raises(ValueError, match='This model is dense'):
+    steering.overrides(dense, k=1)
+
+
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
@@ -148,6 +164,7 @@ def test_weights_are_shared_among_those_left():
     ({'on': ['encoder.0.1']}, 'sparse layers of the encoder are 1, 3'),
     ({'on': ['encodr.1.1']}, 'the sparse stacks are encoder, decoder'),
     ({'k': 5}, '5 experts per token: there are 4'),
+    ({'on': ['decoder.1.*']}, 'decoder layer 1 has 4 experts on, for 2 per'),
     (
       {'off': ['decoder.0.1'], 'on': ['decoder.*.1']},
       'is asked to be both on and off',
