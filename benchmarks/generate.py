@@ -16,13 +16,11 @@ import statistics
 import tempfile
 import time
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+import jax
+import numpy as np
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-
-from st_moe import sharding  # noqa: E402
-from st_moe.config import (  # noqa: E402, E501
+from st_moe import sharding
+from st_moe.config import (
   Capacity,
   Config,
   ModelConfig,
@@ -30,10 +28,10 @@ from st_moe.config import (  # noqa: E402, E501
   Part,
   StackConfig,
 )
-from st_moe.infer import decoding, methods  # noqa: E402
-from st_moe.interop import huggingface  # noqa: E402
-from st_moe.model import layout  # noqa: E402
-from st_moe.model.transformer import Transformer  # noqa: E402
+from st_moe.infer import decoding, methods
+from st_moe.interop import huggingface
+from st_moe.model import layout
+from st_moe.model.transformer import Transformer
 
 PROMPT = 64
 

@@ -208,8 +208,17 @@ class LayerPlan:
     return max(len(self.layers), 1)
 
   @property
+  def sparse(self) -> tuple[int, ...]:
+    """Numbers of the layers that have a sparse sublayer."""
+    return tuple(
+      i
+      for i, layer in enumerate(self.layers)
+      if any(s.kind == 'moe' for s in layer)
+    )
+
+  @property
   def num_sparse(self) -> int:
-    return sum(s.kind == 'moe' for layer in self.layers for s in layer)
+    return len(self.sparse)
 
 
 # What the fields of a model that are words may say.

@@ -40,7 +40,7 @@ def _take_rows(a, row):
   return jax.vmap(lambda a, row: a[row])(a, row)
 
 
-def search(state, step, method, forced, eos):
+def search(state, step, method, forced, said, eos):
   """Beam search as HuggingFace's: 2 r candidates, EOS among the first r ends.
 
   A candidate that ends among the best r of a step is a finished text; the best
@@ -109,7 +109,6 @@ def search(state, step, method, forced, eos):
     open_ &= ~(full & (method.early_stopping is True))
     return i + 1, running, finished, open_, said, state
 
-  shapes = jax.eval_shape(step, state, jnp.zeros(b * r, jnp.int32))[0]
   running = _Texts.none(b, r, length)
   start = (
     jnp.zeros((), jnp.int32),
@@ -117,7 +116,7 @@ def search(state, step, method, forced, eos):
     running.replace(score=running.score.at[:, 0].set(0)),
     _Texts.none(b, r, length),
     jnp.full(b, True),
-    jnp.zeros(shapes.shape, bool).at[:, 0].set(True),
+    said,
     state,
   )
   _, _, finished, *_ = jax.lax.while_loop(unfinished, advance, start)

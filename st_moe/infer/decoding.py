@@ -159,18 +159,21 @@ def generate(
   forced = jnp.zeros((b, length), jnp.int32)
   if prefix is not None:
     forced = forced.at[:, : prefix.shape[1]].set(prefix[:, :length])
+  # Every answer begins behind a 0.
+  said = jnp.zeros((b * rows, model.config.vocab_size), bool)
+  said = said.at[:, 0].set(True)
   if searches:
-    return beams.search(*made, method, forced, eos)
-  return _rows(*made, method, forced, eos, keys)
+    return beams.search(*made, method, forced, said, eos)
+  return _rows(*made, method, forced, said, eos, keys)
 
 
 def _logprob(logits, token):
-  """Of `token` [n] under `logits` [n, v]."""
-  picked = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+  """Of `token` [...] under `logits` [..., v]."""
+  picked = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
   return picked - jax.nn.logsumexp(logits, axis=-1)
 
 
-def _rows(state, step, method, forced, eos, keys):
+def _rows(state, step, method, forced, said, eos, keys):
   """Greedy decoding or sampling: rows that know nothing of each other."""
   b, length = forced.shape
   r = method.num_return
@@ -179,7 +182,6 @@ def _rows(state, step, method, forced, eos, keys):
     fold = jax.vmap(jax.random.fold_in)
     keys = fold(keys.repeat(r), jnp.tile(jnp.arange(r), b))
   n = b * r
-  shapes = jax.eval_shape(step, state, jnp.zeros(n, jnp.int32))[0]
 
   def unfinished(carry):
     i, _, _, done, *_ = carry
@@ -206,7 +208,6 @@ def _rows(state, step, method, forced, eos, keys):
     logprobs = logprobs.at[:, i].set(logprob)
     return i + 1, tokens, logprobs, done | (token == eos), said, state
 
-  said = jnp.zeros(shapes.shape, bool).at[:, 0].set(True)
   start = (
     jnp.zeros((), jnp.int32),
     jnp.zeros((n, length), jnp.int32),
@@ -260,9 +261,7 @@ def _teacher_forced(model, params, encoded, prompts, targets, override=None):
     override=override,
     method='decode',
   )
-  picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-  found = picked - jax.nn.logsumexp(logits, axis=-1)
-  return jnp.where(targets > 0, found, 0)
+  return jnp.where(targets > 0, _logprob(logits, targets), 0)
 
 
 def score(model, params, encoder_input_tokens, answers) -> jax.Array:

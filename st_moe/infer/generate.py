@@ -89,13 +89,13 @@ class Generator:
   ):
     """Makes an own copy of scanned parameters.
 
-    Raises:
-      ValueError: a batch of nothing, prompts without room.
-
     Args:
       max_inputs: the longest prompt in tokens, EOS included.
       mesh: devices a batch is split over; None: where parameters are.
       batch_size: prompts at a time.
+
+    Raises:
+      ValueError: a batch of nothing, prompts without room.
     """
     if batch_size < 1 or max_inputs < 2:
       raise ValueError(
@@ -238,7 +238,7 @@ class Generator:
     for number, after in zip(pieces[1::2], pieces[2::2], strict=True):
       span = self.vocabulary.decode(spans.get(int(number), [])).strip()
       # Where nothing is said, one space of two stays.
-      filled += span or ''
+      filled += span
       filled += after.lstrip(' ') if not span and filled[-1:] == ' ' else after
     return filled
 

@@ -1,6 +1,5 @@
 """Experts switched on and off from outside (S2-15 of the literature: fTRI)."""
 
-import collections
 from collections.abc import Iterable
 
 import numpy as np
@@ -37,24 +36,21 @@ def overrides(
     raise ValueError(f'{k} experts per token: there are {experts}.')
   found = {}
   for stack in config.stacks:
-    layers = _sparse_layers(config, stack)
-    if layers:
-      found[stack] = np.zeros((len(layers), experts), np.float32)
+    if n := config.plan(stack).num_sparse:
+      found[stack] = np.zeros((n, experts), np.float32)
   off, on = list(off), list(on)
   if (off or on or k is not None) and not found:
     raise ValueError('This model is dense: there are no experts to steer.')
   touched = set(found) if k is not None else set()
-  wanted = collections.Counter()
   for names, bias in ((off, -np.inf), (on, _FORCE)):
     for name in names:
       for stack, row, expert in _named(name, config):
-        wanted[stack, row, expert] += 1
-        if wanted[stack, row, expert] > 1 and found[stack][row, expert] != bias:
+        if found[stack][row, expert] not in (0, bias):
           raise ValueError(f'{name} is asked to be both on and off.')
         found[stack][row, expert] = bias
         touched.add(stack)
   for stack in touched:
-    each = zip(_sparse_layers(config, stack), found[stack], strict=True)
+    each = zip(config.plan(stack).sparse, found[stack], strict=True)
     for layer, bias in each:
       n, forced = np.isfinite(bias).sum(), (bias == _FORCE).sum()
       if forced > (k or k_in_config):
@@ -72,13 +68,6 @@ def overrides(
   }
 
 
-def _sparse_layers(config: ModelConfig, stack: str) -> list[int]:
-  layers = config.plan(stack).layers
-  return [
-    i for i, layer in enumerate(layers) if any(s.kind == 'moe' for s in layer)
-  ]
-
-
 def _named(name: str, config: ModelConfig):
   """(stack, row of its sparse layers, expert) of every expert a name means."""
   parts = name.split('.')
@@ -87,7 +76,7 @@ def _named(name: str, config: ModelConfig):
       f'{name!r} names no expert; they are called STACK.LAYER.EXPERT, as'
       " 'decoder.3.17', and '*' is any."
     )
-  stacks = {s: _sparse_layers(config, s) for s in config.stacks}
+  stacks = {s: config.plan(s).sparse for s in config.stacks}
   stacks = {s: layers for s, layers in stacks.items() if layers}
   among = lambda part, known, what: (
     [_one(part, known, what, name)] if part != '*' else list(known)
