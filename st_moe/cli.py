@@ -6,6 +6,7 @@ import sys
 
 _VERBS = {
   'train': 'pre-train or fine-tune: config, workdir -> checkpoints, metrics',
+  'grid': 'train a config under all values of some fields -> one table',
   'evaluate': 'score a checkpoint on its tasks -> metrics.json, predictions',
   'generate': 'answer prompts: arguments, lines of a file, or a conversation',
   'convert': "HuggingFace's and our checkpoints into each other",
@@ -71,9 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, text in _VERBS.items()
   }
-  for name in ('train', 'prepare', 'plan', 'config'):
+  for name in ('train', 'grid', 'prepare', 'plan', 'config'):
     made[name].add_argument('--config', metavar='FILE[:ARG]', default='')
-  for name in ('train', 'prepare', 'evaluate'):
+  for name in ('train', 'grid', 'prepare', 'evaluate'):
     made[name].add_argument(
       '--module_import',
       metavar='MODULE',
@@ -81,7 +82,24 @@ def _parser() -> argparse.ArgumentParser:
       default=[],
       help='imported first: where your own seqio tasks are registered',
     )
-  made['train'].add_argument('--workdir', required=True)
+    made[name].add_argument(
+      '--data_dir', default='', help="of the files of tasks; '': $ST_MOE_DATA"
+    )
+  for name in ('train', 'grid'):
+    made[name].add_argument('--workdir', required=True)
+  made['grid'].add_argument(
+    '--vary',
+    metavar='FIELD=A,B',
+    action='append',
+    required=True,
+    help='values of a field, or of fields that change together: F+G=a+x,b+y',
+  )
+  made['grid'].add_argument(
+    '--metric', action='append', default=[], help="columns: 'eval/TASK/NAME'"
+  )
+  made['prepare'].add_argument(
+    'what', nargs='?', choices=('superglue',), help='a benchmark to download'
+  )
   made['prepare'].add_argument(
     '--vocabulary', default='', help='where a new vocabulary goes'
   )
@@ -96,6 +114,14 @@ def _parser() -> argparse.ArgumentParser:
   )
   made['evaluate'].add_argument(
     '--output', default='', help="'': WORKDIR/evaluation"
+  )
+  made['evaluate'].add_argument(
+    '--all', action='store_true', help='every checkpoint of a workdir'
+  )
+  made['evaluate'].add_argument(
+    '--submission',
+    action='store_true',
+    help="also write superglue.zip, as SuperGLUE's leaderboard takes it",
   )
   _generate_flags(made['generate'])
   for name, text in (('from', 'what to read'), ('to', 'a new place')):
@@ -203,6 +229,8 @@ def run(argv: list[str]) -> int:
     parser.print_help()
     return 2
   overrides = _overrides(rest)
+  if getattr(flags, 'data_dir', ''):
+    overrides.setdefault('data.data_dir', flags.data_dir)
   if overrides and flags.verb in ('report', 'doctor', 'list', 'generate'):
     raise ValueError(f'`st-moe {flags.verb}` has no config to set fields of.')
   return _RUN[flags.verb](flags, overrides) or 0
@@ -270,8 +298,26 @@ def _train(flags, overrides):
   loop.train(config, flags.workdir, config_path=flags.config)
 
 
+def _grid(flags, overrides):
+  _start(flags)
+  from st_moe.train import grid
+
+  grid.run(
+    lambda cell: _load(flags, {**overrides, **cell}),
+    flags.vary,
+    flags.workdir,
+    metrics=flags.metric,
+    config_path=flags.config,
+  )
+
+
 def _prepare(flags, overrides):
   _start(flags)
+  if flags.what == 'superglue':
+    from st_moe.data import download
+
+    download.superglue(flags.data_dir)
+    return
   config = _load(flags, overrides)
   from st_moe.data import pipeline, vocabulary
 
@@ -305,6 +351,8 @@ def _evaluate(flags, overrides):
     output=flags.output,
     vocabulary=flags.vocabulary,
     overrides=overrides,
+    every_step=flags.all,
+    submission=flags.submission,
   )
 
 
@@ -441,6 +489,7 @@ def _config(flags, overrides):
 
 _RUN = {
   'train': _train,
+  'grid': _grid,
   'evaluate': _evaluate,
   'generate': _generate,
   'convert': _convert,

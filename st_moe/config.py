@@ -429,7 +429,7 @@ class DataConfig:
   batch_size: int = 128
   seed: int = 0
   cache_dir: str = ''  # Where tokenised shards lie; '' is ~/.cache/st_moe.
-  data_dir: str = ''  # Where tasks find their files; '' is the embedded set.
+  data_dir: str = ''  # Where tasks find their files; '': $ST_MOE_DATA.
   workers: int = 1
 
 
@@ -455,6 +455,9 @@ class OptimizerConfig:
   """Adafactor as T5X sets it for sparse models, or AdamW."""
 
   name: str = 'adafactor'
+  # What is trained, the rest is frozen: 'all', 'moe', 'non_moe', 'attention',
+  # 'ffn', 'router', or a pattern of parameter paths.
+  train: str = 'all'
   # Schedule: `learning_rate` after a linear ramp of `warmup_steps` (0: none),
   # constant for `constant_steps`, then falling as 1 / sqrt(step).
   learning_rate: float = 0.01
@@ -469,6 +472,7 @@ class OptimizerConfig:
   # AdamW.
   b1: float = 0.9
   b2: float = 0.999
+  # Of either, times the learning rate.
   weight_decay: float = 0.0
   # A step whose loss or gradients are not finite is not applied; so many in a
   # row end the run.
@@ -492,9 +496,9 @@ class CheckpointConfig:
   every: int = 1000
   keep_last: int = 2
   keep_every: int = 0  # Steps; 0: none are kept for ever.
-  keep_best: str = (
-    ''  # A metric, 'eval/boolq/accuracy'; '': none. '-x': lowest.
-  )
+  # Metrics; the best checkpoint of each stays. Separated by commas, * is any:
+  # 'eval/*/accuracy'; '-eval/x/loss' is the lowest.
+  keep_best: str = ''
   asynchronous: bool = True
 
 
@@ -507,6 +511,10 @@ class EvalConfig:
   batch_size: int = 0  # 0: the training batch.
   split: str = 'validation'
   decode: bool = False  # Greedy decoding beside rank classification.
+  # Rank by the mean log-probability of an answer's tokens, not by their sum.
+  length_normalized: bool = False
+  # Answers drop no token; false: as `model.moe.eval_capacity` has it.
+  dropless: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -573,6 +581,8 @@ class Config:
   # 'params'; 'upcycle': dense into sparse; 'architecture': only its model and
   # vocabulary, untrained.
   init_take: str = 'params'
+  # The optimizer's slots of `init`: 'reset', or 'keep' to go on with them.
+  init_slots: str = 'reset'
   # What else is made of what: pattern of a path -> path there ('' is: new).
   init_rules: Mapping[str, str] = dataclasses.field(default_factory=dict)
   microbatches: int = 1  # Gradient accumulation; changes no number.
@@ -585,3 +595,7 @@ class Config:
   checkpoint: CheckpointConfig = CheckpointConfig()
   evaluate: EvalConfig = EvalConfig()
   log: LogConfig = LogConfig()
+
+  def __post_init__(self):
+    if self.init_slots not in ('reset', 'keep'):
+      raise unknown('init_slots', self.init_slots, ('reset', 'keep'))

@@ -22,6 +22,8 @@ LINES = (
     'infer.methods',
     'infer.beams',
     'infer.decoding',
+    'infer.batching',
+    'train.roles',
     'train.loss',
     'train.optimizer',
     'train.step',
@@ -29,9 +31,17 @@ LINES = (
   ),
   ('data',),
   ('train.checkpoint', 'train.report', 'interop'),
-  ('infer.load', 'infer.generate', 'infer.stream', 'infer.evaluate'),
+  (
+    'infer.load',
+    'infer.generate',
+    'infer.stream',
+    'infer.questions',
+    'infer.evaluator',
+    'infer.submission',
+    'infer.evaluate',
+  ),
   ('train.loop',),
-  ('analysis', 'surgery', 'plan', 'train.compare', 'doctor'),
+  ('analysis', 'surgery', 'plan', 'train.compare', 'train.grid', 'doctor'),
   ('cli', 't5x_bridge', '__init__', '__main__'),  # Leaves.
 )
 LINE_OF = {room: i for i, line in enumerate(LINES) for room in line}

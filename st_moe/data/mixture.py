@@ -44,7 +44,7 @@ class Library:
     return self.registry.tasks(name)
 
   def sources(self) -> list[str]:
-    """Every source of the mixture, once, in the order of the config."""
+    """Every source that is trained on, once, in the order of the config."""
     if not self.config.mixture:
       raise ValueError(
         'data.mixture is empty; name what to train on, for example'
@@ -52,7 +52,10 @@ class Library:
       )
     return list(
       dict.fromkeys(
-        m for name in self.config.mixture for m in self.members(name)
+        member
+        for name in self.config.mixture
+        for member, share in self.members(name).items()
+        if share != 0
       )
     )
 
@@ -127,7 +130,7 @@ def rates(
   """
   total = dict.fromkeys(sizes, 0.0)
   for name, rate in config.mixture.items():
-    shares = library.members(name)
+    shares = {m: s for m, s in library.members(name).items() if s != 0}
     if rate == 'size':
       for member in shares:
         size = min(sizes[member], config.size_cap or sizes[member])

@@ -34,6 +34,8 @@ from st_moe.data import (
   tiny_world,
 )
 from st_moe.data import vocabulary as vocabulary_lib
+from st_moe.data.metrics import majority_baseline
+from st_moe.data.task import UNKNOWN
 from st_moe.data.vocabulary import Vocabulary
 
 Batch = dict[str, np.ndarray]
@@ -116,8 +118,11 @@ class EvalData:
     self.is_text = library.is_text(name)
     self._records = library.open(name, split)
     self.info = _summary(self._records)
-    self.labels = () if self.is_text else library.registry.labels(name)
-    self.metric_fns = () if self.is_text else library.registry.metric_fns(name)
+    if not self.is_text:
+      registry = library.registry
+      self.labels, self.begins = registry.labels(name), registry.begins(name)
+      self.metric_fns = registry.metric_fns(name)
+      self.comparable = registry.comparable(name)
     config = library.config
     self._convert = _Convert(config, library.vocabulary, self.is_text, 0)
 
@@ -158,13 +163,36 @@ class EvalData:
       raise ValueError(
         f'{self.name!r} is text: it has a loss, but nothing to answer.'
       )
-    made = []
-    for record in self._records:
-      row = json.loads(record)
-      text = row['targets_text']
-      row['label'] = self.labels.index(text) if text in self.labels else None
-      made.append(Example(**row))
-    return made
+    return [Example(**json.loads(record)) for record in self._records]
+
+  def choices(self, example: 'Example') -> Sequence[str]:
+    """The answers that rank classification chooses from; () if it does not."""
+    return example.fields.get('choices', self.labels)
+
+  def scores(
+    self, examples: 'Sequence[Example]', said: Sequence[str]
+  ) -> dict[str, float]:
+    """The metrics of what was said to some examples; {} if nobody knows."""
+    targets = self._targets(examples)
+    predictions = [
+      self.comparable(text, example=e.features, is_target=False)
+      for e, text in zip(examples, said, strict=True)
+    ]
+    fns = self.metric_fns if targets else ()
+    return {k: v for fn in fns for k, v in fn(targets, predictions).items()}
+
+  def majority(self, examples: 'Sequence[Example]') -> dict[str, float]:
+    """The metrics of the answer that is right most often; {} as above."""
+    targets = self._targets(examples)
+    return majority_baseline(targets, self.metric_fns) if targets else {}
+
+  def _targets(self, examples) -> list:
+    if any(e.targets_text == UNKNOWN for e in examples):
+      return []
+    return [
+      self.comparable(e.targets_text, example=e.features, is_target=True)
+      for e in examples
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,10 +201,19 @@ class Example:
 
   inputs: list[int]
   targets: list[int]
+  inputs_text: str
   targets_text: str
   idx: Any
   fields: dict[str, Any]  # Whatever else the task has, for its metrics.
-  label: int | None  # Place of the answer in `labels`.
+
+  @property
+  def features(self) -> dict[str, Any]:
+    """As a postprocessor of SeqIO sees it."""
+    texts = {
+      'inputs_pretokenized': self.inputs_text,
+      'targets_pretokenized': self.targets_text,
+    }
+    return {**self.fields, **texts, 'idx': self.idx}
 
 
 def source_names(config: DataConfig, vocabulary: Vocabulary) -> list[str]:
@@ -207,6 +244,9 @@ def check(config: DataConfig, splits: Sequence[str] = ('train',)) -> None:
     library.check_splits(name, splits)
     if library.is_text(name):
       mixture.raw_tokens(config)
+    else:
+      for split in splits:
+        library.registry.check_files(name, split)
 
 
 def prepare(

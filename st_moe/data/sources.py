@@ -96,6 +96,23 @@ def read_jsonl(path: epath.PathLike) -> Iterator[tuple[int, dict]]:
     yield number, _parse(path, number, line)
 
 
+def read_text(path: epath.PathLike) -> str:
+  """A whole file.
+
+  Raises:
+    ValueError: it is missing or not UTF-8; names it.
+  """
+  try:
+    return epath.Path(path).read_bytes().decode('utf-8-sig')
+  except FileNotFoundError:
+    raise ValueError(f'{path}: no such file.') from None
+  except UnicodeDecodeError as e:
+    line = e.object.count(b'\n', 0, e.start) + 1
+    raise ValueError(
+      f'{path}, line {line} is not UTF-8 ({e.reason}).'
+    ) from None
+
+
 def embedded_corpus(split: str) -> Iterator[str]:
   """The Python reference manual, which every CPython carries in `pydoc`."""
   if split not in ('train', 'validation'):

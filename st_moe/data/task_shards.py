@@ -3,8 +3,8 @@
 The only door to SeqIO and TensorFlow. Both take seconds to import, so they wait
 until somebody asks for a task.
 
-A record is {'inputs': ids, 'targets': ids, 'targets_text': str, 'idx': any,
-'fields': whatever else the task hands to its metrics}.
+A record is {'inputs': ids, 'targets': ids, 'inputs_text': str, 'targets_text':
+str, 'idx': any, 'fields': whatever else the task hands to its metrics}.
 """
 
 import collections
@@ -17,7 +17,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from etils import epath
 
@@ -49,7 +49,7 @@ class Registry:
     # From here on our tasks are registered with this vocabulary.
     ours.register(vocabulary.to_seqio(), data_dir)
     self._vocabulary, self._data_dir = vocabulary, data_dir
-    self._labels = ours.LABELS
+    self._ours = ours
 
   def names(self) -> list[str]:
     return registered()
@@ -57,7 +57,8 @@ class Registry:
   def tasks(self, name: str) -> dict[str, float | None]:
     """Tasks behind a name, with their rates if it is a mixture (else 1).
 
-    None where the rate is made of a count that nobody knows yet.
+    None where the rate is made of a count that nobody knows yet; 0 where a task
+    is only evaluated.
     """
     import seqio
 
@@ -65,8 +66,7 @@ class Registry:
     if isinstance(found, seqio.Task):
       return {name: 1.0}
     try:
-      rates = {task.name: found.get_rate(task) for task in found.tasks}
-      return {name: rate for name, rate in rates.items() if rate}
+      return {task.name: found.get_rate(task) for task in found.tasks}
     except TypeError:  # SeqIO computes with `num_input_examples` of None.
       return {task.name: None for task in found.tasks}
 
@@ -75,15 +75,34 @@ class Registry:
 
     return list(seqio.TaskRegistry.get(name).splits)
 
+  def check_files(self, name: str, split: str) -> None:
+    """Raises where a file of ours is missing; others' tell when they read."""
+    task = self._ours.text_task(name)
+    if task and task.files:
+      task.file(split, self._data_dir)
+
   def labels(self, name: str) -> tuple[str, ...]:
-    """The answers that rank classification chooses from; () if it does not."""
-    return tuple(self._labels.get(name, ()))
+    """All answers that a task knows; () if they are not always the same."""
+    task = self._ours.text_task(name)
+    return task.labels if task else ()
+
+  def begins(self, name: str) -> list[int]:
+    """The ids that every answer begins with."""
+    marked = name.endswith(self._ours.SENTINEL)
+    return [self._vocabulary.sentinel(0)] if marked else []
 
   def metric_fns(self, name: str) -> tuple:
-    """Functions (targets, predictions) -> {metric: value}, both texts."""
+    """Functions (targets, predictions) -> {metric: value}, both compared as
+    `comparable` makes them."""
     import seqio
 
-    return tuple(seqio.TaskRegistry.get(name).metric_fns)
+    return tuple(seqio.TaskRegistry.get(name).predict_metric_fns)
+
+  def comparable(self, name: str) -> Callable:
+    """(text, example=, is_target=) -> what the metrics of the task compare."""
+    import seqio
+
+    return seqio.TaskRegistry.get(name).postprocess_fn
 
   def write(
     self,
@@ -110,7 +129,7 @@ class Registry:
     recipe = {
       'name': name,
       'split': split,
-      'files': self._stamps(name, source_files),
+      'files': self._stamps(name, split, source_files),
       'code': _code(task),
       'lengths': lengths,
       'vocabulary': self._vocabulary.fingerprint,
@@ -142,11 +161,12 @@ class Registry:
       }
     )
 
-  def _stamps(self, name: str, source_files) -> list:
+  def _stamps(self, name: str, split: str, source_files) -> list:
     """What is known of the files behind a task."""
     paths = [path for path in source_files if '/' in path]
-    if self._data_dir and name in self._labels:
-      paths += map(str, epath.Path(self._data_dir).expanduser().glob('*/*'))
+    task = self._ours.text_task(name)
+    if task and task.files:
+      paths.append(str(task.file(split, self._data_dir)))
     return [
       files.stamp(path) for path in sorted(paths) if epath.Path(path).exists()
     ]
@@ -181,8 +201,10 @@ class Registry:
       counts['tokens'] += sum(map(len, ids.values()))
       record = {
         **ids,
+        # What nobody reads in training need not be parsed there.
+        'inputs_text': '' if split == 'train' else texts['inputs'] or '',
         'targets_text': texts['targets'],
-        'idx': row.pop('idx', part + i * parts),
+        'idx': _index(row, part + i * parts),
         'fields': row,
       }
       yield json.dumps(record).encode()
@@ -230,6 +252,12 @@ def _code(task) -> str:
     except (OSError, TypeError):  # A notebook cell has no file.
       pass
   return digest.hexdigest()
+
+
+def _index(row: dict, number: int):
+  """Its number, or what T5 spreads over 'idx/passage' and so on, as a dict."""
+  parts = {k.partition('/')[2]: v for k, v in row.items() if k[:4] == 'idx/'}
+  return parts or row.pop('idx', row.get('id', number))
 
 
 def _plain(value):

@@ -6,12 +6,22 @@ or other files. Either way nothing is read before a task is used.
 """
 
 import functools
-from collections.abc import Sequence
 
 import seqio
 import tensorflow as tf
 
-from st_moe.data import metrics, superglue, tiny_world
+from st_moe.data import (
+  anli,
+  arc,
+  closed_book,
+  glue,
+  squad,
+  summarization,
+  superglue,
+  tiny_world,
+  winogrande,
+)
+from st_moe.data.task import TextTask
 
 # TensorFlow only feeds: left alone it takes all memory of the accelerators.
 try:
@@ -22,88 +32,102 @@ except RuntimeError:  # Somebody used TensorFlow before us and settled it.
 
 T5_VOCABULARY = 'gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model'
 
-_CB_F1 = metrics.mean_multiclass_f1(superglue.FORMATS['cb'].labels)
-
-# Task -> its format and its metrics.
-TASKS = {
-  'tiny_boolq': ('boolq', (metrics.accuracy,)),
-  'tiny_cb': ('cb', (_CB_F1, metrics.accuracy)),
-  'tiny_copa': ('copa', (metrics.accuracy,)),
+TASKS: dict[str, TextTask] = {
+  **{f'tiny_{name}': task for name, task in tiny_world.TASKS.items()},
+  **{f'super_glue_{name}': task for name, task in superglue.TASKS.items()},
+  **anli.TASKS,
+  **arc.TASKS,
+  **winogrande.TASKS,
+  **squad.TASKS,
+  **closed_book.TASKS,
+  **summarization.TASKS,
+  **glue.TASKS,
 }
 
-# Task -> every answer it knows: what rank classification chooses from.
-LABELS = {
-  name: superglue.FORMATS[format].labels for name, (format, _) in TASKS.items()
+# Tasks that exist with a sentinel after the input and before the target too
+# (arXiv:2202.08906, section 4.5), under SeqIO's name.
+SENTINEL = '_1_sentinel'
+WITH_SENTINEL = tuple(f'super_glue_{name}' for name in superglue.TASKS)
+
+# Name -> rates. Those of T5 are sizes of training sets; `size` as the rate of a
+# whole mixture in a config counts anew, with a cap (arXiv:2202.08906, 6.1).
+MIXTURES = {
+  # COPA is the last of the three to be learnt.
+  'tiny_glue': {'tiny_boolq': 1.0, 'tiny_cb': 1.0, 'tiny_copa': 2.0},
+  'super_glue': {f'super_glue_{k}': r for k, r in superglue.RATES.items()},
+  'super_glue_sentinel': {
+    f'super_glue_{k}{SENTINEL}': r for k, r in superglue.RATES.items()
+  },
+  'glue': {f'glue_{k}': r for k, r in glue.RATES.items()},
 }
 
-# Name -> rates. COPA is the last of the three to be learnt.
-MIXTURES = {'tiny_glue': {'tiny_boolq': 1.0, 'tiny_cb': 1.0, 'tiny_copa': 2.0}}
+
+def text_task(name: str) -> TextTask | None:
+  """The task of a name, with a sentinel or without; None: not one of ours."""
+  return TASKS.get(name.removesuffix(SENTINEL))
 
 
 def register(vocabulary: seqio.Vocabulary, data_dir: str = '') -> None:
   """Registers all tasks with `vocabulary`, in place of any before.
 
-  `data_dir` holds files as `tiny_world.write` lays them; '' generates the same
-  rows in memory.
+  `data_dir` holds their files; '' is $ST_MOE_DATA.
   """
-  features = {
-    name: seqio.Feature(vocabulary=vocabulary, add_eos=True)
-    for name in ('inputs', 'targets')
-  }
-  for name, (format, metric_fns) in TASKS.items():
+  for name, task in TASKS.items():
     seqio.TaskRegistry.remove(name)
-    seqio.TaskRegistry.add(
-      name,
-      source=seqio.FunctionDataSource(
-        functools.partial(_dataset, format=format, data_dir=data_dir),
-        splits=('train', 'validation'),
-        # Of files it is not known before they are read.
-        num_input_examples=None if data_dir else tiny_world.SIZES,
-      ),
-      preprocessors=[
-        seqio.preprocessors.tokenize,
-        seqio.preprocessors.append_eos_after_trim,
-      ],
-      output_features=features,
-      metric_fns=list(metric_fns),
-    )
+    _add(name, task, vocabulary, data_dir)
+  for name in WITH_SENTINEL:
+    seqio.TaskRegistry.remove(name + SENTINEL)
+    seqio.experimental.add_task_with_sentinels(name, num_sentinels=1)
   for name, rates in MIXTURES.items():
     seqio.MixtureRegistry.remove(name)
     seqio.MixtureRegistry.add(name, list(rates.items()))
 
 
-def _dataset(
+def _add(name, task, vocabulary, data_dir):
+  seqio.TaskRegistry.add(
+    name,
+    source=seqio.FunctionDataSource(
+      functools.partial(dataset, task=task, data_dir=data_dir),
+      splits=task.splits,
+      # Of files it is not known before they are read.
+      num_input_examples=task.sizes,
+    ),
+    preprocessors=[
+      seqio.preprocessors.tokenize,
+      seqio.preprocessors.append_eos_after_trim,
+    ],
+    output_features={
+      key: seqio.Feature(vocabulary=vocabulary, add_eos=True)
+      for key in ('inputs', 'targets')
+    },
+    postprocess_fn=task.comparable(),
+    metric_fns=list(task.metrics),
+  )
+
+
+def dataset(
   split: str,
   shuffle_files: bool = False,
   seed: int | None = None,
   *,
-  format: str,
+  task: TextTask,
   data_dir: str,
 ) -> tf.data.Dataset:
   """The examples of a split, always in one order: there is one file."""
   del shuffle_files, seed
   # Read here and not in the generator, where TensorFlow would bury the error.
-  if data_dir:
-    text_format = superglue.FORMATS[format]
-    path = superglue.file_of(text_format, split, data_dir)
-    examples = list(superglue.read_examples(text_format, path))
-  else:
-    examples = _generated(format, split)
+  examples = task.load(split, data_dir)
   return tf.data.Dataset.from_generator(
     lambda: iter(examples),
-    output_signature={
-      'inputs': tf.TensorSpec((), tf.string),
-      'targets': tf.TensorSpec((), tf.string),
-      'idx': tf.TensorSpec((), tf.int32),
-    },
+    output_signature={k: _spec(v) for k, v in examples[0].items()},
   )
 
 
-@functools.cache
-def _generated(format: str, split: str) -> Sequence[dict]:
-  text_format = superglue.FORMATS[format]
-  rows = tiny_world.generate(format, split)
-  return [superglue.to_text(text_format, row) for row in rows]
+def _spec(value) -> tf.TensorSpec:
+  """A list is one of texts."""
+  if isinstance(value, list):
+    return tf.TensorSpec((None,), tf.string)
+  return tf.TensorSpec((), tf.int32 if isinstance(value, int) else tf.string)
 
 
 register(seqio.SentencePieceVocabulary(T5_VOCABULARY))

@@ -24,6 +24,7 @@ said (of a person and a place or mood, of an adjective and a thing) belongs to
 one split by the hash of its words, whatever the seed.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -114,18 +115,18 @@ def write(directory: epath.PathLike, *, seed: int = 0) -> None:
   """Writes all splits as official files: `<directory>/CB/val.jsonl`, ..."""
   for task in _GROUPS:
     for split in SIZES:
-      path = superglue.file_of(superglue.FORMATS[task], split, directory)
+      name = superglue.TASKS[task].files[split][0].partition('/')[2]
       rows = generate(task, split, seed=seed)
       lines = ''.join(json.dumps(row) + '\n' for row in rows)
-      files.write_whole(path, lines.encode())
+      files.write_whole(epath.Path(directory) / name, lines.encode())
 
 
 def text(seed: int = 0) -> Iterator[str]:
   """All training examples as a model reads them, for training a vocabulary."""
   for task in _GROUPS:
     for row in generate(task, 'train', seed=seed):
-      example = superglue.to_text(superglue.FORMATS[task], row)
-      yield f'{example["inputs"]} {example["targets"]}'
+      for example in superglue.TASKS[task].examples(row, 'train'):
+        yield f'{example["inputs"]} {example["targets"]}'
 
 
 def split_of(*words: str) -> str:
@@ -235,3 +236,14 @@ def _copa(rng: random.Random, split: str) -> list[dict]:
 
 
 _GROUPS = {'boolq': _boolq, 'cb': _cb, 'copa': _copa}
+
+# The tasks of the same names, of rows that are made on the spot.
+TASKS = {
+  name: dataclasses.replace(
+    superglue.TASKS[name],
+    files={},
+    generate=functools.partial(generate, name),
+    sizes=SIZES,
+  )
+  for name in _GROUPS
+}

@@ -264,18 +264,19 @@ def _teacher_forced(model, params, encoded, prompts, targets, override=None):
   return jnp.where(targets > 0, _logprob(logits, targets), 0)
 
 
-def score(model, params, encoder_input_tokens, answers) -> jax.Array:
+def score(model, params, prompts, answers) -> jax.Array:
   """Log-probability of every answer to every prompt, float32 [b, answers].
 
   Args:
-    encoder_input_tokens: int32 [b, length], encoded once.
-    answers: int32 [answers, length], each ending in its EOS, then 0.
+    prompts: int32 [b, length], encoded once.
+    answers: int32 [b, answers, t] or, of all prompts alike, [answers, t]; each
+      ends in its EOS, then 0. One that is all 0 scores 0.
   """
-  prompts = encoder_input_tokens
+  if answers.ndim == 2:
+    answers = jnp.broadcast_to(answers, (len(prompts), *answers.shape))
+  b, r, t = answers.shape
   encoded = encode(model, params, prompts)
-
-  def one(answer):
-    targets = jnp.broadcast_to(answer, (prompts.shape[0], answer.size))
-    return _teacher_forced(model, params, encoded, prompts, targets).sum(-1)
-
-  return jax.lax.map(one, answers).T
+  # The answers to a prompt are rows that share its keys and values.
+  rows = answers.reshape(b * r, t)
+  found = _teacher_forced(model, params, encoded, prompts, rows)
+  return found.sum(-1).reshape(b, r)

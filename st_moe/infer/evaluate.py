@@ -1,125 +1,19 @@
-"""How good a model is: teacher-forced loss, rank classification, decoding."""
+"""`st-moe evaluate`: the scores of checkpoints, and what they answered."""
 
-import functools
 import json
 
-import jax
 import numpy as np
 from etils import epath
 
-from st_moe import config_file, sharding
+from st_moe import config_file
 from st_moe.config import Config
-from st_moe.data import pipeline
-from st_moe.data.metrics import majority_baseline
-from st_moe.infer import decoding
+from st_moe.data import files, pipeline
+from st_moe.data import mixture as mixtures
+from st_moe.infer import submission as submissions
+from st_moe.infer.evaluator import Evaluator, flat
 from st_moe.infer.load import load, no_vocabulary
-from st_moe.train import step
-
-
-class Evaluator:
-  """Measures parameters on evaluation data; compiled once per shape.
-
-  Teacher-forced loss uses `moe.eval_capacity`, as the paper does. Whatever
-  answers a question (ranking, decoding) drops nothing, so that an answer
-  depends on its own prompt alone.
-  """
-
-  def __init__(self, model, config: Config, vocabulary, mesh):
-    self._config, self._vocabulary, self._mesh = config, vocabulary, mesh
-    open_model = model.clone(config=model.config.dropless())
-    self._terms = jax.jit(
-      lambda params, batch: step.forward(
-        model, config, params, batch, rng=None
-      )[0]
-    )
-    self._score = jax.jit(functools.partial(decoding.score, open_model))
-    self._greedy = jax.jit(
-      functools.partial(
-        decoding.greedy, open_model, max_length=config.data.targets_length
-      )
-    )
-
-  def __call__(self, params, sources) -> dict[str, float]:
-    """Metrics 'eval/SOURCE/NAME' of every source (`pipeline.EvalData`)."""
-    found = {}
-    for source in sources:
-      metrics, _ = self.measure(params, source)
-      found |= {f'eval/{source.name}/{k}': v for k, v in metrics.items()}
-    return found
-
-  def measure(self, params, source) -> tuple[dict, list[dict]]:
-    """Metrics of one source and, of a task, what was predicted."""
-    asked = self._config.evaluate
-    answers, ways = self._answers(source.labels), self._ways(source)
-    terms, ranked, decoded = [], [], []
-    size = asked.batch_size or self._config.data.batch_size
-    for n, batch in enumerate(source.batches(size)):
-      if asked.batches and n == asked.batches:
-        break
-      valid = batch.pop('valid')
-      batch.pop('source')
-      batch = jax.device_put(batch, sharding.batch_sharding(self._mesh))
-      terms.append(jax.device_get(self._terms(params, batch)))
-      prompts = batch['encoder_input_tokens']
-      if 'rank' in ways:
-        scores = np.asarray(self._score(params, prompts, answers))[valid]
-        best = scores[:, : len(source.labels)].argmax(-1)
-        ranked += [source.labels[i] for i in best]
-      if 'decoding' in ways:
-        ids = np.asarray(self._greedy(params, prompts))[valid]
-        decoded += [self._vocabulary.decode(row) for row in ids]
-    loss = [t['cross_entropy'] for t in terms]
-    total, weight = np.sum(loss, axis=0, dtype=float)
-    found, rows = {'loss': total / max(weight, 1)}, []
-    for by, texts in (('rank', ranked), ('decoding', decoded)):
-      if texts:
-        found |= _metrics(source, by, texts)
-        rows += [
-          {'idx': e.idx, 'by': by, 'target': e.targets_text, 'prediction': p}
-          for e, p in zip(source.examples, texts, strict=False)
-        ]
-    return found, rows
-
-  def names(self, source) -> list[str]:
-    """The metrics that `__call__` finds in a source, before there are any."""
-    found = ['loss']
-    for by in self._ways(source):
-      found += _metrics(source, by, [source.examples[0].targets_text])
-    return [f'eval/{source.name}/{name}' for name in found]
-
-  def _ways(self, source) -> list[str]:
-    """How a task is answered: 'rank', 'decoding' or both."""
-    if source.is_text:
-      return []
-    ranks = bool(source.labels)
-    decodes = self._config.evaluate.decode or not ranks
-    return ['rank'] * ranks + ['decoding'] * decodes
-
-  def _answers(self, labels) -> np.ndarray | None:
-    """The label texts as ids [labels, length], padded with rows of zeros.
-
-    Padded to multiples, so that tasks share one compiled function.
-    """
-    if not labels:
-      return None
-    ids = [[*self._vocabulary.encode(t), self._vocabulary.eos] for t in labels]
-    longest = max(map(len, ids))
-    answers = np.zeros((-(-len(ids) // 4) * 4, -(-longest // 8) * 8), np.int32)
-    for row, each in zip(answers, ids, strict=False):
-      row[: len(each)] = each
-    return answers
-
-
-def _metrics(source, by: str, texts) -> dict[str, float]:
-  """Metrics of the answers to the first examples, and of the best constant."""
-  targets = [e.targets_text for e in source.examples[: len(texts)]]
-  way = 'decoded_' if by == 'decoding' else ''
-  found = {}
-  for metric in source.metric_fns:
-    found |= {f'{way}{k}': v for k, v in metric(targets, texts).items()}
-  baseline = majority_baseline(targets, source.metric_fns).items()
-  found |= {f'majority_{k}': v for k, v in baseline}
-  return found | {'examples': len(texts)}
+from st_moe.train import checkpoint
+from st_moe.train.report import best_steps
 
 
 def evaluate(
@@ -129,51 +23,135 @@ def evaluate(
   output: str = '',
   vocabulary: str = '',
   overrides: dict | None = None,
+  every_step: bool = False,
+  submission: bool = False,
 ) -> dict[str, float]:
   """Scores the checkpoint at `path`; writes metrics.json and predictions.
 
   Args:
-    mixture: names of tasks or text sources; none: what it was trained on.
+    mixture: names of tasks, mixtures or text sources; none: what it was trained
+      on.
     output: a directory; '': 'evaluation' in the workdir.
     vocabulary: a SentencePiece model or 'bytes'; '': the checkpoint's.
     overrides: fields of its config to set, as on a command line.
+    every_step: score all checkpoints of a workdir; tells which is best at what.
+    submission: also write the zip that the leaderboard of SuperGLUE takes.
+
+  Returns:
+    The metrics; of `every_step`, those of the newest.
   """
-  loaded = load(path, vocabulary=vocabulary)
+  steps = checkpoint.all_steps(path) if every_step else [path]
+  loaded = load(steps[0], vocabulary=vocabulary)
   if loaded.vocabulary is None:
     raise ValueError(no_vocabulary(loaded.path))
   values = config_file.to_dict(loaded.config)
-  for field, value in (overrides or {}).items():
+  # All examples, answered in both ways, unless somebody says otherwise.
+  whole = {'evaluate.decode': 'true', 'evaluate.batches': '0'}
+  for field, value in {**whole, **(overrides or {})}.items():
     values = config_file.set_field(values, field, value)
   config = config_file.from_dict(values)
+  sources = _sources(config, loaded.vocabulary, mixture)
   model = loaded.model.clone(config=config.model)
-  mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  names = mixture or pipeline.source_names(config.data, loaded.vocabulary)
-  checkpoint = epath.Path(loaded.path)
-  beside = checkpoint.parent
-  if beside.name == 'checkpoints':
-    beside = beside.parent
-  to = epath.Path(output or beside / 'evaluation').expanduser()
-  to.mkdir(parents=True, exist_ok=True)
-  capacity = config.model.moe.eval_capacity
-  print(
-    f'{loaded.path}, teacher-forced with'
-    f' {"no limit" if capacity.dropless else f"capacity {capacity.factor}"},'
-    ' answers with no limit'
-  )
-  found = {}
-  with sharding.use(mesh):
-    measure = Evaluator(model, config, loaded.vocabulary, mesh).measure
-    for name in names:
-      source = pipeline.open_eval(
-        config.data, loaded.vocabulary, name, config.evaluate.split
-      )
-      metrics, rows = measure(loaded.params, source)
-      found |= {f'eval/{name}/{k}': v for k, v in metrics.items()}
-      print(name, '  '.join(f'{k} {v:.4g}' for k, v in metrics.items()))
-      if rows:
-        lines = ''.join(f'{json.dumps(row)}\n' for row in rows)
-        (to / f'predictions-{name}.jsonl').write_text(lines)
-  about = {'checkpoint': loaded.path, 'step': loaded.step, 'metrics': found}
-  (to / 'metrics.json').write_text(json.dumps(about, indent=2))
+  evaluator = Evaluator(model, config, loaded.vocabulary, loaded.mesh)
+  to = epath.Path(output or _beside(loaded.path) / 'evaluation').expanduser()
+  _announce(config, sources)
+  by_step = {}
+  for each in steps:
+    loaded = load(each, vocabulary=vocabulary) if by_step else loaded
+    measured = _measure(evaluator, loaded, sources)
+    found = flat(measured)
+    by_step[loaded.step] = found
+    folder = to / f'{loaded.step}' if every_step else to
+    _write(folder, loaded, found, measured)
+    _show(loaded, found)
+    if submission:
+      print(f'wrote {submissions.write(folder, measured)}')
+  if every_step:
+    best = best_steps(by_step)
+    files.write_whole(to / 'best.json', json.dumps(best, indent=2).encode())
+    for name, (step, value) in best.items():
+      print(f'{name}: best {value:.4g} at step {step}')
   print(f'wrote {to}')
-  return found
+  return by_step[max(by_step)]
+
+
+def _sources(config: Config, vocab, names) -> list:
+  """Evaluation data by name; of a mixture that of all its tasks."""
+  library = mixtures.Library(config.data, vocab)
+  names = names or library.sources()
+  members = dict.fromkeys(m for name in names for m in library.members(name))
+  split = config.evaluate.split
+  return [pipeline.EvalData(library, name, split) for name in members]
+
+
+def _beside(path: str) -> epath.Path:
+  """The workdir of a checkpoint, or where it lies if it left that."""
+  folder = epath.Path(path).parent
+  return folder.parent if folder.name == 'checkpoints' else folder
+
+
+def _announce(config: Config, sources) -> None:
+  capacity = config.model.moe.eval_capacity
+  limit = 'no limit' if capacity.dropless else f'capacity {capacity.factor}'
+  answers = 'no limit' if config.evaluate.dropless else limit
+  print(f'Losses of text with {limit}, answers with {answers}.')
+  most = config.data.inputs_length
+  for source in sources:
+    if not source.is_text:
+      cut = np.mean([len(e.inputs) >= most for e in source.examples])
+      if cut:
+        print(
+          f'{source.name}: {cut:.1%} of inputs fill data.inputs_length={most};'
+          ' what is longer was cut.'
+        )
+
+
+def _measure(evaluator: Evaluator, loaded, sources) -> dict:
+  from rich import progress
+
+  total = sum(len(s.examples) for s in sources if not s.is_text)
+  columns = (
+    progress.TextColumn(f'step {loaded.step}'),
+    progress.BarColumn(),
+    progress.MofNCompleteColumn(),
+    progress.TimeRemainingColumn(),
+  )
+  with progress.Progress(*columns, transient=True) as bar:
+    task = bar.add_task('', total=total)
+    advance = lambda done: bar.advance(task, done)
+    return evaluator.measure(loaded.params, sources, progress=advance)
+
+
+def _write(folder: epath.Path, loaded, found: dict, measured: dict) -> None:
+  folder.mkdir(parents=True, exist_ok=True)
+  for name, (_, rows) in measured.items():
+    if rows:
+      lines = ''.join(f'{json.dumps(row)}\n' for row in rows)
+      files.write_whole(folder / f'predictions-{name}.jsonl', lines.encode())
+  about = {'checkpoint': loaded.path, 'step': loaded.step, 'metrics': found}
+  text = json.dumps(about, indent=2)
+  files.write_whole(folder / 'metrics.json', text.encode())
+
+
+def _show(loaded, found: dict) -> None:
+  """A line a metric: what it is, and what the most frequent answer gets."""
+  from rich.console import Console
+  from rich.table import Table
+
+  table = Table('source', 'metric', 'majority', 'ranked', 'decoded')
+  table.title = loaded.path
+  seen = set()
+  for name in found:
+    _, source, metric = name.split('/')
+    metric = metric.removeprefix('decoded_').removeprefix('majority_')
+    if (source, metric) in seen:
+      continue
+    seen.add((source, metric))
+    values = [
+      found.get(f'eval/{source}/{prefix}{metric}')
+      for prefix in ('majority_', '', 'decoded_')
+    ]
+    table.add_row(
+      source, metric, *('' if v is None else f'{v:.4g}' for v in values)
+    )
+  Console().print(table)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -13,13 +13,13 @@ from st_moe import sharding
 from st_moe.config import ModelConfig, unknown
 from st_moe.data.vocabulary import SENTINELS, Vocabulary
 from st_moe.infer import decoding
+from st_moe.infer.batching import bucket, padded
 from st_moe.infer.methods import Method
 from st_moe.model import layout
 from st_moe.model.transformer import Transformer
 from st_moe.routing import steering
 
 _SENTINEL = re.compile(r'<extra_id_(\d+)>')
-_SHORTEST = 16  # Tokens; shorter prompts are padded to as many.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,9 +201,9 @@ class Generator:
     wanted = [[*self.ids(text), eos] for text in targets]
 
     def run(batch, at):
-      length = _bucket(max(len(wanted[n]) for n in at))
-      padded = _padded([wanted[n] for n in at], length)
-      found = self._score(self._params, batch, padded, overrides)
+      length = bucket(max(len(wanted[n]) for n in at))
+      targets = padded([wanted[n] for n in at], length)
+      found = self._score(self._params, batch, targets, overrides)
       return jax.device_get(found)
 
     def each():
@@ -268,10 +268,10 @@ class Generator:
     ready, due = {}, 0
     for start in range(0, len(order), self.batch_size):
       numbers = order[start : start + self.batch_size]
-      length = min(_bucket(len(rows[numbers[-1]])), self.max_inputs)
-      size = min(_bucket(len(numbers), self._shards), self.batch_size)
+      length = min(bucket(len(rows[numbers[-1]])), self.max_inputs)
+      size = min(bucket(len(numbers), self._shards), self.batch_size)
       filled = numbers + numbers[:1] * (size - len(numbers))
-      batch = _padded([rows[n] for n in filled], length)
+      batch = padded([rows[n] for n in filled], length)
       with sharding.use(self._mesh):
         batch = jax.device_put(batch, sharding.batch_sharding(self._mesh))
         found = run(batch, filled)
@@ -349,19 +349,3 @@ class Generator:
 def _listed(numbers: list[int]) -> str:
   more = f' and {len(numbers) - 5} more' if len(numbers) > 5 else ''
   return ', '.join(map(str, numbers[:5])) + more
-
-
-def _bucket(n: int, least: int = _SHORTEST) -> int:
-  """The next power of two times `least`: few shapes are compiled."""
-  size = least
-  while size < n:
-    size *= 2
-  return size
-
-
-def _padded(rows: Iterable[list[int]], length: int) -> np.ndarray:
-  rows = list(rows)
-  out = np.zeros((len(rows), length), np.int32)
-  for to, row in zip(out, rows, strict=True):
-    to[: len(row)] = row
-  return out

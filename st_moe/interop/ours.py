@@ -1,14 +1,15 @@
 """Our own checkpoints, as a source and a target like the others."""
 
 import dataclasses
+import functools
 
 import jax
 
-from st_moe import config_file
+from st_moe import config_file, sharding
 from st_moe.config import Config
 from st_moe.model import layout
 from st_moe.model.transformer import Transformer
-from st_moe.train import checkpoint, step
+from st_moe.train import checkpoint, optimizer, step
 
 
 @dataclasses.dataclass
@@ -29,6 +30,36 @@ class Source:
     params = checkpoint.load_params(self.where, saved)
     turn = layout.roll if model.scan_layers else layout.unroll
     return jax.tree.map(_as_asked, turn(params, model), abstract)
+
+  def slots(self, config: Config, like):
+    """The optimizer's slots, as far as `like`, the slots of a run, has them.
+
+    Raises:
+      ValueError: this checkpoint has none, or others.
+    """
+    own = config_file.from_dict(checkpoint.read_run(self.where)['config'])
+    if own.optimizer.name != config.optimizer.name:
+      raise ValueError(
+        f'{self.where} has slots of {own.optimizer.name}, this config wants'
+        f" {config.optimizer.name}: set init_slots='reset'."
+      )
+    model = Transformer(own.model)
+    made = optimizer.make(own.optimizer, step.parameter_axes(model))
+    boxed = jax.eval_shape(
+      functools.partial(step.init_state, model, made), jax.random.key(0)
+    )
+    state = checkpoint.load_rest(self.where, sharding.unbox(boxed))
+    found = layout.by_path(state['opt_state'][0])
+
+    def take(path, leaf):
+      if path not in found or found[path].shape != leaf.shape:
+        raise ValueError(
+          f'{self.where} has no slot {path} of shape {list(leaf.shape)}: set'
+          " init_slots='reset'."
+        )
+      return _as_asked(found[path], leaf)
+
+    return layout.map_by_path(take, like)
 
 
 def _as_asked(array, abstract):

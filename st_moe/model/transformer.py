@@ -191,9 +191,10 @@ class Stack(nn.Module):
     )
     encoded_mask = None
     if encoded is not None:
-      # Decoding, every row is real, and several may share what is encoded.
+      # Several rows may share what is encoded; decoding, all of them are real.
       whole = encoded_ctx.valid[:, None, None]
-      encoded_mask = whole if decode else _sees(ctx, encoded_ctx)
+      shared = decode or len(x) != len(encoded)
+      encoded_mask = whole if shared else _sees(ctx, encoded_ctx)
     index, room = None, max_decode_length or x.shape[1]
     if decode:
       ready = self.has_variable('cache', 'cache_index')
@@ -341,7 +342,10 @@ class Transformer(nn.Module):
     step=None,
     override: RouteOverride | None = None,
   ) -> jax.Array:
-    """Logits float32 [batch, length, vocab] of the token after each input."""
+    """Logits float32 [batch, length, vocab] of the token after each input.
+
+    `encoded` [batch / r, ...] is shared by each r rows of the decoder.
+    """
     tokens = decoder_input_tokens
     # Inputs begin with a 0 that is no padding; targets say what is.
     valid = decoder_target_tokens > 0

@@ -10,9 +10,11 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import logging
+import math
 import platform
 import shutil
 from collections.abc import Callable
@@ -39,36 +41,34 @@ def versions() -> dict[str, str]:
 class Checkpoints:
   """The checkpoints of one run."""
 
-  def __init__(self, workdir, config: CheckpointConfig):
+  def __init__(self, workdir, config: CheckpointConfig, best=()):
+    """`best` names metrics; the best checkpoint of each stays. '-x': lowest."""
     # Orbax wants it absolute.
     self.directory = epath.Path(workdir).resolve() / 'checkpoints'
     self.directory.mkdir(parents=True, exist_ok=True)
-    self._config = config
     keep = [policies.LatestN(config.keep_last)]
     if config.keep_every:
       keep.append(policies.EveryNSteps(config.keep_every))
-    if config.keep_best:
-      keep.append(
-        policies.BestN(
-          get_metric_fn=self._score, n=1, keep_checkpoints_without_metrics=False
-        )
+    keep += [
+      policies.BestN(
+        get_metric_fn=functools.partial(_score, name),
+        n=1,
+        keep_checkpoints_without_metrics=False,
       )
+      for name in best
+    ]
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(keep),
         # Saves the scores too: a restart still knows the best.
-        best_fn=self._score if config.keep_best else None,
+        best_fn=functools.partial(_score, best[0]) if best else None,
         enable_async_checkpointing=config.asynchronous,
         cleanup_tmp_directories=True,
       ),
       item_names=('params', 'rest', 'run'),
     )
     self._unlisted: list[int] = []
-
-  def _score(self, metrics) -> float:
-    name = self._config.keep_best
-    return -metrics[name[1:]] if name.startswith('-') else metrics[name]
 
   def save(self, step: int, state, run: dict, metrics: dict | None = None):
     """Starts writing; training may go on (and donate `state`) at once.
@@ -147,6 +147,11 @@ class Checkpoints:
     number = len(list(aside.iterdir()))
     files.move_tree(self.directory / str(step), aside / f'{step}-{number}')
     self._manager.reload()
+
+
+def _score(name: str, metrics: dict) -> float:
+  sign = -1 if name.startswith('-') else 1
+  return sign * metrics.get(name.removeprefix('-'), -sign * math.inf)
 
 
 def _split(state) -> tuple[dict, dict]:
@@ -327,6 +332,20 @@ def find(path) -> epath.Path:
   )
 
 
+def all_steps(path) -> list[epath.Path]:
+  """Every intact checkpoint of a workdir, oldest first.
+
+  Raises:
+    ValueError: there is none.
+  """
+  directory = epath.Path(path).expanduser().resolve() / 'checkpoints'
+  found = [directory / f'{step}' for step in reversed(_steps(directory))]
+  found = [each for each in found if not damage(each)]
+  if not found:
+    raise ValueError(f'No checkpoint in {path}: give a workdir.')
+  return found
+
+
 def last_step(workdir) -> int:
   """The step of the newest intact checkpoint of a run; 0 before the first."""
   directory = epath.Path(workdir) / 'checkpoints'
@@ -350,6 +369,19 @@ def read_run(path) -> dict:
 def load_params(path, abstract) -> dict:
   """The parameters of the checkpoint at `path`, in the layout of `abstract`."""
   return _read(path, {'params': abstract})['params']
+
+
+def load_rest(path, abstract) -> dict:
+  """What the checkpoint at `path` has besides parameters, as in `abstract`.
+
+  Raises:
+    ValueError: it was made to start from, and has nothing else.
+  """
+  if not (find(path) / 'rest').exists():
+    raise ValueError(
+      f"{path} has parameters alone, no optimizer: set init_slots='reset'."
+    )
+  return _read(path, {'rest': _split(abstract)[1]})['rest']
 
 
 def _read(path, wanted: dict) -> dict:

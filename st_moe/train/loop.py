@@ -1,6 +1,7 @@
 """Training, top to bottom: `train(config, workdir)`."""
 
 import dataclasses
+import fnmatch
 import json
 import pathlib
 import subprocess
@@ -12,7 +13,7 @@ from etils import epath
 from st_moe import config_file, sharding
 from st_moe.config import Config, unknown
 from st_moe.data import files, pipeline, vocabulary
-from st_moe.infer.evaluate import Evaluator
+from st_moe.infer.evaluator import Evaluator
 from st_moe.interop import convert, links, rules
 from st_moe.model.transformer import Transformer
 from st_moe.train import checkpoint, loss, optimizer, step
@@ -87,14 +88,14 @@ def train(config: Config, workdir, *, config_path: str = '') -> dict:
     for name in data.sources
   ]
   evaluate = Evaluator(model, config, vocab, mesh)
-  _check_keep_best(config, [n for e in evaluations for n in evaluate.names(e)])
+  best = _best(config.checkpoint.keep_best, evaluate.names(evaluations))
 
   # --- Shapes, before any memory ---------------------------------------------
   with sharding.use(mesh):
     plan = step.plan_init(model, tx, mesh)
 
     # --- State: where this run was, else a checkpoint, else random ------------
-    checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint)
+    checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint, best)
     abstract = sharding.placed(plan.shapes, plan.shardings)
     found = checkpoints.restore(abstract, notify=print)
     if found:
@@ -102,6 +103,7 @@ def train(config: Config, workdir, *, config_path: str = '') -> dict:
     else:
       params, lines = _first_params(config, plan, abstract.params)
       state, run = plan.begin(params), {'tokens_seen': {}}
+      state = _with_slots(config, state)
       print(*lines, sep='\n', end='\n' if lines else '')
     start = int(state.step)
     seen = {name: run['tokens_seen'].get(name, 0) for name in data.sources}
@@ -141,7 +143,7 @@ def train(config: Config, workdir, *, config_path: str = '') -> dict:
           pending, measured = None, evaluate(state.params, evaluations)
           report.write(done, measured)
           report.note(_line(done, measured))
-          scores = _scores(measured, config)
+          scores = {n: float(measured[n]) for n in map(_unsigned, best)}
           clock.read()
         if last or _due(done, config.checkpoint.every):
           report.flush()
@@ -167,6 +169,19 @@ def _first_params(config: Config, plan, abstract):
   if not asked:
     return source.load(abstract), []
   return rules.initialize(random(), config.model, links.unrolled(source), asked)
+
+
+def _with_slots(config: Config, state):
+  """A first state, with the optimizer's slots of `init` if they are kept."""
+  if not config.init or config.init_slots == 'reset':
+    return state
+  source = convert.open_source(config.init)
+  if not hasattr(source, 'slots'):
+    raise ValueError(
+      f"{config.init} has no slots of an optimizer: set init_slots='reset'."
+    )
+  slots, *schedule = state.opt_state
+  return state.replace(opt_state=(source.slots(config, slots), *schedule))
 
 
 def find_vocabulary(config: Config, workdir) -> vocabulary.Vocabulary | None:
@@ -317,15 +332,21 @@ def _look(pending, config, report, clock, force=False) -> dict:
   return row
 
 
-def _scores(measured: dict, config: Config) -> dict | None:
-  name = config.checkpoint.keep_best.removeprefix('-')
-  return {name: float(measured[name])} if name and measured else None
+def _best(patterns: str, known: list[str]) -> list[str]:
+  """The metrics whose best checkpoints are kept, a '-' before the lowest."""
+  found = []
+  for pattern in filter(None, patterns.split(',')):
+    sign = '-' * pattern.startswith('-')
+    names = fnmatch.filter(known, _unsigned(pattern))
+    if not names:
+      wanted = _unsigned(pattern)
+      raise unknown('metric in checkpoint.keep_best', wanted, known)
+    found += [sign + name for name in names]
+  return found
 
 
-def _check_keep_best(config: Config, known: list[str]):
-  name = config.checkpoint.keep_best.removeprefix('-')
-  if name and name not in known:
-    raise unknown('metric in checkpoint.keep_best', name, known)
+def _unsigned(name: str) -> str:
+  return name.removeprefix('-')
 
 
 def _line(step: int, measured: dict) -> str:

@@ -10,6 +10,7 @@ import optax
 
 from st_moe import schedules
 from st_moe.config import OptimizerConfig
+from st_moe.train import roles
 
 # Never averaged over: each expert and each layer is a parameter of its own.
 _SEPARATE = ('expert', 'layers')
@@ -18,15 +19,24 @@ _WHOLE = ('unmodeled', 'relpos_buckets')
 
 
 def make(config: OptimizerConfig, axes) -> optax.GradientTransformation:
-  """The optimizer of `config`; `axes` holds every parameter's logical axes."""
-  schedule = schedules.learning_rate(config)
-  if config.name == 'adafactor':
-    return adafactor(config, schedule, axes)
-  if config.name == 'adamw':
-    return optax.adamw(
-      schedule, config.b1, config.b2, weight_decay=config.weight_decay
-    )
-  raise ValueError(f'Optimizer {config.name!r} is none of adafactor, adamw.')
+  """The optimizer of what `config` trains; `axes` of every parameter.
+
+  The first part of its state are the slots: what may be kept when training goes
+  on with another schedule.
+  """
+  if config.name not in _SLOTS:
+    raise ValueError(f'Optimizer {config.name!r} is none of adafactor, adamw.')
+  axes, _ = roles.part(axes, config.train, lambda x: isinstance(x, tuple))
+  decay = optax.add_decayed_weights(config.weight_decay)
+  inner = optax.chain(
+    _SLOTS[config.name](config, axes),
+    *([decay] if config.weight_decay else []),
+    optax.scale_by_learning_rate(schedules.learning_rate(config)),
+  )
+  mine = lambda boxed: roles.part(boxed, config.train, _is_box)[0]
+  return optax.GradientTransformation(
+    lambda boxed: inner.init(mine(boxed)), inner.update
+  )
 
 
 @flax.struct.dataclass
@@ -59,8 +69,8 @@ def factors(names, shape, min_dim: int):
   return (rows, columns) if min(size(rows), size(columns)) >= min_dim else None
 
 
-def adafactor(
-  config: OptimizerConfig, schedule, axes
+def scale_by_adafactor(
+  config: OptimizerConfig, axes
 ) -> optax.GradientTransformation:
   """Adafactor (arXiv:1804.04235) without momentum, as T5X trains experts.
 
@@ -86,14 +96,12 @@ def adafactor(
       rows, columns = plan
       return Moments(row=zeros(columns), column=zeros(rows))
 
-    is_box = lambda x: isinstance(x, nn.Partitioned)
     return AdafactorState(
-      jnp.zeros((), jnp.int32), jax.tree.map(moments, boxed, is_leaf=is_box)
+      jnp.zeros((), jnp.int32), jax.tree.map(moments, boxed, is_leaf=_is_box)
     )
 
   def update(grads, state, params):
     decay = 1 - (state.count + 1.0) ** -config.decay_exponent
-    rate = schedule(state.count)
 
     def one(g, moments, p, names):
       g = g.astype(jnp.float32)
@@ -118,7 +126,7 @@ def adafactor(
         u = g * jax.lax.rsqrt(row / mean) * jax.lax.rsqrt(column)
       u /= jnp.maximum(1, rms(u) / config.clip_threshold)
       scale = jnp.maximum(rms(p), floor) if config.parameter_scale else 1
-      return -rate * scale * u, moments
+      return scale * u, moments
 
     leaves, treedef = jax.tree.flatten(grads)
     rest = (treedef.flatten_up_to(t) for t in (state.moments, params, axes))
@@ -127,3 +135,13 @@ def adafactor(
     return updates, AdafactorState(state.count + 1, moments)
 
   return optax.GradientTransformation(init, update)
+
+
+def _is_box(x) -> bool:
+  return isinstance(x, nn.Partitioned)
+
+
+_SLOTS = {
+  'adafactor': scale_by_adafactor,
+  'adamw': lambda config, axes: optax.scale_by_adam(config.b1, config.b2),
+}

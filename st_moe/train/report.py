@@ -267,3 +267,21 @@ class Clock:
     }
     self._since, self._tokens, self._steps = now, 0, 0
     return found
+
+
+def best_steps(by_step: dict[int, dict]) -> dict[str, tuple[int, float]]:
+  """Metric -> the step at which it was best, and how good.
+
+  The highest, of losses the lowest; the earliest of equals. What only counts
+  examples or is the same at every step is left out.
+  """
+  found = {}
+  for step, metrics in sorted(by_step.items()):
+    for name, value in metrics.items():
+      last = name.rpartition('/')[2]
+      if last.startswith('majority_') or last == 'examples':
+        continue
+      sign = -1 if last == 'loss' else 1
+      if name not in found or sign * value > sign * found[name][1]:
+        found[name] = step, value
+  return found

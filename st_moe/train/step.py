@@ -13,6 +13,7 @@ import optax
 from st_moe import schedules, sharding
 from st_moe.config import Config, ModelConfig
 from st_moe.train import loss as losses
+from st_moe.train import roles
 
 
 @flax.struct.dataclass
@@ -107,17 +108,21 @@ def forward(model, config: Config, params, batch, *, rng, step=None):
 
 
 def make_train_step(model, optimizer, config: Config):
-  """The step of `config`, ready to be jitted with its state donated."""
-  objective = functools.partial(_objective, model, config)
+  """The step of `config`, ready to be jitted with its state donated.
+
+  What `optimizer.train` does not name is frozen: it has no gradient.
+  """
   schedule = schedules.learning_rate(config.optimizer)
 
   def train_step(state: TrainState, batch: dict):
     rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    trained, frozen = roles.part(state.params, config.optimizer.train)
+    objective = functools.partial(_objective, model, config, frozen)
     grads, terms, by_stack = _gradients(
-      objective, state, batch, rng, config.microbatches
+      objective, trained, state.step, batch, rng, config.microbatches
     )
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+    params = roles.join(optax.apply_updates(trained, updates), frozen)
     norms = {
       'l2_grads': optax.tree.norm(grads),
       'l2_params': optax.tree.norm(state.params),
@@ -151,18 +156,19 @@ def _is_pair(x) -> bool:
   return isinstance(x, tuple)
 
 
-def _objective(model, config, params, batch, rng, step, weights=None):
+def _objective(model, config, frozen, trained, batch, rng, step, weights=None):
+  params = roles.join(trained, frozen)
   terms, by_stack = forward(model, config, params, batch, rng=rng, step=step)
   own = jax.tree.map(lambda t: t[1], terms, is_leaf=_is_pair)
   loss = losses.total(terms, own if weights is None else weights, config.loss)
   return loss, (terms, by_stack)
 
 
-def _gradients(objective, state, batch, rng, microbatches):
+def _gradients(objective, params, step, batch, rng, microbatches):
   """Gradients, terms and records of a whole batch."""
   grad = jax.grad(objective, has_aux=True)
   if microbatches == 1:
-    grads, found = grad(state.params, batch, rng, state.step)
+    grads, found = grad(params, batch, rng, step)
     return grads, *found
 
   def cut(a):
@@ -174,17 +180,17 @@ def _gradients(objective, state, batch, rng, microbatches):
   # Weights first: they depend on the tokens alone, so the compiler drops the
   # rest of this forward pass, and every microbatch divides by the same totals.
   def weigh(part):
-    _, (terms, _) = objective(state.params, *part, state.step)
+    _, (terms, _) = objective(params, *part, step)
     return jax.tree.map(lambda t: t[1], terms, is_leaf=_is_pair)
 
   weights = jax.tree.map(lambda w: w.sum(0), jax.lax.map(weigh, parts))
 
   def add(total, part):
-    grads, found = grad(state.params, *part, state.step, weights)
+    grads, found = grad(params, *part, step, weights)
     return jax.tree.map(jnp.add, total, (grads, *found)), None
 
   shapes = jax.eval_shape(
-    lambda p: grad(state.params, *p, state.step),
+    lambda p: grad(params, *p, step),
     jax.tree.map(lambda a: a[0], parts),
   )
   zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)

@@ -200,7 +200,7 @@ def test_statistics_carry_the_axes_they_lie_along():
       for part in ('full', 'row', 'column')
       if (box := getattr(moments, part)) is not None
     }
-    for name, moments in state.moments.items()
+    for name, moments in state[0].moments.items()
   }
   assert found['experts'] == {
     'row': ((2, 3, 4), ('layers', 'expert', 'embed')),
@@ -220,7 +220,7 @@ def test_statistics_carry_the_axes_they_lie_along():
     assert (split is None) == (found[name] == {'full': (shape, axes)})
   mesh = sharding.make_mesh(expert=2)
   specs = sharding.of_boxed(state, mesh)
-  assert tuple(specs.moments['experts'].row.spec) == (None, 'expert', 'fsdp')
+  assert tuple(specs[0].moments['experts'].row.spec) == (None, 'expert', 'fsdp')
 
 
 @pytest.mark.parametrize('name', ['mlp', 'norm1', 'small'])

@@ -1,0 +1,162 @@
+"""What a text-to-text task is made of; `tasks.py` registers those there are."""
+
+import dataclasses
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from st_moe.data.sources import read_jsonl
+
+Row = Mapping[str, Any]
+Example = dict[str, Any]
+
+UNKNOWN = '<unk>'  # T5's target where the answer is not told.
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTask:
+  """Rows of files as text in and text out, and how answers are scored.
+
+  An example has `inputs` and `targets`, and whatever scores need besides, under
+  T5's names (`idx`, `answers`, ...). `choices`: the answers it may be given, if
+  they are its own.
+  """
+
+  examples: Callable[[Row, str], Iterable[Example]]  # Of a row and its split.
+  metrics: tuple[Callable, ...] = ()  # (targets, predictions) -> {name: score}.
+  labels: tuple[str, ...] = ()  # All answers, where they are always the same.
+  # (text, example=, is_target=) -> what metrics compare; None: the number of
+  # the label, or the text where there are none.
+  postprocess: Callable | None = None
+  # Split -> file names under the data directory; the first there is read.
+  files: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+  read: Callable = read_jsonl  # A file -> (line number, row) of each.
+  generate: Callable[[str], list[Row]] | None = None  # In place of files.
+  sizes: Mapping[str, int] | None = None  # Rows by split, where it is known.
+
+  @property
+  def splits(self) -> tuple[str, ...]:
+    return tuple(self.files or self.sizes)
+
+  def file(self, split: str, data_dir: str) -> epath.Path:
+    """Where a split lies: `DIR/superglue/CB/val.jsonl` or `DIR/CB/val.jsonl`.
+
+    Args:
+      data_dir: '' is $ST_MOE_DATA.
+
+    Raises:
+      ValueError: none of its files is there; names them.
+    """
+    names = self.files[split]
+    root = data_dir or os.environ.get('ST_MOE_DATA', '')
+    if not root:
+      raise ValueError(
+        f'Where is {names[0]}? Set --data_dir (data.data_dir) or ST_MOE_DATA to'
+        ' the folder that holds it. `st-moe prepare superglue --data_dir=DIR`'
+        ' fetches the files of SuperGLUE.'
+      )
+    root = epath.Path(root).expanduser()
+    for name in names:
+      for path in (root / name, root / name.partition('/')[2]):
+        if path.exists():
+          if name != names[0]:
+            _tell_once(f'{path} stands in for {names[0]}, which is not there.')
+          return path
+    raise ValueError(f'{root} has none of {", ".join(names)}.')
+
+  def load(self, split: str, data_dir: str = '') -> list[Example]:
+    """All examples of a split.
+
+    Raises:
+      ValueError: a missing, empty or broken file, or a row that is wrong; names
+        file, line and field.
+    """
+    if self.generate:
+      return [
+        e for row in self.generate(split) for e in self.examples(row, split)
+      ]
+    path, found = self.file(split, data_dir), []
+    for line, row in self.read(path):
+      try:
+        found += self.examples(row, split)
+      except ValueError as error:
+        raise ValueError(f'{path}, line {line}: {error}') from None
+    if not found:
+      raise ValueError(f'{path}: no rows; a task needs at least one.')
+    return found
+
+  def comparable(self) -> Callable | None:
+    """What makes answers comparable, as SeqIO calls it; None: nothing need."""
+    if self.postprocess or not self.labels:
+      return self.postprocess
+    return functools.partial(class_number, labels=self.labels)
+
+
+@functools.cache
+def _tell_once(text: str) -> None:
+  logging.getLogger('st_moe').warning(text)
+
+
+def class_number(text: str, labels=(), **_) -> int:
+  """The number of a label, -1 for any other text."""
+  return labels.index(text) if text in labels else -1
+
+
+def take(row: Row, field: str, kind: type = str) -> Any:
+  """The value of a field of a row; `a/b` is b in a.
+
+  Raises:
+    ValueError: there is none, or it is of another kind.
+  """
+  value = row
+  for key in field.split('/'):
+    if not isinstance(value, Mapping) or key not in value:
+      raise ValueError(f'no field {field!r} in {short(row)}.')
+    value = value[key]
+  if kind is int and isinstance(value, str) and value.isdigit():
+    return int(value)
+  if not isinstance(value, kind) or kind is int and isinstance(value, bool):
+    what = {str: 'text', int: 'a whole number', list: 'a list'}[kind]
+    raise ValueError(f'{field!r} is {short(value)}; it must be {what}.')
+  return value
+
+
+def label_text(
+  row: Row, split: str, labels: Sequence[str], field: str = 'label'
+) -> str:
+  """The text of a label given as text, truth value or class number.
+
+  Only a row of the test split may have none.
+  """
+  if field not in row and split == 'test':
+    return UNKNOWN
+  if field not in row:
+    raise ValueError(
+      f'no field {field!r} in {short(row)}; only test files may lack it.'
+    )
+  label = row[field]
+  # True and False are text here: as numbers they would pass for COPA's.
+  if isinstance(label, str | bool) and str(label) in labels:
+    return str(label)
+  is_number = isinstance(label, int) and not isinstance(label, bool)
+  if is_number and 0 <= label < len(labels):
+    return labels[label]
+  raise ValueError(
+    f'{field} {short(label)} is none of {", ".join(map(repr, labels))} (or'
+    f' their numbers, 0 to {len(labels) - 1}).'
+  )
+
+
+def short(value: Any, most: int = 200) -> str:
+  """A value in an error message, which a whole passage would bury."""
+  shown = repr(dict(value) if isinstance(value, Mapping) else value)
+  return shown if len(shown) <= most else f'{shown[:most]}...'
+
+
+def numbered(rows: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+  """Rows of a file that is one JSON document, numbered from 1."""
+  return enumerate(rows, 1)

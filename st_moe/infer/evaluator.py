@@ -1,0 +1,228 @@
+"""How good a model is: teacher-forced loss, rank classification, decoding."""
+
+import functools
+
+import jax
+import numpy as np
+
+from st_moe import sharding
+from st_moe.config import Config
+from st_moe.data import superglue
+from st_moe.data.task import UNKNOWN
+from st_moe.infer.questions import Asker, Question
+from st_moe.train import step
+
+
+class Evaluator:
+  """Measures parameters on evaluation data; compiled once per shape.
+
+  Text has a teacher-forced loss, under `moe.eval_capacity` as in the paper. A
+  task is answered in two ways: `rank`, the likeliest of the answers there are,
+  and `decoding`, what the model says by itself. Nobody is dropped, so that an
+  answer depends on its own question alone, unless `evaluate.dropless` is false.
+  """
+
+  def __init__(self, model, config: Config, vocabulary, mesh):
+    self._config, self._vocabulary, self._mesh = config, vocabulary, mesh
+    self._terms = jax.jit(
+      lambda params, batch: step.forward(
+        model, config, params, batch, rng=None
+      )[0]
+    )
+    asked = config.evaluate
+    if asked.dropless:
+      model = model.clone(config=model.config.dropless())
+    self._asker = Asker(
+      model,
+      mesh,
+      batch_size=asked.batch_size or config.data.batch_size,
+      longest=config.data.inputs_length,
+      eos=vocabulary.eos,
+    )
+
+  def __call__(self, params, sources) -> dict[str, float]:
+    """Metrics 'eval/SOURCE/NAME' of every source (`pipeline.EvalData`)."""
+    return flat(self.measure(params, sources))
+
+  def measure(
+    self, params, sources, *, progress=lambda done: None
+  ) -> dict[str, tuple[dict, list[dict]]]:
+    """Source -> its metrics and, of a task, what was predicted.
+
+    Args:
+      progress: told how many more questions were answered, now and then.
+    """
+    found, tasks = {}, []
+    for source in sources:
+      if source.is_text:
+        found[source.name] = {'loss': self._text_loss(params, source)}, []
+      else:
+        tasks.append((source, *self._questions(source)))
+        found[source.name] = None  # Keeps the order.
+    questions = [q for _, _, asked in tasks for q in asked]
+    replies = iter(self._asker.ask(params, questions, progress=progress))
+    for source, examples, asked in tasks:
+      mine = [next(replies) for _ in asked]
+      found[source.name] = self._scored(source, examples, asked, mine)
+    return found
+
+  def _text_loss(self, params, source) -> float:
+    """Nats per target token."""
+    asked, terms = self._config.evaluate, []
+    size = asked.batch_size or self._config.data.batch_size
+    for n, batch in enumerate(source.batches(size)):
+      if asked.batches and n == asked.batches:
+        break
+      del batch['valid'], batch['source']
+      with sharding.use(self._mesh):
+        batch = jax.device_put(batch, sharding.batch_sharding(self._mesh))
+        terms.append(jax.device_get(self._terms(params, batch)))
+    loss = [t['cross_entropy'] for t in terms]
+    total, weight = np.sum(loss, axis=0, dtype=float)
+    return total / max(weight, 1)
+
+  def _examples(self, source):
+    asked = self._config.evaluate
+    size = asked.batch_size or self._config.data.batch_size
+    return source.examples[: asked.batches * size or None]
+
+  def _questions(self, source):
+    """The examples that are asked about, and the questions."""
+    room = self._room(source)
+    ids = functools.cache(functools.partial(self._ids, source))
+    examples, questions = self._examples(source), []
+    for e in examples:
+      answers = [ids(text) for text in source.choices(e)]
+      # The target is scored in any case, for the loss.
+      if e.targets_text != UNKNOWN and tuple(e.targets) not in answers:
+        answers.append(tuple(e.targets))
+      questions.append(Question(e.inputs, answers, room))
+    return examples, questions
+
+  def _ids(self, source, text: str) -> tuple[int, ...]:
+    ids = self._vocabulary.encode(text)
+    return (*source.begins, *ids, self._vocabulary.eos)
+
+  def _room(self, source) -> int:
+    """Tokens of an own answer at most: what is longer than every label errs."""
+    if 'decoding' not in self._ways(source):
+      return 0
+    if source.labels:
+      return max(len(self._ids(source, text)) for text in source.labels)
+    return self._config.data.targets_length
+
+  def _ways(self, source) -> list[str]:
+    """How a task is answered: 'rank', 'decoding' or both."""
+    if source.is_text:
+      return []
+    ranks = bool(source.choices(source.examples[0]))
+    decodes = self._config.evaluate.decode or not ranks
+    return ['rank'] * ranks + ['decoding'] * decodes
+
+  def _scored(self, source, examples, questions, replies):
+    """Metrics and predictions of one task."""
+    found, rows = self._loss(examples, questions, replies), []
+    for way in self._ways(source):
+      said = [
+        self._said(source, way, *each)
+        for each in zip(examples, questions, replies, strict=True)
+      ]
+      found |= _named(way, source.scores(examples, [t for t, _ in said]))
+      rows += [
+        {
+          'idx': e.idx,
+          'by': way,
+          'input': e.inputs_text or self._vocabulary.decode(e.inputs),
+          'target': e.targets_text,
+          'prediction': text,
+          'score': score,
+        }
+        for e, (text, score) in zip(examples, said, strict=True)
+      ]
+    majority = source.majority(examples).items()
+    found |= {f'majority_{k}': v for k, v in majority}
+    return found | {'examples': len(examples)}, rows
+
+  def _said(self, source, way, example, question, reply) -> tuple[str, float]:
+    """One answer and its log-probability; per token, if that was asked."""
+    if way == 'decoding':
+      tokens, score = reply.tokens, reply.score
+      begins = len(source.begins) * (tokens[:1] == source.begins)
+      text = self._vocabulary.decode(tokens[begins:])
+      length = len(tokens)
+    else:
+      choices = source.choices(example)
+      lengths = [len(a) for a in question.answers[: len(choices)]]
+      scores = reply.scores[: len(choices)]
+      if self._config.evaluate.length_normalized:
+        scores = scores / lengths
+      best = int(np.argmax(scores))
+      return choices[best], float(scores[best])
+    if self._config.evaluate.length_normalized:
+      score /= max(length, 1)
+    return text, score
+
+  def _loss(self, examples, questions, replies) -> dict[str, float]:
+    """Nats per target token; nothing where a test split hides the targets."""
+    total, tokens = 0.0, 0
+    for e, q, r in zip(examples, questions, replies, strict=True):
+      if e.targets_text != UNKNOWN:
+        total -= float(r.scores[q.answers.index(tuple(e.targets))])
+        tokens += len(e.targets)
+    return {'loss': total / tokens} if tokens else {}
+
+  def names(self, sources) -> list[str]:
+    """The metrics that `__call__` finds, before there are any."""
+    return list(flat({s.name: (self._names(s), []) for s in sources}))
+
+  def _names(self, source) -> dict[str, float]:
+    """The metrics of a source had a perfect model answered a few questions."""
+    if source.is_text:
+      return {'loss': 0.0}
+    few = source.examples[:50]
+    targets = [e.targets_text for e in few]
+    found = {} if UNKNOWN in targets else {'loss': 0.0}
+    for way in self._ways(source):
+      found |= _named(way, source.scores(few, targets))
+    majority = {f'majority_{k}': v for k, v in source.majority(few).items()}
+    return {**found, **majority, 'examples': len(few)}
+
+
+def _named(way: str, metrics: dict) -> dict:
+  prefix = 'decoded_' if way == 'decoding' else ''
+  return {prefix + name: value for name, value in metrics.items()}
+
+
+def flat(measured: dict) -> dict[str, float]:
+  """What `Evaluator.measure` found as 'eval/SOURCE/NAME', with averages."""
+  found = {
+    f'eval/{source}/{name}': value
+    for source, (metrics, _) in measured.items()
+    for name, value in metrics.items()
+  }
+  return found | _averages(found)
+
+
+def _averages(found: dict[str, float]) -> dict[str, float]:
+  """SuperGLUE's, where all of its tasks are: 'eval/super_glue/average'.
+
+  Ranked answers count where there are such; 'decoded_average' is of decoded
+  ones, 'majority_average' what the most frequent answers would get.
+  """
+  kinds = {'': {}, 'decoded_': {}, 'majority_': {}}
+  for name, value in found.items():
+    _, task, metric = name.split('/')
+    if not task.startswith('super_glue_'):
+      continue
+    task = task.removeprefix('super_glue_').removesuffix('_1_sentinel')
+    kind = next(
+      k for k in ('decoded_', 'majority_', '') if metric.startswith(k)
+    )
+    kinds[kind][f'{task}/{metric.removeprefix(kind)}'] = value
+  kinds[''] = kinds['decoded_'] | kinds['']  # Some tasks are decoded alone.
+  averages = {kind: superglue.average(of) for kind, of in kinds.items()}
+  return {
+    f'eval/super_glue/{kind}average': value
+    for kind, value in averages.items()
+    if value is not None
+  }
