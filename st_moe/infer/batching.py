@@ -7,10 +7,10 @@ import numpy as np
 
 def bucket(n: int, least: int = 16) -> int:
   """The next of least * (1, 1.5, 2, 3, 4, 6, 8, ...): a third is padding at
-  most, and lengths up to 512 have eleven shapes."""
+  most, and lengths up to 512 have eleven shapes. `least`: a power of two."""
   size = least
-  while size < n:
-    size = size * 4 // 3 if size & (size - 1) else size * 3 // 2
+  while size < n:  # From 1 to 2.
+    size = size * 4 // 3 if size & (size - 1) else -(-size * 3 // 2)
   return size
 
 

@@ -269,7 +269,8 @@ class Generator:
     for start in range(0, len(order), self.batch_size):
       numbers = order[start : start + self.batch_size]
       length = min(bucket(len(rows[numbers[-1]])), self.max_inputs)
-      size = min(bucket(len(numbers), self._shards), self.batch_size)
+      each = -(-len(numbers) // self._shards)  # Rows of a device.
+      size = min(bucket(each, 1) * self._shards, self.batch_size)
       filled = numbers + numbers[:1] * (size - len(numbers))
       batch = padded([rows[n] for n in filled], length)
       with sharding.use(self._mesh):

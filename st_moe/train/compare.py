@@ -6,7 +6,7 @@ import numpy as np
 from etils import epath
 
 from st_moe.config import unknown
-from st_moe.train.report import read_rows
+from st_moe.train.report import best_steps, read_rows
 
 
 def compare(workdirs: list[str], *, baseline: str = '') -> None:
@@ -30,21 +30,27 @@ def compare(workdirs: list[str], *, baseline: str = '') -> None:
   console.print(stages)
 
   scratch = _Run(baseline).scores if baseline else {}
-  tasks = Table('task', 'metric', 'examples', 'majority', 'untrained', 'ours')
-  tasks.title = 'Tasks (validation)'
+  untrained = ['untrained'] * bool(baseline)
+  tasks = Table(title='Tasks (validation)')
+  tasks.add_column('task', overflow='fold', min_width=18)
+  columns = 'examples', 'majority', *untrained, 'ours', 'best at step'
+  for column in ('metric', *columns):
+    tasks.add_column(column, overflow='fold')
   for run in runs[: len(workdirs)]:
     for name, value in run.scores.items():
       task, metric = name.split('/')[1:]
-      if metric == 'loss' or f'eval/{task}/majority_{metric}' not in run.scores:
+      majority = f'eval/{task}/majority_{metric.removeprefix("decoded_")}'
+      if metric == 'loss' or majority not in run.scores:
         continue
       score = lambda found, key: f'{found[key]:.1f}' if key in found else ''
       tasks.add_row(
         task,
         metric,
         score(run.scores, f'eval/{task}/examples').removesuffix('.0'),
-        score(run.scores, f'eval/{task}/majority_{metric}'),
-        score(scratch, name),
+        score(run.scores, majority),
+        *([score(scratch, name)] if baseline else []),
         f'{value:.1f}',
+        run.best(name),
       )
   if tasks.row_count:
     console.print(tasks)
@@ -105,6 +111,18 @@ class _Run:
       raise ValueError(f'{workdir} has measured nothing yet.')
     last = self.measured[-1]
     self.scores = {k: v for k, v in last.items() if k.startswith('eval/')}
+    self._best = best_steps(
+      {
+        r['step']: {k: float(r[k]) for k in r.keys() & self.scores}
+        for r in self.measured
+      }
+    )
+
+  def best(self, name: str) -> str:
+    """The peak of a metric and its step, in brackets if that was not kept."""
+    step, value = self._best[name]
+    there = (self.workdir / 'checkpoints' / f'{step}').exists()
+    return f'{value:.1f} {step if there else f"({step})"}'
 
   def stage(self) -> list[str]:
     first, last = self.steps[0], self.steps[-1]

@@ -46,7 +46,7 @@ def cells(vary: Sequence[str]) -> list[Cell]:
   names = [directory(cell) for cell in found]
   for name in names:
     if names.count(name) > 1:
-      raise ValueError(f'--vary makes two cells {name!r}: fields end alike.')
+      raise ValueError(f'--vary makes two cells {name!r}.')
   return found
 
 

@@ -64,8 +64,10 @@ def _abstract(state):
   )
 
 
-def _save(workdir, *steps, scores=None, **config):
-  checkpoints = checkpoint.Checkpoints(workdir, CheckpointConfig(**config))
+def _save(workdir, *steps, scores=None, best=(), **config):
+  checkpoints = checkpoint.Checkpoints(
+    workdir, CheckpointConfig(**config), best
+  )
   for step in steps:
     metrics = scores and scores.get(step)
     checkpoints.save(step, _state(step), {'step': step}, metrics)
@@ -142,12 +144,29 @@ def test_the_best_stays(tmp_path, name, best):
   scores = {
     s: {'score': v} for s, v in {1: 2.0, 2: 5.0, 3: 1.0, 5: 3.0}.items()
   }
-  _save(tmp_path, 1, 2, 3, 4, 5, scores=scores, keep_best=name, keep_last=1)
+  _save(tmp_path, 1, 2, 3, 4, 5, scores=scores, best=[name], keep_last=1)
   assert _steps(tmp_path) == [best, 5]
-  _save(tmp_path, 6, 7, scores={6: {'score': 4.0}}, keep_best=name, keep_last=1)
+  _save(tmp_path, 6, 7, scores={6: {'score': 4.0}}, best=[name], keep_last=1)
   assert _steps(tmp_path) == [best, 7]
   (state, _), _ = _restore(tmp_path)
   assert state.step == 7  # It goes on from the last all the same.
+
+
+def test_the_best_of_each_task_stays(tmp_path):
+  # boolq is best at 2, copa at 3, the loss at 1; 4 is best at nothing.
+  table = {
+    1: (50, 60, 0.1),
+    2: (70, 50, 0.4),
+    3: (60, 80, 0.3),
+    4: (65, 70, 0.2),
+  }
+  scores = {
+    step: dict(zip(('boolq', 'copa', 'loss'), row, strict=True))
+    for step, row in table.items()
+  }
+  best = ['boolq', 'copa', '-loss']
+  _save(tmp_path, 1, 2, 3, 4, 5, scores=scores, best=best, keep_last=1)
+  assert _steps(tmp_path) == [1, 2, 3, 5]
 
 
 # Damage.

@@ -13,9 +13,11 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
 import st_moe
-from st_moe import config_file
+from st_moe import config_file, sharding
 from st_moe.data import pipeline, vocabulary
-from st_moe.train import checkpoint, loop
+from st_moe.model import layout
+from st_moe.model.transformer import Transformer
+from st_moe.train import checkpoint, loop, optimizer, step
 from st_moe.train.report import Clock, read_rows
 
 _WORDS = {
@@ -316,7 +318,7 @@ def test_a_sparse_run_begins_with_a_dense_one(written, tmp_path, capsys):
 class _NoCheckpoints:
   """Orbax knows no mocked bucket; the rest of a run does."""
 
-  def __init__(self, workdir, config):
+  def __init__(self, workdir, config, best):
     pass
 
   def restore(self, abstract, notify):
@@ -439,3 +441,110 @@ def test_what_the_data_cannot_train(written, tmp_path):
   with pytest.raises(ValueError, match='total_steps is 0'):
     loop.train(dataclasses.replace(config, total_steps=0), tmp_path / 'x')
   assert not (tmp_path / 'x').exists()
+
+
+def test_patterns_name_every_metric_they_fit():
+  known = ['eval/a/accuracy', 'eval/a/loss', 'eval/b/accuracy', 'eval/b/f1']
+  assert loop._best('eval/*/accuracy,-eval/a/loss', known) == [
+    'eval/a/accuracy', 'eval/b/accuracy', '-eval/a/loss',
+  ]  # fmt: skip
+  assert loop._best('', known) == []
+  with pytest.raises(ValueError, match="keep_best 'eval/\\*/em'"):
+    loop._best('eval/*/em', known)
+
+
+# Fine-tuning: what is frozen, what the optimizer remembers.
+
+
+def test_frozen_parameters_keep_their_bits_after_a_resume(
+  run, written, tmp_path, monkeypatch
+):
+  config = _load(
+    written, init=str(run), total_steps='4', optimizer__train='router'
+  )
+
+  with monkeypatch.context() as patch:
+    patch.setattr(pipeline.TrainData, 'iterate', _cut_short(2))
+    with pytest.raises(KeyboardInterrupt):
+      loop.train(config, tmp_path)
+  assert checkpoint.last_step(tmp_path) == 2
+  loop.train(config, tmp_path)
+  before, after = (layout.by_path(_params(p)) for p in (run, tmp_path))
+  moved = {k for k in before if not np.array_equal(before[k], after[k])}
+  assert moved == {k for k in before if '/router/' in k} and len(moved) == 2
+
+
+def _cut_short(steps):
+  """`TrainData.iterate`, interrupted before the batch behind the last."""
+  whole = pipeline.TrainData.iterate
+
+  def iterate(self, start=0, **kwargs):
+    for n, batch in enumerate(whole(self, start, **kwargs), start):
+      if n == steps:
+        raise KeyboardInterrupt
+      yield batch
+
+  return iterate
+
+
+def test_kept_slots_are_those_of_the_run_it_starts_from(run, written, tmp_path):
+  """A step whose gradients barely count leaves the second moments alone."""
+  config = _load(
+    written,
+    init=str(run),
+    init_slots='keep',
+    total_steps='1',
+    optimizer__train='moe',
+    optimizer__decay_exponent='9.0',  # (6 + 1) ** -9: one part in 40 million.
+  )
+  loop.train(config, tmp_path)
+  found, theirs = _slots(tmp_path), _slots(run)
+  assert found.pop('count') == theirs.pop('count') + 1 == 7
+  assert found.keys() == {name for name in theirs if '/moe/' in name}
+  assert len(found) >= 4
+  for name, moment in found.items():
+    np.testing.assert_allclose(moment, theirs[name], rtol=1e-4, err_msg=name)
+
+
+def _slots(path):
+  """The optimizer's second moments in the newest checkpoint of a run."""
+  own = config_file.from_dict(checkpoint.read_run(path)['config'])
+  model = Transformer(own.model)
+  made = optimizer.make(own.optimizer, step.parameter_axes(model))
+  boxed = jax.eval_shape(
+    lambda: step.init_state(model, made, jax.random.key(0))
+  )
+  state = checkpoint.load_rest(path, sharding.unbox(boxed))
+  return layout.by_path(state['opt_state'][0])
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'init_slots': 'kept'}, "Unknown init_slots 'kept'. Did you mean 'keep'"),
+    ({'optimizer.name': 'adamw'}, 'has slots of adafactor, this config wants'),
+    ({'optimizer.min_dim_to_factor': '4'}, 'has no slot .*init_slots='),
+    ({'optimizer.train': 'rooter'}, "train='rooter' trains nothing: it is"),
+    ({'optimizer.train': '('}, 'and no regular expression'),
+  ],
+)
+def test_slots_and_roles_that_cannot_be(
+  run, written, tmp_path, changes, message
+):
+  asked = {
+    'init': str(run),
+    'init_slots': 'keep',
+    'total_steps': '1',
+    **changes,
+  }
+  with pytest.raises(ValueError, match=message):
+    loop.train(_load(written, **asked), tmp_path)
+  assert not checkpoint.last_step(tmp_path)
+
+
+def test_slots_of_a_checkpoint_that_has_none(run, written, tmp_path):
+  bare = tmp_path / 'bare'
+  checkpoint.save_params(bare, _params(run), checkpoint.read_run(run))
+  config = _load(written, init=str(bare), init_slots='keep', total_steps='1')
+  with pytest.raises(ValueError, match='has parameters alone, no optimizer'):
+    loop.train(config, tmp_path / 'run')
