@@ -36,6 +36,7 @@ setuptools.setup(
     'tpu': ['jax[tpu]'],
     'cuda': ['jax[cuda12]'],
     'gcp': ['gcsfs'],
+    'datasets': ['datasets>=3.0'],
     'hf': ['transformers>=5.23', 'torch'],
     'kernels': ['tokamax'],
     'notebooks': ['jupyterlab', 'nbmake'],

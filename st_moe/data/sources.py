@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from etils import epath
 
-from st_moe.data import files
+from st_moe.data import files, hub
 
 # The corpus that needs no file and no network; also its name in a mixture.
 EMBEDDED = 'python_reference'
@@ -36,6 +36,9 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
       raise ValueError(
         f"{pattern}: '**' is not supported; write one * a level."
       )
+    if hub.is_one(pattern):
+      found.add(pattern)
+      continue
     path = root = epath.Path(pattern).expanduser()
     if path.is_dir():
       raise ValueError(f'{path} is a directory; name its files: {path}/*.jsonl')
@@ -76,6 +79,8 @@ def documents_of(
   """
   if path.startswith(f'{EMBEDDED}:'):
     units, is_text = enumerate(embedded_corpus(path.split(':')[1])), True
+  elif hub.is_one(path):
+    units, is_text = hub.rows(path), False
   elif _extension(path) == '.txt':
     units, is_text = _paragraphs(path), True
   else:
@@ -92,6 +97,9 @@ def documents_of(
 def read_jsonl(path: epath.PathLike) -> Iterator[tuple[int, dict]]:
   """(line number from 1, row) of each line that is not blank."""
   path = os.fspath(path)
+  if hub.is_one(path):
+    yield from hub.rows(path)
+    return
   for number, line in _filled(path):
     yield number, _parse(path, number, line)
 
@@ -166,7 +174,7 @@ def stamp(path: str) -> list:
   if path.startswith(f'{EMBEDDED}:'):
     text = '\0'.join(embedded_corpus(path.split(':')[1]))
     return [path, len(text), zlib.crc32(text.encode())]
-  return files.stamp(path)
+  return hub.stamp(path) if hub.is_one(path) else files.stamp(path)
 
 
 def _extension(path: str) -> str:

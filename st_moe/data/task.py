@@ -9,6 +9,7 @@ from typing import Any
 
 from etils import epath
 
+from st_moe.data import hub
 from st_moe.data.sources import read_jsonl
 
 Row = Mapping[str, Any]
@@ -42,8 +43,10 @@ class TextTask:
   def splits(self) -> tuple[str, ...]:
     return tuple(self.files or self.sizes)
 
-  def file(self, split: str, data_dir: str) -> epath.Path:
+  def file(self, split: str, data_dir: str) -> epath.PathLike:
     """Where a split lies: `DIR/superglue/CB/val.jsonl` or `DIR/CB/val.jsonl`.
+
+    A HuggingFace dataset lies nowhere: its name is the place.
 
     Args:
       data_dir: '' is $ST_MOE_DATA.
@@ -52,6 +55,8 @@ class TextTask:
       ValueError: none of its files is there; names them.
     """
     names = self.files[split]
+    if hub.is_one(names[0]):
+      return names[0]
     root = data_dir or os.environ.get('ST_MOE_DATA', '')
     if not root:
       raise ValueError(
@@ -84,7 +89,8 @@ class TextTask:
       try:
         found += self.examples(row, split)
       except ValueError as error:
-        raise ValueError(f'{path}, line {line}: {error}') from None
+        where = line if isinstance(line, str) else f'line {line}'
+        raise ValueError(f'{path}, {where}: {error}') from None
     if not found:
       raise ValueError(f'{path}: no rows; a task needs at least one.')
     return found

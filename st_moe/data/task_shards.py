@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from etils import epath
 
-from st_moe.data import files, shards
+from st_moe.data import hub, shards, sources
 from st_moe.data.vocabulary import Vocabulary
 
 _OURS = 'st_moe.data.tasks'
@@ -167,9 +167,8 @@ class Registry:
     task = self._ours.text_task(name)
     if task and task.files:
       paths.append(str(task.file(split, self._data_dir)))
-    return [
-      files.stamp(path) for path in sorted(paths) if epath.Path(path).exists()
-    ]
+    is_there = lambda path: hub.is_one(path) or epath.Path(path).exists()
+    return [sources.stamp(path) for path in filter(is_there, sorted(paths))]
 
   def _records(
     self,
@@ -230,7 +229,10 @@ def _code(task) -> str:
   Those of its functions, and what these import from their own package; an edit
   there makes examples that lie on disk stale.
   """
-  functions = [getattr(task.source, '_dataset_fn', type(task.source))]
+  made_by = getattr(task.source, '_dataset_fn', type(task.source))
+  functions = [made_by]
+  if ours := getattr(made_by, 'keywords', {}).get('task'):
+    functions = [ours.examples, ours.read, *filter(None, [ours.generate])]
   modules = set()
   for function in [*functions, *task.preprocessors]:
     while isinstance(function, functools.partial):

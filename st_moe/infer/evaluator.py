@@ -30,10 +30,12 @@ class Evaluator:
       )[0]
     )
     asked = config.evaluate
+    # Another name: the lambda above looks at `model` when it is traced.
+    answers = model
     if asked.dropless:
-      model = model.clone(config=model.config.dropless())
+      answers = model.clone(config=model.config.dropless())
     self._asker = Asker(
-      model,
+      answers,
       mesh,
       batch_size=asked.batch_size or config.data.batch_size,
       longest=config.data.inputs_length,

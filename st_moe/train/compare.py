@@ -16,6 +16,7 @@ def compare(workdirs: list[str], *, baseline: str = '') -> None:
     workdirs: of runs, in order.
     baseline: of a run fine-tuned alike from random parameters.
   """
+  from rich import box
   from rich.console import Console
   from rich.table import Table
 
@@ -31,7 +32,7 @@ def compare(workdirs: list[str], *, baseline: str = '') -> None:
 
   scratch = _Run(baseline).scores if baseline else {}
   untrained = ['untrained'] * bool(baseline)
-  tasks = Table(title='Tasks (validation)')
+  tasks = Table(title='Tasks (validation)', box=box.SIMPLE, padding=0)
   tasks.add_column('task', overflow='fold', min_width=18)
   columns = 'examples', 'majority', *untrained, 'ours', 'best at step'
   for column in ('metric', *columns):

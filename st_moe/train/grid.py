@@ -51,9 +51,10 @@ def cells(vary: Sequence[str]) -> list[Cell]:
 
 
 def directory(cell: Cell) -> str:
-  """'train=moe,seed=1': as short as tells them apart."""
+  """'optimizer.train=moe,seed=1'; of a path its last part."""
   last = lambda field: '.'.join(field.split('.')[-2:])
-  return ','.join(f'{last(field)}={value}' for field, value in cell.items())
+  base = lambda value: value.rstrip('/').rpartition('/')[2]
+  return ','.join(f'{last(k)}={base(v)}' for k, v in cell.items())
 
 
 def run(

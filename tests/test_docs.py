@@ -1,0 +1,73 @@
+"""What the pages under docs say works."""
+
+import importlib
+import json
+import pathlib
+import re
+import shlex
+import sys
+
+import pytest
+
+from st_moe import cli, config_file
+from st_moe.config import DataConfig
+from st_moe.data import pipeline, vocabulary
+from st_moe.train import grid
+
+PAGE = (pathlib.Path(__file__).parents[1] / 'docs' / 'tasks.md').read_text()
+
+
+def test_the_task_of_the_page_is_trained_and_scored(tmp_path, monkeypatch):
+  (code,) = re.findall(r'```python\n(.*?)```', PAGE, re.DOTALL)
+  assert len([line for line in code.splitlines() if line]) <= 15
+  (tmp_path / 'my_tasks.py').write_text(code)
+  (tmp_path / 'mood').mkdir()
+  rows = [
+    {'text': 'so sunny', 'mood': 'happy'},
+    {'text': 'rain', 'mood': 'sad'},
+  ]
+  for name in ('train', 'val'):
+    lines = ''.join(json.dumps(row) + '\n' for row in rows)
+    (tmp_path / 'mood' / f'{name}.jsonl').write_text(lines)
+
+  from st_moe.data import tasks
+
+  monkeypatch.setattr(tasks, 'TASKS', dict(tasks.TASKS))
+  monkeypatch.syspath_prepend(tmp_path)
+  importlib.import_module('my_tasks')
+  config = DataConfig(
+    mixture={'mood': 1.0},
+    data_dir=str(tmp_path),
+    cache_dir=str(tmp_path / 'cache'),
+    inputs_length=32,
+    targets_length=8,
+    batch_size=2,
+  )
+  vocab = vocabulary.load('bytes')
+  pipeline.check(config)
+  batch = pipeline.TrainData(config, vocab).batch(0)
+  told = {vocab.decode(row) for row in batch['encoder_input_tokens']}
+  assert told == {'mood text: so sunny', 'mood text: rain'}
+  source = pipeline.open_eval(config, vocab, 'mood')
+  assert source.choices(source.examples[0]) == ('sad', 'happy')
+  scores = source.scores(source.examples, ['happy', 'happy'])
+  assert scores == {'accuracy': 50.0}
+  sys.modules.pop('my_tasks')
+
+
+def _commands(verb):
+  text = PAGE.replace('\\\n', ' ')
+  lines = re.findall(rf'^st-moe {verb} .*$', text, re.MULTILINE)
+  return [shlex.split(line, comments=True)[1:] for line in lines]
+
+
+@pytest.mark.parametrize('number', range(3))
+def test_the_grids_of_the_page_are_those_of_the_paper(number):
+  flags, rest = cli._parser().parse_known_args(_commands('grid')[number])
+  cells = grid.cells(flags.vary)
+  # Figure 5 over three seeds, Table 5, Table 20 of sparse models.
+  assert len(cells) == (15, 8, 18)[number]
+  overrides = cli._overrides(rest)
+  del overrides['init']
+  for cell in cells:
+    config_file.load(flags.config, {**overrides, **cell})
