@@ -191,7 +191,7 @@ def _answers(targets, predictions, punctuation: str, replaced: str):
   exact, overlap = [], []
   for answers, said in zip(targets, predictions, strict=True):
     answers, said = [normal(a) for a in answers], normal(said)
-    exact.append(max(a == said for a in answers))
+    exact.append(any(a == said for a in answers))
     overlap.append(max(_word_f1(a.split(), said.split()) for a in answers))
   return {
     'em': 100 * float(np.mean(exact)),

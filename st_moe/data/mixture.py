@@ -77,6 +77,12 @@ class Library:
           + (way if name in self.config.files else '.')
         )
 
+  def check_files(self, name: str, splits: Sequence[str]) -> None:
+    """Raises where a file of a task is missing; text was looked at already."""
+    if not self.is_text(name):
+      for split in splits:
+        self.registry.check_files(name, split)
+
   def open(self, name: str, split: str) -> shards.Shards:
     """The shards of a split, written now if they are not there."""
     self.check_splits(name, (split,))
@@ -131,6 +137,11 @@ def rates(
   total = dict.fromkeys(sizes, 0.0)
   for name, rate in config.mixture.items():
     shares = {m: s for m, s in library.members(name).items() if s != 0}
+    if not shares:
+      raise ValueError(
+        f'data.mixture.{name}: all of its tasks have the rate 0, for evaluation'
+        ' only.'
+      )
     if rate == 'size':
       for member in shares:
         size = min(sizes[member], config.size_cap or sizes[member])

@@ -187,7 +187,7 @@ class EvalData:
     return majority_baseline(targets, self.metric_fns) if targets else {}
 
   def _targets(self, examples) -> list:
-    if any(e.targets_text == UNKNOWN for e in examples):
+    if any(e.hidden for e in examples):
       return []
     return [
       self.comparable(e.targets_text, example=e.features, is_target=True)
@@ -205,6 +205,11 @@ class Example:
   targets_text: str
   idx: Any
   fields: dict[str, Any]  # Whatever else the task has, for its metrics.
+
+  @property
+  def hidden(self) -> bool:
+    """Whether the answer is not told, as in test files."""
+    return self.targets_text == UNKNOWN or self.fields.get('label') == -1
 
   @property
   def features(self) -> dict[str, Any]:
@@ -244,9 +249,7 @@ def check(config: DataConfig, splits: Sequence[str] = ('train',)) -> None:
     library.check_splits(name, splits)
     if library.is_text(name):
       mixture.raw_tokens(config)
-    else:
-      for split in splits:
-        library.registry.check_files(name, split)
+    library.check_files(name, splits)
 
 
 def prepare(
@@ -258,15 +261,16 @@ def prepare(
 ) -> dict[str, dict[str, dict[str, int]]]:
   """Writes every shard of a mixture; returns counts by source and split."""
   library = mixture.Library(config, vocabulary, progress)
-  names = library.sources()
+  wanted = {
+    name: [split for split in splits if split in library.splits(name)]
+    for name in library.sources()
+  }
   check(config)
+  for name, there in wanted.items():
+    library.check_files(name, there)
   return {
-    name: {
-      split: _summary(library.open(name, split))
-      for split in splits
-      if split in library.splits(name)
-    }
-    for name in names
+    name: {split: _summary(library.open(name, split)) for split in there}
+    for name, there in wanted.items()
   }
 
 

@@ -77,12 +77,13 @@ def record(row: Row, split: str) -> Iterator[Example]:
   passage = re.sub(r'([.?!"\'])\n@highlight\n', r'\1 ', text)
   passage = passage.replace('\n@highlight\n', '. ')
   for query in take(row, 'qas', list):
-    if 'answers' not in query and split != 'test':
-      raise ValueError("no field 'answers'; only test files may lack it.")
-    answers = sorted({take(a, 'text') for a in query.get('answers', ())})
+    asked = take(query, 'query')
+    told = split != 'test' or 'answers' in query
+    answers = take(query, 'answers', list) if told else ()
+    answers = sorted({take(a, 'text') for a in answers})
     for answer in answers or [UNKNOWN]:
       yield {
-        'inputs': f'record query: {take(query, "query")}'
+        'inputs': f'record query: {asked}'
         f' entities: {", ".join(entities)} passage: {passage}',
         'targets': answer,
         'idx/passage': take(row, 'idx', int),
@@ -125,7 +126,10 @@ def _as_in_text(span: str, text: str, index: int) -> str:
   if not 0 <= index < len(words):
     raise ValueError(f'{span!r} is not at word {index} of {text!r}.')
   first = span[0].lower() if words[index][0].islower() else span[0].upper()
-  return (first + span[1:]).rstrip('.').replace('\n', ' ')
+  found = (first + span[1:]).rstrip('.').replace('\n', ' ')
+  if found not in text:
+    raise ValueError(f'{span!r} is not in {text!r}.')
+  return found
 
 
 # Two rows whose indices are wrong -> the word that the pronoun is, there.
@@ -187,7 +191,7 @@ def wsc_value(text: str, example=None, is_target=False) -> int:
     [w for w in str(s).strip().lower().split(' ') if w not in _DETERMINERS]
     for s in (text, metrics.texts([example['targets_pretokenized']])[0])
   )
-  if not ''.join(said):
+  if not ' '.join(said):
     return -1
   if ("'" in ' '.join(said)) != ("'" in ' '.join(noun)):
     return 0

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from etils import epath
 
 from st_moe.data import hub, shards, sources
+from st_moe.data.task import TextTask
 from st_moe.data.vocabulary import Vocabulary
 
 _OURS = 'st_moe.data.tasks'
@@ -119,6 +120,8 @@ class Registry:
     In this process: TensorFlow has threads of its own, and a worker would not
     know tasks that somebody registered by hand.
     """
+    # Another registry may have registered them in its own way since.
+    self._ours.register(self._vocabulary.to_seqio(), self._data_dir)
     task = self._task(name)
     if split not in task.splits:
       raise ValueError(
@@ -231,8 +234,10 @@ def _code(task) -> str:
   """
   made_by = getattr(task.source, '_dataset_fn', type(task.source))
   functions = [made_by]
-  if ours := getattr(made_by, 'keywords', {}).get('task'):
-    functions = [ours.examples, ours.read, *filter(None, [ours.generate])]
+  ours = getattr(made_by, 'keywords', {}).get('task')
+  if isinstance(ours, TextTask):
+    functions = [TextTask, ours.examples, ours.read, sources.read_jsonl]
+    functions += filter(None, [ours.generate])
   modules = set()
   for function in [*functions, *task.preprocessors]:
     while isinstance(function, functools.partial):

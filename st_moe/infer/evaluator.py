@@ -8,7 +8,6 @@ import numpy as np
 from st_moe import sharding
 from st_moe.config import Config
 from st_moe.data import superglue
-from st_moe.data.task import UNKNOWN
 from st_moe.infer.questions import Asker, Question
 from st_moe.train import step
 
@@ -96,7 +95,7 @@ class Evaluator:
     for e in examples:
       answers = [ids(text) for text in source.choices(e)]
       # The target is scored in any case, for the loss.
-      if e.targets_text != UNKNOWN and tuple(e.targets) not in answers:
+      if not e.hidden and tuple(e.targets) not in answers:
         answers.append(tuple(e.targets))
       questions.append(Question(e.inputs, answers, room))
     return examples, questions
@@ -168,7 +167,7 @@ class Evaluator:
     """Nats per target token; nothing where a test split hides the targets."""
     total, tokens = 0.0, 0
     for e, q, r in zip(examples, questions, replies, strict=True):
-      if e.targets_text != UNKNOWN:
+      if not e.hidden:
         total -= float(r.scores[q.answers.index(tuple(e.targets))])
         tokens += len(e.targets)
     return {'loss': total / tokens} if tokens else {}
@@ -183,7 +182,7 @@ class Evaluator:
       return {'loss': 0.0}
     few = source.examples[:50]
     targets = [e.targets_text for e in few]
-    found = {} if UNKNOWN in targets else {'loss': 0.0}
+    found = {} if any(e.hidden for e in few) else {'loss': 0.0}
     for way in self._ways(source):
       found |= _named(way, source.scores(few, targets))
     majority = {f'majority_{k}': v for k, v in source.majority(few).items()}
@@ -213,7 +212,7 @@ def _averages(found: dict[str, float]) -> dict[str, float]:
   """
   kinds = {'': {}, 'decoded_': {}, 'majority_': {}}
   for name, value in found.items():
-    _, task, metric = name.split('/')
+    _, task, metric = name.split('/', 2)
     if not task.startswith('super_glue_'):
       continue
     task = task.removeprefix('super_glue_').removesuffix('_1_sentinel')

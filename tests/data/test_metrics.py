@@ -75,8 +75,10 @@ def test_matthews_correlates_classes():
   # (3 * 4 - 6) over the root of (16 - 8) (16 - 6).
   found = matthews([0, 1, 2, 0], [0, 1, 1, 0])
   assert found == pytest.approx(100 * 6 / 80**0.5)
-  # What is no label is a class of its own, and never right.
-  assert matthews([0, 1, 2, 0], [0, 1, -1, 0]) < 100
+  # What is no label is a class of its own, and never right: 2 2 0 asked for, 2
+  # 1 1 said; (3 * 4 - 6) over the root of (16 - 8) (16 - 6).
+  found = matthews([0, 0, 1, 1], [0, 0, 1, -1])
+  assert found == pytest.approx(100 * 6 / 80**0.5)
 
 
 @pytest.mark.parametrize('name', ['matthews', 'pearson', 'spearman'])
@@ -228,6 +230,16 @@ def test_rouge():
     'rouge2': pytest.approx(50.0),
     'rougeLsum': pytest.approx(200 / 3),
   }
+  # Precision 1, recall 1/2; of the one pair that was said, recall 1/3.
+  for pair in (
+    ('the cat sat down', 'the cat'),
+    ('the cat', 'the cat sat down'),
+  ):
+    assert metrics.rouge(pair[:1], pair[1:]) == {
+      'rouge1': pytest.approx(200 / 3),
+      'rouge2': pytest.approx(50.0),
+      'rougeLsum': pytest.approx(200 / 3),
+    }
   # All words; 2 of 3 pairs; and each sentence for itself.
   assert metrics.rouge(['red cat . big dog'], ['big dog . red cat']) == {
     'rouge1': pytest.approx(100.0),

@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 
 from st_moe.config import DataConfig
-from st_moe.data import mixture, pipeline, sources, text_shards, vocabulary
+from st_moe.data import (
+  metrics,
+  mixture,
+  pipeline,
+  sources,
+  superglue,
+  text_shards,
+  vocabulary,
+)
 
 BYTES = vocabulary.load('bytes')
 SENTINEL = BYTES.sentinel(0)
@@ -390,11 +398,9 @@ def test_a_vocabulary_learns_from_files_and_extra_text(folder, tmp_path):
 
 @pytest.fixture(scope='module')
 def weather():
-  """A user's task of 7 examples, and a mixture; labels as a task of ours."""
+  """A user's tasks of 7 examples, and mixtures of them."""
   import seqio
   import tensorflow as tf
-
-  from st_moe.data import tasks
 
   rows = [(f'rain {i}', 'wet' if i % 2 else 'dry') for i in range(7)]
 
@@ -407,9 +413,26 @@ def weather():
 
   # A vocabulary that must give way to the one of the config.
   feature = seqio.Feature(seqio.PassThroughVocabulary(9), add_eos=True)
+
+  # What is compared: a number; of an example, with what it has besides.
+  def degrees(text, example=None, is_target=False):
+    assert example['inputs_pretokenized'].startswith('rain ')
+    value = {'dry': 30, 'wet': 10}.get(text, 0)
+    return (value, example['answers'], example['idx']) if is_target else value
+
+  def off_by(targets, predictions):
+    pairs = list(zip(targets, predictions, strict=True))
+    assert all(answers == ['a', 'b'] for (_, answers, _), _ in pairs)
+    return {'off_by': sum(abs(t - p) for (t, _, _), p in pairs) / len(pairs)}
+
+  own = {
+    'weather': {'metric_fns': [metrics.accuracy]},
+    'climate': {'postprocess_fn': degrees, 'metric_fns': [off_by]},
+  }
   for name in ('weather', 'climate'):
     seqio.TaskRegistry.add(
       name,
+      **own[name],
       source=seqio.FunctionDataSource(dataset, splits=('train', 'validation')),
       preprocessors=[
         seqio.preprocessors.tokenize,
@@ -422,9 +445,7 @@ def weather():
   seqio.MixtureRegistry.add(
     'uncounted', ['weather'], default_rate=seqio.mixing_rate_num_examples
   )
-  tasks.LABELS['weather'] = ('dry', 'wet')
   yield
-  del tasks.LABELS['weather']
   for name in ('weather', 'climate'):
     seqio.TaskRegistry.remove(name)
   for name in ('outdoors', 'dropped', 'uncounted'):
@@ -454,15 +475,25 @@ def test_a_batch_of_a_task_by_hand(weather, tmp_path):
   assert batches[0]['decoder_input_tokens'][1].tolist() == [0, *wet, 1, 0]
   assert batches[0]['decoder_loss_weights'][1].tolist() == [1, 1, 1, 1, 0, 0]
   assert batches[1]['valid'].tolist() == [True, True, True, False]
-  assert data.labels == ('dry', 'wet')
+  assert data.labels == () and data.begins == []
   assert data.examples[5] == pipeline.Example(
     inputs=[*rain, 56, 1],
     targets=[*wet, 1],
+    inputs_text='rain 5',
     targets_text='wet',
     idx=[5, 9],
     fields={'answers': ['a', 'b']},
-    label=1,
   )
+  assert data.examples[5].features == {
+    'inputs_pretokenized': 'rain 5',
+    'targets_pretokenized': 'wet',
+    'idx': [5, 9],
+    'answers': ['a', 'b'],
+  }
+  # Training does not carry what it does not read.
+  data = pipeline.open_eval(of_tasks(tmp_path, {}), BYTES, 'weather', 'train')
+  assert data.examples[5].inputs_text == ''
+  assert data.examples[5].targets_text == 'wet'
 
 
 def test_long_examples_keep_their_eos(weather, tmp_path):
@@ -514,42 +545,227 @@ def test_a_mixture_is_not_evaluated_as_one(weather, tmp_path):
     pipeline.open_eval(of_tasks(tmp_path, {}), BYTES, 'outdoors')
 
 
-def test_our_tasks_read_their_files(tmp_path):
-  def write(split, labels):
-    rows = [
-      {'premise': 'It rains.', 'hypothesis': 'It is wet', 'label': y, 'idx': i}
-      for i, y in enumerate(labels)
-    ]
-    path = tmp_path / 'data' / 'CB' / f'{split}.jsonl'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text('\n'.join(map(json.dumps, rows)))
+# Scores.
 
-  write('val', ['entailment', 'neutral'])
+
+def test_a_task_of_ones_own_is_scored_as_it_says(weather, tmp_path):
+  data = pipeline.open_eval(of_tasks(tmp_path, {}), BYTES, 'climate')
+  assert data.choices(data.examples[0]) == ()
+  three = data.examples[:3]  # Dry, wet, dry: 30, 10, 30.
+  said = ['dry', 'dry', 'snow']  # 30, 30, 0.
+  assert data.scores(three, said) == {'off_by': (0 + 20 + 30) / 3}
+  # Without a postprocessor texts are compared.
+  data = pipeline.open_eval(of_tasks(tmp_path, {}), BYTES, 'weather')
+  assert data.scores(three, said) == {'accuracy': pytest.approx(100 / 3)}
+  assert data.scores(data.examples, ['wet'] * 7) == {
+    'accuracy': pytest.approx(300 / 7)
+  }
+  assert data.majority(data.examples) == {'accuracy': pytest.approx(400 / 7)}
+
+
+CB = [
+  {'premise': 'It rains.', 'hypothesis': 'It is wet', 'label': y, 'idx': i}
+  for i, y in enumerate(('entailment', 'neutral', 'neutral', 'contradiction'))
+]
+
+
+def put(root, name, rows):
+  path = root / f'{name}.jsonl'
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text('\n'.join(map(json.dumps, rows)))
+
+
+def test_scores_and_majority_of_a_task_of_ours(tmp_path):
+  put(tmp_path / 'data', 'CB/val', CB)
   c = of_tasks(tmp_path / 'cache', {}, data_dir=str(tmp_path / 'data'))
-  data = pipeline.open_eval(c, BYTES, 'tiny_cb')
+  data = pipeline.open_eval(c, BYTES, 'super_glue_cb')
+  labels = superglue.TASKS['cb'].labels
+  assert data.choices(data.examples[0]) == data.labels == labels
+  assert data.comparable('neutral') == 2 and data.comparable('none') == -1
+  # Entailment F1 1; neutral 1 of 1, 1 of 2: 2/3; contradiction 0.
+  said = ['entailment', 'neutral', 'none', 'entailments']
+  assert data.scores(data.examples, said) == {
+    'mean_3class_f1': pytest.approx(100 * (1 + 2 / 3) / 3),
+    'accuracy': 50.0,
+  }
+  # Neutral: 2 of 4, 2 of 2.
+  assert data.majority(data.examples) == {
+    'mean_3class_f1': pytest.approx(100 * (2 / 3) / 3),
+    'accuracy': 50.0,
+  }
+
+
+def test_what_a_test_split_hides_is_not_scored(tmp_path):
+  rows = [{k: v for k, v in row.items() if k != 'label'} for row in CB]
+  put(tmp_path / 'data', 'CB/test', rows)
+  c = of_tasks(tmp_path / 'cache', {}, data_dir=str(tmp_path / 'data'))
+  data = pipeline.open_eval(c, BYTES, 'super_glue_cb', 'test')
+  assert [e.targets_text for e in data.examples] == ['<unk>'] * 4
+  assert data.scores(data.examples, ['neutral'] * 4) == {}
+  assert data.majority(data.examples) == {}
+
+
+RECORD = {
+  'idx': 3,
+  'passage': {
+    'text': 'Ann met Zoë.',
+    'entities': [{'start': 0, 'end': 2}, {'start': 8, 'end': 10}],
+  },
+  'qas': [
+    {
+      'idx': 5,
+      'query': '@placeholder met',
+      'answers': [{'text': 'Ann'}, {'text': 'Zoë'}],
+    },
+    {'idx': 6, 'query': 'met @placeholder', 'answers': [{'text': 'Zoë'}]},
+  ],
+}
+
+
+def test_an_example_may_have_choices_of_its_own(tmp_path):
+  put(tmp_path / 'data', 'ReCoRD/val', [RECORD])
+  c = of_tasks(tmp_path / 'cache', {}, data_dir=str(tmp_path / 'data'))
+  data = pipeline.open_eval(c, BYTES, 'super_glue_record')
+  assert data.labels == ()
+  assert [data.choices(e) for e in data.examples] == [['Ann', 'Zoë']] * 3
+  # An index of several parts is told as one; metrics find it as T5's do.
+  assert data.examples[1].idx == {'passage': 3, 'query': 5}
+  assert data.examples[1].features['idx/query'] == 5
+  assert data.examples[1].features['answers'] == ['Ann', 'Zoë']
+  # Queries count once, with what is said to their first example.
+  found = data.scores(data.examples, ['Zoë', 'x', 'Ann'])
+  assert found == {'em': 50.0, 'f1': 50.0}
+  # Zoë is an answer to every query.
+  assert data.majority(data.examples) == {'em': 100.0, 'f1': 100.0}
+
+
+def test_answers_of_a_task_with_sentinels_begin_with_one(tmp_path):
+  put(tmp_path / 'data', 'CB/val', CB)
+  c = of_tasks(
+    tmp_path / 'cache', {}, data_dir=str(tmp_path / 'data'), targets_length=32
+  )
+  plain, marked = (
+    pipeline.open_eval(c, BYTES, f'super_glue_cb{suffix}')
+    for suffix in ('', '_1_sentinel')
+  )
+  assert plain.begins == [] and marked.begins == [SENTINEL] == [358]
+  for a, b in zip(plain.examples, marked.examples, strict=True):
+    assert b.targets == [SENTINEL, *a.targets]
+    assert b.inputs[-2:] == [SENTINEL, 1]
+    assert b.targets_text == a.targets_text  # As it is written and scored.
+  assert marked.labels == plain.labels
+  said = ['entailment', 'neutral', 'none', '']
+  scores = plain.scores(plain.examples, said)
+  assert marked.scores(marked.examples, said) == scores
+  assert marked.majority(marked.examples) == plain.majority(plain.examples)
+
+
+# Files of tasks.
+
+
+def test_our_tasks_read_their_files(tmp_path):
+  put(tmp_path / 'data', 'CB/val', CB[:2])
+  c = of_tasks(tmp_path / 'cache', {}, data_dir=str(tmp_path / 'data'))
+  data = pipeline.open_eval(c, BYTES, 'super_glue_cb')
   assert [e.targets_text for e in data.examples] == ['entailment', 'neutral']
-  assert [e.label for e in data.examples] == [0, 2]
-  assert len(data.metric_fns) == 2 and data.labels[2] == 'neutral'
+  assert [e.idx for e in data.examples] == [0, 1]
+  assert len(data.metric_fns) == 2
   # Another file, another cache.
-  write('val', ['neutral', 'neutral', 'contradiction'])
-  data = pipeline.open_eval(c, BYTES, 'tiny_cb')
-  assert [e.label for e in data.examples] == [2, 2, 1]
+  put(tmp_path / 'data', 'CB/val', CB[1:])
+  data = pipeline.open_eval(c, BYTES, 'super_glue_cb')
+  assert [e.idx for e in data.examples] == [1, 2, 3]
   assert len(list((tmp_path / 'cache').iterdir())) == 2
+  # A file of a better name too.
+  put(tmp_path / 'data', 'superglue/CB/val', CB)
+  assert len(pipeline.open_eval(c, BYTES, 'super_glue_cb')) == 4
 
 
-def test_changed_code_makes_a_task_stale(weather, monkeypatch):
+def test_check_looks_for_the_files_of_tasks(tmp_path, monkeypatch):
+  monkeypatch.delenv('ST_MOE_DATA', raising=False)
+  pipeline.check(of_tasks(tmp_path, {'tiny_glue': 1}))  # They need none.
+  mix = {'super_glue_cb': 1, 'tiny_cb': 1}
+  with pytest.raises(ValueError, match=r'Where is superglue/CB/train.jsonl\?'):
+    pipeline.check(of_tasks(tmp_path, mix))
+  c = of_tasks(tmp_path / 'cache', mix, data_dir=str(tmp_path / 'data'))
+  missing = 'data has none of superglue/CB/{}.jsonl'
+  with pytest.raises(ValueError, match=missing.format('train')):
+    pipeline.check(c)
+  put(tmp_path / 'data', 'superglue/CB/train', CB)
+  pipeline.check(c)
+  with pytest.raises(ValueError, match=missing.format('val')):
+    pipeline.check(c, ('train', 'validation'))
+  put(tmp_path / 'data', 'superglue/CB/val', CB)
+  pipeline.check(c, ('train', 'validation'))
+  # Nothing was made of them yet.
+  assert not (tmp_path / 'cache').exists()
+
+
+def test_what_is_not_trained_on_needs_no_training_file(tmp_path):
+  c = of_tasks(tmp_path, {'super_glue': 1}, data_dir=str(tmp_path))
+  library = mixture.Library(c, BYTES)
+  shares = library.members('super_glue')
+  assert shares['super_glue_cb'] == 250 and shares['super_glue_record'] > 1e5
+  assert shares['super_glue_axb'] == shares['super_glue_axg'] == 0
+  eight = [f'super_glue_{name}' for name in superglue.COUNTED]
+  assert sorted(library.sources()) == sorted(eight)
+  for name in eight:
+    folder = superglue.TASKS[name[11:]].files['train'][0]
+    put(tmp_path, folder.removesuffix('.jsonl'), [{}])
+  pipeline.check(c)
+  # Rates: shares of what is trained on.
+  rates = mixture.rates(c, dict.fromkeys(eight, 10), library)
+  assert rates['super_glue_cb'] == pytest.approx(250 / 184_351)
+  assert sum(rates.values()) == pytest.approx(1)
+  # An evaluation names all ten.
+  with pytest.raises(ValueError, match='one by one: .*super_glue_axb.*_wsc'):
+    pipeline.open_eval(c, BYTES, 'super_glue')
+
+
+@pytest.mark.parametrize(
+  'name, module, stale',
+  [
+    ('super_glue_cb', 'superglue', True),
+    ('super_glue_cb_1_sentinel', 'superglue', True),
+    ('super_glue_cb', 'sources', True),  # Reads the lines.
+    ('tiny_cb', 'tiny_world', True),
+    ('tiny_cb', 'superglue', True),
+    # Other tasks have other code.
+    ('super_glue_cb', 'tiny_world', False),
+    ('super_glue_cb', 'squad', False),
+    ('squad_v1', 'squad', True),
+  ],
+)
+def test_changed_code_makes_a_task_stale(monkeypatch, name, module, stale):
   import seqio
 
-  from st_moe.data import task_shards, tiny_world
+  from st_moe.data import task_shards, tasks
 
-  task = seqio.TaskRegistry.get('tiny_cb')
+  assert tasks.text_task(name)
+  task = seqio.TaskRegistry.get(name)
   before = task_shards._code(task)
   source = task_shards.inspect.getsource
   assert before == task_shards._code(task)
+  edited = f'st_moe.data.{module}'
   monkeypatch.setattr(
     task_shards.inspect,
     'getsource',
-    lambda module: source(module) + '# edited' * (module is tiny_world),
+    lambda module: source(module) + '# edited' * (module.__name__ == edited),
+  )
+  assert (before != task_shards._code(task)) is stale
+
+
+def test_changed_code_makes_a_task_of_ones_own_stale(weather, monkeypatch):
+  import seqio
+
+  from st_moe.data import task_shards
+
+  task = seqio.TaskRegistry.get('weather')
+  before = task_shards._code(task)
+  source = task_shards.inspect.getsource
+  monkeypatch.setattr(
+    task_shards.inspect,
+    'getsource',
+    lambda module: source(module) + '# edited' * (module.__name__ == __name__),
   )
   assert before != task_shards._code(task)
 
@@ -606,3 +822,57 @@ def test_check_finds_what_no_file_shows():
       pipeline.check(dataclasses.replace(good, **{field: value}))
   with pytest.raises(ValueError, match="no split 'test'"):
     pipeline.check(good, ('train', 'test'))
+
+
+def test_the_test_split_of_wsc_has_no_scores(tmp_path):
+  """Its targets are nouns, told or not; the label is what is hidden."""
+  row = {
+    'text': 'Ann ran and she won.', 'idx': 0,
+    'target': {
+      'span1_text': 'Ann', 'span1_index': 0,
+      'span2_text': 'she', 'span2_index': 3,
+    },
+  }  # fmt: skip
+  put(tmp_path, 'superglue/WSC/test', [row])
+  c = of_tasks(tmp_path / 'cache', {}, data_dir=str(tmp_path))
+  source = pipeline.open_eval(c, BYTES, 'super_glue_wsc', 'test')
+  assert source.examples[0].targets_text == 'Ann'
+  assert source.scores(source.examples, ['Ann']) == {}
+  assert source.majority(source.examples) == {}
+
+
+def test_two_libraries_in_turn_read_their_own_files(tmp_path):
+  row = {'premise': 'a', 'hypothesis': 'b', 'label': 'neutral', 'idx': 0}
+  libraries = []
+  for n in (1, 3):
+    put(tmp_path / str(n), 'superglue/CB/val', [row] * n)
+    c = of_tasks(tmp_path / 'cache', {}, data_dir=str(tmp_path / str(n)))
+    libraries.append(mixture.Library(c, BYTES))
+  for library in libraries:
+    assert library.registry
+  for library, n in zip(libraries, (1, 3), strict=True):
+    found = pipeline.EvalData(library, 'super_glue_cb', 'validation')
+    assert len(found) == n
+
+
+def test_a_mixture_that_is_only_evaluated_trains_nothing(tmp_path):
+  import seqio
+
+  seqio.MixtureRegistry.add('only_diagnostics', [('tiny_cb', 0)])
+  try:
+    c = of_tasks(tmp_path, {'only_diagnostics': 1})
+    library = mixture.Library(c, BYTES)
+    with pytest.raises(ValueError, match='all of its tasks have the rate 0'):
+      mixture.rates(c, {}, library)
+  finally:
+    seqio.MixtureRegistry.remove('only_diagnostics')
+
+
+def test_prepare_looks_for_all_files_before_it_writes(tmp_path):
+  row = {'premise': 'a', 'hypothesis': 'b', 'label': 'neutral', 'idx': 0}
+  put(tmp_path, 'superglue/CB/train', [row])
+  cache = tmp_path / 'cache'
+  c = of_tasks(cache, {'super_glue_cb': 1}, data_dir=str(tmp_path))
+  with pytest.raises(ValueError, match='none of superglue/CB/val.jsonl'):
+    pipeline.prepare(c, BYTES)
+  assert not cache.exists()

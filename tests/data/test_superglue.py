@@ -339,7 +339,7 @@ def test_record_has_an_example_for_every_right_answer():
     example(*away, '<unk>', []),
     example(6, '@placeholder stays', '<unk>', []),
   ]
-  with pytest.raises(ValueError, match="no field 'answers'; only test files"):
+  with pytest.raises(ValueError, match="no field 'answers' in"):
     read('record', hidden)
 
 
@@ -423,8 +423,8 @@ def test_wsc_asks_for_the_noun():
       'wsc: Ann saw the big dog and fed *it* well.', 'the big dog',
     ),
     (
-      'Ann saw Mr. Moncrieff and fed him well.', 'Mr. moncrieff..', 2, 'him', 6,
-      'wsc: Ann saw Mr. Moncrieff and fed *him* well.', 'Mr. moncrieff',
+      'Ann saw Mr. Moncrieff and fed him well.', 'mr. Moncrieff..', 2, 'him', 6,
+      'wsc: Ann saw Mr. Moncrieff and fed *him* well.', 'Mr. Moncrieff',
     ),
     (
       'Then Ann ran, and she won.', 'Ann', 1, 'She', 4,
@@ -438,7 +438,7 @@ def test_wsc_asks_for_the_noun():
     # Not contiguous, so that nothing would help.
     (
       'How Lev Kamenev and Grigory Zinoviev fled: he urged them on.',
-      'Kamenev and Zinoviev', 2, 'them', 9,
+      'Kamenev and Zinoviev', 3, 'them', 9,
       'wsc: How Lev Kamenev and Grigory Zinoviev fled: he urged *them* on.',
       'Kamenev and Zinoviev',
     ),
@@ -524,7 +524,8 @@ def test_wsc_names_what_is_wrong(row, expected):
     ('bun', 'bunny', 0),
     # The hat of Bob is not Bob.
     ('Bob', "Bob's hat", 0),
-    ("Bob's", 'Bob', 0),
+    ('hat', "Bob's hat", 0),
+    ("Bob's hat", 'hat', 0),
     ("Bob's", "Bob's hat", 1),
     ("Tom's", "Bob's", 0),
     # Nothing said is neither right nor wrong.
@@ -542,6 +543,20 @@ def test_wsc_compares_whether_the_noun_is_named(said, noun, expected):
     assert value(said, example=example, is_target=False) == expected
   assert value(noun, example=example, is_target=True) == 0
   assert value('', example={'label': 1}, is_target=True) == 1
+
+
+@pytest.mark.parametrize(
+  'word',
+  'a an few her his each every many much my our some that the their these this'
+  ' those which whose your'.split(),
+)
+def test_wsc_does_not_hear_determiners(word):
+  value = superglue.TASKS['wsc'].comparable()
+  named = lambda said: value(said, example={'targets_pretokenized': 'cat'})
+  assert named(word) == -1 and named(f'{word.title()} cat') == 1
+  assert named(f'{word} dog') == 0
+  example = {'targets_pretokenized': f'{word} cat'}
+  assert value('cat x', example=example) == 1
 
 
 def test_multirc_compares_answers_in_the_groups_of_their_questions():
@@ -913,3 +928,24 @@ def test_equal_to_t5_byte_for_byte(golden, with_t5s_vocabulary, monkeypatch):
     assert index(ours) == index(row)
     flat = {k: v for k, v in row.items() if not isinstance(v, dict)}
     assert {key: found[key] for key in flat} == flat
+
+
+def test_a_noun_that_is_nowhere_in_the_text():
+  row = {
+    'text': 'Ann ran and she won.', 'idx': 0, 'label': True,
+    'target': {
+      'span1_text': 'Bobby', 'span1_index': 0,
+      'span2_text': 'she', 'span2_index': 3,
+    },
+  }  # fmt: skip
+  with pytest.raises(ValueError, match="'Bobby' is not in 'Ann ran and she"):
+    list(superglue.wsc(row, 'validation'))
+
+
+@pytest.mark.parametrize(
+  'query', [{'query': 'a', 'answers': None}, 3, 'answers']
+)
+def test_queries_of_record_that_are_none(query):
+  row = {'idx': 0, 'passage': {'text': '', 'entities': []}, 'qas': [query]}
+  with pytest.raises(ValueError, match="no field 'query'|'answers' is None"):
+    list(superglue.record(row, 'validation'))

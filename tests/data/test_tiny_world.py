@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from st_moe.data import superglue, tiny_world
+from st_moe.data import sources, superglue, tiny_world
 
 FIELDS = {
   'boolq': ('passage', 'question'),
@@ -344,9 +344,28 @@ def test_write_makes_the_official_files(tmp_path):
     for folder in ('BoolQ', 'CB', 'COPA')
     for name in ('train', 'val')
   ]
-  assert list(superglue.read_rows(tmp_path / 'CB' / 'val.jsonl')) == (
-    tiny_world.generate('cb', 'validation', seed=1)
-  )
+  rows = tiny_world.generate('cb', 'validation', seed=1)
+  found = sources.read_jsonl(tmp_path / 'CB' / 'val.jsonl')
+  assert [row for _, row in found] == rows
+  # Where they are, the tasks of SuperGLUE take them for theirs.
+  task = superglue.TASKS['cb']
+  examples = task.load('validation', str(tmp_path))
+  assert examples == [e for r in rows for e in task.examples(r, 'validation')]
+
+
+@pytest.mark.parametrize('name', TASKS)
+def test_the_tasks_are_those_of_superglue_without_files(name, monkeypatch):
+  monkeypatch.delenv('ST_MOE_DATA', raising=False)
+  task, official = tiny_world.TASKS[name], superglue.TASKS[name]
+  assert (task.labels, task.metrics) == (official.labels, official.metrics)
+  assert task.splits == SPLITS
+  assert task.sizes == {'train': 9600, 'validation': 600}
+  examples = task.load('validation')
+  rows = tiny_world.generate(name, 'validation')
+  for row, example in zip(rows, examples, strict=True):
+    assert [example] == list(official.examples(row, 'validation'))
+    # Labels in the order of the official ones.
+    assert example['targets'] == task.labels[LABELS[name].index(row['label'])]
 
 
 def test_text_is_the_training_examples_and_no_other():
