@@ -24,7 +24,8 @@ class TextTask:
 
   An example has `inputs` and `targets`, and whatever scores need besides, under
   T5's names (`idx`, `answers`, ...). `choices`: the answers it may be given, if
-  they are its own.
+  they are its own. Where the answer is not told, targets are UNKNOWN or, as in
+  T5, `label` is -1.
   """
 
   examples: Callable[[Row, str], Iterable[Example]]  # Of a row and its split.

@@ -1,6 +1,7 @@
 """`st-moe evaluate`: the scores of checkpoints, and what they answered."""
 
 import json
+import math
 
 import numpy as np
 from etils import epath
@@ -35,7 +36,8 @@ def evaluate(
     vocabulary: a SentencePiece model or 'bytes'; '': the checkpoint's.
     overrides: fields of its config to set, as on a command line.
     every_step: score all checkpoints of a workdir; tells which is best at what.
-    submission: also write the zip that the leaderboard of SuperGLUE takes.
+    submission: of the test split, unless another is set; also writes the zip
+      that the leaderboard of SuperGLUE takes.
 
   Returns:
     The metrics; of `every_step`, those of the newest.
@@ -47,10 +49,14 @@ def evaluate(
   values = config_file.to_dict(loaded.config)
   # All examples, answered in both ways, unless somebody says otherwise.
   whole = {'evaluate.decode': 'true', 'evaluate.batches': '0'}
+  if submission:
+    whole['evaluate.split'] = 'test'
   for field, value in {**whole, **(overrides or {})}.items():
     values = config_file.set_field(values, field, value)
   config = config_file.from_dict(values)
   sources = _sources(config, loaded.vocabulary, mixture)
+  if submission:
+    submissions.check([source.name for source in sources])
   model = loaded.model.clone(config=config.model)
   evaluator = Evaluator(model, config, loaded.vocabulary, loaded.mesh)
   to = epath.Path(output or _beside(loaded.path) / 'evaluation').expanduser()
@@ -128,7 +134,9 @@ def _write(folder: epath.Path, loaded, found: dict, measured: dict) -> None:
     if rows:
       lines = ''.join(f'{json.dumps(row)}\n' for row in rows)
       files.write_whole(folder / f'predictions-{name}.jsonl', lines.encode())
-  about = {'checkpoint': loaded.path, 'step': loaded.step, 'metrics': found}
+  # JSON knows no NaN.
+  plain = {k: v if math.isfinite(v) else str(v) for k, v in found.items()}
+  about = {'checkpoint': loaded.path, 'step': loaded.step, 'metrics': plain}
   text = json.dumps(about, indent=2)
   files.write_whole(folder / 'metrics.json', text.encode())
 
@@ -136,13 +144,14 @@ def _write(folder: epath.Path, loaded, found: dict, measured: dict) -> None:
 def _show(loaded, found: dict) -> None:
   """A line a metric: what it is, and what the most frequent answer gets."""
   from rich.console import Console
+  from rich.markup import escape
   from rich.table import Table
 
   table = Table('source', 'metric', 'majority', 'ranked', 'decoded')
-  table.title = loaded.path
+  table.title = escape(loaded.path)
   seen = set()
   for name in found:
-    _, source, metric = name.split('/')
+    _, source, metric = name.split('/', 2)
     metric = metric.removeprefix('decoded_').removeprefix('majority_')
     if (source, metric) in seen:
       continue

@@ -116,7 +116,7 @@ class Evaluator:
     """How a task is answered: 'rank', 'decoding' or both."""
     if source.is_text:
       return []
-    ranks = bool(source.choices(source.examples[0]))
+    ranks = any(source.choices(e) for e in source.examples)
     decodes = self._config.evaluate.decode or not ranks
     return ['rank'] * ranks + ['decoding'] * decodes
 
@@ -153,6 +153,8 @@ class Evaluator:
       length = len(tokens)
     else:
       choices = source.choices(example)
+      if not choices:
+        return '', 0.0
       lengths = [len(a) for a in question.answers[: len(choices)]]
       scores = reply.scores[: len(choices)]
       if self._config.evaluate.length_normalized:
@@ -210,20 +212,19 @@ def _averages(found: dict[str, float]) -> dict[str, float]:
   Ranked answers count where there are such; 'decoded_average' is of decoded
   ones, 'majority_average' what the most frequent answers would get.
   """
-  kinds = {'': {}, 'decoded_': {}, 'majority_': {}}
-  for name, value in found.items():
-    _, task, metric = name.split('/', 2)
-    if not task.startswith('super_glue_'):
-      continue
-    task = task.removeprefix('super_glue_').removesuffix('_1_sentinel')
-    kind = next(
-      k for k in ('decoded_', 'majority_', '') if metric.startswith(k)
-    )
-    kinds[kind][f'{task}/{metric.removeprefix(kind)}'] = value
-  kinds[''] = kinds['decoded_'] | kinds['']  # Some tasks are decoded alone.
-  averages = {kind: superglue.average(of) for kind, of in kinds.items()}
-  return {
-    f'eval/super_glue/{kind}average': value
-    for kind, value in averages.items()
-    if value is not None
-  }
+  averages = {}
+  for suffix in ('', '_1_sentinel'):
+    kinds = {'decoded_': {}, 'majority_': {}, '': {}}
+    for name, value in found.items():
+      _, task, metric = name.split('/', 2)
+      bare = task.removeprefix('super_glue_').removesuffix('_1_sentinel')
+      if task == f'super_glue_{bare}{suffix}':
+        kind = next(k for k in kinds if metric.startswith(k))
+        kinds[kind][f'{bare}/{metric.removeprefix(kind)}'] = value
+    kinds[''] = kinds['decoded_'] | kinds['']  # Some tasks are decoded alone.
+    mixture = 'super_glue' + suffix.removeprefix('_1')
+    for kind, scores in kinds.items():
+      average = superglue.average(scores)
+      if average is not None:
+        averages[f'eval/{mixture}/{kind}average'] = average
+  return averages

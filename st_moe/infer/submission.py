@@ -7,7 +7,7 @@ True and False, COPA and MultiRC 0 and 1, ReCoRD the entity, others the label.
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from etils import epath
 
@@ -30,6 +30,21 @@ _WRITTEN = {
 }
 
 
+def _task(name: str) -> str:
+  """'boolq' of 'super_glue_boolq'; '' of what is not among the ten."""
+  task = name.removeprefix('super_glue_').removesuffix('_1_sentinel')
+  return task if name.startswith('super_glue_') and task in FILES else ''
+
+
+def check(names: Iterable[str]) -> None:
+  """Raises if none of the sources `names` is a task of SuperGLUE."""
+  if not any(map(_task, names)):
+    raise ValueError(
+      f'No submission of {sorted(names)}: none is a task of SuperGLUE; use'
+      ' --mixture=super_glue.'
+    )
+
+
 def write(folder: epath.PathLike, measured: Mapping[str, tuple]) -> epath.Path:
   """Zips the predictions of `Evaluator.measure`; says which tasks are missing.
 
@@ -39,18 +54,13 @@ def write(folder: epath.PathLike, measured: Mapping[str, tuple]) -> epath.Path:
   Raises:
     ValueError: none of the tasks is SuperGLUE's.
   """
+  check(measured)
   lines = {}
   for name, (_, rows) in measured.items():
-    task = name.removeprefix('super_glue_').removesuffix('_1_sentinel')
-    if name.startswith('super_glue_') and task in FILES:
+    if task := _task(name):
       ways = {row['by'] for row in rows}
       way = 'rank' if 'rank' in ways else 'decoding'
       lines[task] = _lines(task, [r for r in rows if r['by'] == way])
-  if not lines:
-    raise ValueError(
-      f'No submission of {sorted(measured)}: none is a task of SuperGLUE; use'
-      ' --mixture=super_glue --config.evaluate.split=test.'
-    )
   path = epath.Path(folder) / NAME
   with files.appearing(path) as temp, zipfile.ZipFile(temp, 'w') as archive:
     for task, found in lines.items():
@@ -111,6 +121,8 @@ def problems(path: epath.PathLike, data_dir: str = '') -> list[str]:
   Compares with the test files in `data_dir`, where these are there.
   """
   found = []
+  if not zipfile.is_zipfile(epath.Path(path)):
+    return [f'{path} is no zip']
   with zipfile.ZipFile(epath.Path(path)) as archive:
     names = archive.namelist()
     for name in sorted(set(names) - set(FILES.values())):
@@ -119,8 +131,9 @@ def problems(path: epath.PathLike, data_dir: str = '') -> list[str]:
       if names.count(name) != 1:
         found.append(f'{name} is there {names.count(name)} times')
         continue
-      lines = archive.read(name).decode().splitlines()
       try:
+        text = archive.read(name).decode().removesuffix('\n')
+        lines = text.split('\n') if text else []
         found += _problems(task, name, [json.loads(x) for x in lines], data_dir)
       except (ValueError, KeyError, TypeError) as e:
         found.append(f'{name} is malformed: {type(e).__name__} {e}')

@@ -281,6 +281,8 @@ def best_steps(by_step: dict[int, dict]) -> dict[str, tuple[int, float]]:
       last = name.rpartition('/')[2]
       if last.startswith('majority_') or last == 'examples':
         continue
+      if not math.isfinite(value):
+        continue
       sign = -1 if last == 'loss' else 1
       if name not in found or sign * value > sign * found[name][1]:
         found[name] = step, value

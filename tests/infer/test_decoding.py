@@ -395,6 +395,48 @@ def test_score_is_the_sum_of_log_softmax():
       assert found[b, a] == pytest.approx(total, rel=1e-5)
 
 
+# To each prompt its own answers, the second of the last prompt none at all.
+OWN = np.random.default_rng(5).integers(1, 32, (4, 3, 4), dtype=np.int32)
+OWN[0, :, 2:] = OWN[2, 1, 1:] = OWN[3, 1] = 0
+
+
+def _slow_score(b, answer):
+  """Of one answer to one prompt, after whole passes without the others."""
+  total = 0
+  for t, token in enumerate(answer[answer > 0]):
+    (z,) = _next_logits(b, [answer[:t]])
+    total += _log_softmax(z)[token]
+  return total
+
+
+def test_each_answer_is_scored_as_if_alone():
+  found = np.asarray(_score()(_params(), PROMPTS, OWN))
+  assert found.shape == (4, 3)
+  for b, a in np.ndindex(4, 3):
+    want = _slow_score(b, OWN[b, a])
+    assert found[b, a] == pytest.approx(want, abs=1e-4), (b, a)
+  assert found[3, 1] == 0
+  assert len({round(x, 3) for x in found.ravel().tolist()}) == 12
+
+
+def test_rows_of_padding_move_nothing():
+  found = np.asarray(_score()(_params(), PROMPTS, OWN))
+  for kept in range(3):
+    alone = OWN * (np.arange(3) == kept)[:, None]
+    scores = np.asarray(_score()(_params(), PROMPTS, alone))
+    np.testing.assert_allclose(scores[:, kept], found[:, kept], atol=1e-5)
+    assert (np.delete(scores, kept, axis=1) == 0).all()
+  # One answer a prompt: as many rows as prompts, which share nothing.
+  one = np.asarray(_score()(_params(), PROMPTS, OWN[:, :1]))
+  np.testing.assert_allclose(one[:, 0], found[:, 0], atol=1e-5)
+
+
+def test_answers_of_all_prompts_are_those_of_each():
+  shared = np.asarray(_score()(_params(), PROMPTS, ANSWERS))
+  each = np.broadcast_to(ANSWERS, (4, *ANSWERS.shape))
+  np.testing.assert_array_equal(_score()(_params(), PROMPTS, each), shared)
+
+
 def test_a_score_does_not_know_its_neighbours():
   """True of a model that drops nobody, and of no other."""
   others = PROMPTS[[0, 0, 1, 0]]

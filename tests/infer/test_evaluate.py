@@ -1,10 +1,10 @@
-"""Scores of a model whose every probability can be read from a table."""
+"""The verb `evaluate`: which data, which checkpoints, what is written."""
 
 import dataclasses
-import functools
 import json
 import math
 import types
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -12,288 +12,362 @@ import numpy as np
 import pytest
 
 from st_moe import sharding
-from st_moe.config import Config, DataConfig, EvalConfig
-from st_moe.data import pipeline, vocabulary
+from st_moe.config import Config, DataConfig, EvalConfig, StackConfig
+from st_moe.data import mixture, pipeline, vocabulary
 from st_moe.data.metrics import accuracy
-from st_moe.infer import evaluate
-from st_moe.infer.evaluate import Evaluator
-from tests.helpers import tiny
+from st_moe.infer import evaluate, submission
+from st_moe.interop import ours
+from st_moe.model.transformer import Transformer
+from st_moe.train.report import best_steps
+from tests.helpers import random_params, tiny
+from tests.infer.test_evaluator import CONFIG, ROWS, Source, Table, table
 
 VOCABULARY = vocabulary.load('bytes')
-EOS = VOCABULARY.eos
-LABELS = ('no', 'yes')
-CONFIG = Config(
-  model=tiny(vocab_size=VOCABULARY.size),
-  data=DataConfig(batch_size=5, inputs_length=4, targets_length=6),
-)
+
+# Hand-made sources, and checkpoints of a table.
 
 
-@dataclasses.dataclass
-class Table:
-  """P(next | question, token before) as a table: no attention, no experts."""
+class Shelf:
+  """A library of two tasks, a text, and a mixture that only one is drawn of."""
 
-  config: object
+  opened: list
 
-  def clone(self, config):
-    return Table(config)
+  def __init__(self, config, vocab):
+    assert vocab is VOCABULARY
 
-  def apply(self, variables, *args, method='__call__', mutable=None, **kwargs):
-    if method == 'encode':
-      return self._encode(*args)
-    if method == 'decode':
-      encoded, _, inputs, _ = args
-    else:
-      encoded = self._encode(kwargs['encoder_input_tokens'])
-      inputs = kwargs['decoder_input_tokens']
-    logits = variables['params'][encoded[:, None], inputs]
-    return (logits, {'cache': {}}) if mutable else logits
+  def sources(self):
+    return ['text', 'quiz']
 
-  def _encode(self, tokens):
-    return tokens[:, 0]  # The question is its first token.
+  def members(self, name):
+    return {'quiz': 1.0, 'bool': 0.0} if name == 'both' else {name: 1.0}
 
 
-def _params():
-  """Question 1 is answered 'yes' if one may say anything, 2 'no', 3 'nay'."""
-  size = VOCABULARY.size
-  table = np.random.default_rng(0).standard_normal((4, size, size))
-  for question, text in ((1, 'yes'), (2, 'no'), (3, 'nay')):
-    ids = [0, *VOCABULARY.encode(text), EOS]
-    for before, after in zip(ids, ids[1:], strict=False):
-      table[question, before, after] += 8
-  return table.astype('f4')
+def _source(library, name, split):
+  assert isinstance(library, Shelf)
+  Shelf.opened.append((name, split))
+  if name == 'text':
+    return Source(ROWS, name, is_text=True, labels=())
+  if name.endswith('bool') or name.endswith('boolq'):
+    rows = [(5, 'True'), (6, 'False'), (5, 'False'), (5, 'True')]
+    return Source(rows, name, labels=('False', 'True'))
+  half = lambda targets, predictions: {'f1/half': 50.0}
+  return Source(ROWS, name, metrics=(accuracy, half))
 
 
-class Source(pipeline.EvalData):
-  """Twenty questions; batches are those of real data."""
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+  """`evaluate` of a run at 10, 20 and 40, which knows most at 20."""
+  Shelf.opened = []
+  config = dataclasses.replace(CONFIG, evaluate=EvalConfig(batches=1))
+  places = tmp_path / 'run' / 'checkpoints'
+  sharpness = {10: 0.0, 20: 1.0, 40: -1.0}
 
-  def __init__(self, rows, name='quiz', is_text=False, labels=LABELS):
-    self.name, self.is_text, self._rows = name, is_text, rows
-    self.labels, self.metric_fns = labels, () if is_text else (accuracy,)
+  def load(path, vocabulary):
+    path = places / '40' if str(path) == str(tmp_path / 'run') else path
+    return types.SimpleNamespace(
+      model=Table(config.model),
+      params=jnp.asarray(table() * sharpness.get(int(path.name), 1)),
+      config=config,
+      vocabulary=VOCABULARY,
+      path=str(path),
+      step=int(path.name),
+      mesh=sharding.make_mesh(devices=jax.devices()[:1]),
+    )
 
-  def __len__(self):
-    return len(self._rows)
-
-  def example(self, index):
-    question, answer = self._rows[index]
-    pad = lambda ids: np.pad(ids, (0, 6 - len(ids))).astype(np.int32)
-    targets = pad([*VOCABULARY.encode(answer), EOS])
-    return {
-      'encoder_input_tokens': np.array([question, 9, 0, 0], np.int32),
-      'decoder_input_tokens': np.roll(targets, 1) * (np.arange(6) > 0),
-      'decoder_target_tokens': targets,
-      'decoder_loss_weights': (targets > 0).astype('f4'),
-      'source': np.int32(0),
-    }
-
-  @functools.cached_property
-  def examples(self):
-    return [
-      pipeline.Example([], [], answer, f'q{i}', {}, None)
-      for i, (_, answer) in enumerate(self._rows)
-    ]
-
-
-def _rows():
-  rng = np.random.default_rng(1)
-  return [(int(rng.integers(1, 4)), LABELS[rng.integers(2)]) for _ in range(20)]
-
-
-ROWS = _rows()
-
-
-def _evaluator(**asked):
-  config = dataclasses.replace(CONFIG, evaluate=EvalConfig(**asked))
-  mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  return Evaluator(Table(config.model), config, VOCABULARY, mesh)
-
-
-def _measure(source, **asked):
-  return _evaluator(**asked).measure(jnp.asarray(_params()), source)
-
-
-def _log_probability(question, answer):
-  """Of an answer's bytes and its EOS, one after the other."""
-  table, total, before = _params().astype(float), 0, 0
-  for token in [*VOCABULARY.encode(answer), EOS]:
-    row = table[question, before]
-    total += row[token] - math.log(sum(math.exp(v) for v in row))
-    before = token
-  return total
-
-
-def _ranked(question):
-  """The label with the larger score; 'nay' is none, so it takes a real one."""
-  return max(LABELS, key=lambda label: _log_probability(question, label))
-
-
-def test_rank_classification_takes_the_label_with_the_larger_score():
-  metrics, rows = _measure(Source(ROWS))
-  assert [row['prediction'] for row in rows] == [_ranked(q) for q, _ in ROWS]
-  assert [_ranked(q) for q in (1, 2)] == ['yes', 'no']
-  hits = sum(_ranked(q) == answer for q, answer in ROWS)
-  assert metrics['accuracy'] == 100 * hits / 20
-  most = max(sum(answer == label for _, answer in ROWS) for label in LABELS)
-  assert metrics['majority_accuracy'] == 100 * most / 20
-  assert metrics['examples'] == 20
-  assert rows[3] == {
-    'idx': 'q3', 'by': 'rank', 'target': ROWS[3][1],
-    'prediction': _ranked(ROWS[3][0]),
-  }  # fmt: skip
-
-
-def test_an_answer_counts_with_its_end():
-  """Or 'ye' would beat every longer answer that begins with it."""
-  _, rows = _measure(Source([(1, 'yes')] * 5, labels=('ye', 'yes')))
-  assert [row['prediction'] for row in rows] == ['yes'] * 5
-
-
-def test_loss_is_that_of_every_target_token_once():
-  # 'no' has 3 tokens with its EOS and 'yes' 4: a mean of means would differ.
-  tokens = sum(len(answer) + 1 for _, answer in ROWS)
-  total = sum(_log_probability(q, answer) for q, answer in ROWS)
-  metrics, _ = _measure(Source(ROWS))
-  assert metrics['loss'] == pytest.approx(-total / tokens, rel=1e-6)
-
-
-def test_a_ragged_end_counts_once():
-  # 7 + 7 + 6 and one row of filling; 5 + 5 + 5 + 5 without any.
-  seven, even = (
-    _measure(Source(ROWS), batch_size=n, decode=True) for n in (7, 5)
+  monkeypatch.setattr(evaluate, 'load', load)
+  monkeypatch.setattr(
+    evaluate.checkpoint,
+    'all_steps',
+    lambda _: [places / f'{step}' for step in sharpness],
   )
-  assert len(seven[1]) == 40  # Ranked and decoded.
-  assert seven[1] == even[1]
-  assert seven[0].keys() == even[0].keys()
-  for name, value in seven[0].items():
-    assert value == pytest.approx(even[0][name], rel=1e-6), name
-
-
-def test_a_limit_of_batches():
-  metrics, rows = _measure(Source(ROWS), batch_size=4, batches=2)
-  assert metrics['examples'] == len(rows) == 8
-  hits = sum(_ranked(q) == answer for q, answer in ROWS[:8])
-  assert metrics['accuracy'] == 100 * hits / 8
-
-
-def test_decoding_beside_ranking():
-  metrics, rows = _measure(Source(ROWS), decode=True)
-  spoken = {1: 'yes', 2: 'no', 3: 'nay'}
-  ranked, decoded = rows[:20], rows[20:]
-  assert {row['by'] for row in ranked} == {'rank'}
-  assert {row['by'] for row in decoded} == {'decoding'}
-  assert [r['prediction'] for r in decoded] == [spoken[q] for q, _ in ROWS]
-  # Whoever may say anything is wrong about question 3 every time.
-  hits = sum(spoken[q] == answer for q, answer in ROWS)
-  assert metrics['decoded_accuracy'] == 100 * hits / 20
-  assert metrics['decoded_accuracy'] < metrics['accuracy']
-
-
-def test_a_task_without_labels_is_decoded():
-  metrics, rows = _measure(Source(ROWS, labels=()))
-  assert 'accuracy' not in metrics and len(rows) == 20
-  assert {row['by'] for row in rows} == {'decoding'}
-  assert metrics['majority_accuracy'] >= 50
-
-
-def test_text_has_a_loss_and_no_answers():
-  metrics, rows = _measure(Source(ROWS, is_text=True, labels=()), decode=True)
-  assert list(metrics) == ['loss'] and rows == []
-
-
-@pytest.mark.parametrize('decode', [False, True])
-@pytest.mark.parametrize(
-  'kind', [{}, {'labels': ()}, {'labels': (), 'is_text': True}]
-)
-def test_names_are_known_before_anything_is_measured(kind, decode):
-  source, evaluator = Source(ROWS, **kind), _evaluator(decode=decode)
-  found = evaluator(jnp.asarray(_params()), [source])
-  assert set(evaluator.names(source)) == set(found)
-
-
-def test_five_labels_of_ten_bytes():
-  """Answers are padded to a shape that tasks share; padding never wins."""
-  labels = ('no', 'yes', 'a', 'b', 'tenletters')
-  _, rows = _measure(Source(ROWS, labels=labels))
-  best = lambda q: max(labels, key=lambda label: _log_probability(q, label))
-  assert [row['prediction'] for row in rows] == [best(q) for q, _ in ROWS]
-
-
-def test_names_of_several_sources():
-  mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  evaluator = Evaluator(Table(CONFIG.model), CONFIG, VOCABULARY, mesh)
-  found = evaluator(
-    jnp.asarray(_params()),
-    [Source(ROWS[:5]), Source(ROWS[5:], name='text', is_text=True, labels=())],
+  monkeypatch.setattr(mixture, 'Library', Shelf)
+  monkeypatch.setattr(pipeline, 'EvalData', _source)
+  monkeypatch.setenv('COLUMNS', '80')
+  return lambda path='run', **options: evaluate.evaluate(
+    tmp_path / path, **options
   )
-  assert set(found) == {
-    'eval/quiz/loss',
-    'eval/quiz/accuracy',
-    'eval/quiz/majority_accuracy',
-    'eval/quiz/examples',
-    'eval/text/loss',
-  }
 
 
-def _evaluate(monkeypatch, path, config=CONFIG, **options):
-  loaded = types.SimpleNamespace(
-    model=Table(config.model),
-    params=jnp.asarray(_params()),
-    config=config,
-    vocabulary=VOCABULARY,
-    path=str(path),
-    step=40,
-  )
-  opened = []
-
-  def open_eval(data, vocab, name, split):
-    opened.append((name, split))
-    if name == 'text':
-      return Source(ROWS, name=name, is_text=True, labels=())
-    return Source(ROWS, name=name)
-
-  monkeypatch.setattr(evaluate, 'load', lambda _, vocabulary: loaded)
-  monkeypatch.setattr(pipeline, 'open_eval', open_eval)
-  monkeypatch.setattr(pipeline, 'source_names', lambda *_: ['text', 'quiz'])
-  return evaluate.evaluate('anywhere', **options), opened
-
-
-def test_the_verb_writes_scores_and_predictions(tmp_path, monkeypatch, capsys):
-  path = tmp_path / 'run' / 'checkpoints' / '40'
-  found, opened = _evaluate(monkeypatch, path)
-  assert opened == [('text', 'validation'), ('quiz', 'validation')]
+def test_scores_and_predictions_are_written(run, tmp_path, capsys):
+  found = run('run/checkpoints/20')
+  assert Shelf.opened == [('text', 'validation'), ('quiz', 'validation')]
   to = tmp_path / 'run' / 'evaluation'
+  path = str(tmp_path / 'run' / 'checkpoints' / '20')
   about = json.loads((to / 'metrics.json').read_text())
-  assert about == {'checkpoint': str(path), 'step': 40, 'metrics': found}
+  assert about == {'checkpoint': path, 'step': 20, 'metrics': found}
   lines = (to / 'predictions-quiz.jsonl').read_text().splitlines()
-  assert [json.loads(line)['idx'] for line in lines] == [
-    f'q{i}' for i in range(20)
+  rows = [json.loads(line) for line in lines]
+  # All twenty, whatever the run did; ranked, then decoded.
+  assert [(r['by'], r['idx']) for r in rows] == [
+    (by, f'q{i}') for by in ('rank', 'decoding') for i in range(20)
   ]
-  assert not (to / 'predictions-text.jsonl').exists()
+  assert {'input', 'target', 'prediction', 'score'} < rows[0].keys()
+  assert {p.name for p in to.iterdir()} == {
+    'metrics.json', 'predictions-quiz.jsonl',
+  }  # fmt: skip
   said = capsys.readouterr().out
   # It says how many were seated: a capacity moves the loss.
-  assert 'teacher-forced with capacity 2.0, answers with no limit' in said
-  assert f'accuracy {found["eval/quiz/accuracy"]:.4g}' in said
+  assert 'Losses of text with capacity 2.0, answers with no limit.' in said
+  assert said.endswith(f'wrote {to}\n')
 
 
-def test_the_verb_takes_names_fields_and_a_place(tmp_path, monkeypatch, capsys):
-  found, opened = _evaluate(
-    monkeypatch,
-    tmp_path / '40',
+def test_a_table_has_a_line_a_metric(run, capsys):
+  found = run('run/checkpoints/20')
+  lines = capsys.readouterr().out.splitlines()
+  cells = [[c.strip() for c in line.split('│')[1:-1]] for line in lines]
+  value = lambda name: f'{found[f"eval/{name}"]:.4g}'
+  assert [c for c in cells if c] == [
+    ['text', 'loss', '', value('text/loss'), ''],
+    ['quiz', 'loss', '', value('quiz/loss'), ''],
+    [
+      'quiz', 'accuracy', value('quiz/majority_accuracy'),
+      value('quiz/accuracy'), value('quiz/decoded_accuracy'),
+    ],
+    # A name of somebody's own may have a slash.
+    ['quiz', 'f1/half', '50', '50', '50'],
+    ['quiz', 'examples', '', '20', ''],
+  ]  # fmt: skip
+
+
+def test_a_path_is_no_markup(run, capsys):
+  run('runs[/a]/20', mixture=['bool'])
+  title = capsys.readouterr().out.split('┏')[0]
+  assert 'runs[/a]/20' in ''.join(title.split())
+
+
+def test_a_mixture_is_all_its_tasks(run):
+  """Those it never draws from too, each once."""
+  found = run(mixture=['both', 'bool'])
+  assert [name for name, _ in Shelf.opened] == ['quiz', 'bool']
+  assert found['eval/bool/examples'] == 4
+
+
+def test_fields_and_a_place(run, tmp_path, capsys):
+  found = run(
     mixture=['quiz'],
     output=str(tmp_path / 'here'),
     overrides={
       'evaluate.split': 'test',
       'evaluate.batches': '2',
-      'model.moe.eval_capacity.dropless': 'true',
+      'evaluate.decode': 'false',
+      'evaluate.dropless': 'false',
+      'model.moe.eval_capacity.factor': '0.5',
     },
   )
-  assert opened == [('quiz', 'test')]
+  assert Shelf.opened == [('quiz', 'test')]
   assert found['eval/quiz/examples'] == 10
+  assert 'eval/quiz/decoded_accuracy' not in found
   assert (tmp_path / 'here' / 'metrics.json').exists()
-  assert 'teacher-forced with no limit' in capsys.readouterr().out
+  assert not (tmp_path / 'run').exists()
+  said = capsys.readouterr().out
+  assert 'Losses of text with capacity 0.5, answers with capacity 0.5.' in said
 
 
-def test_a_checkpoint_that_left_its_run_is_scored_beside_it(
-  tmp_path, monkeypatch
-):
-  _evaluate(monkeypatch, tmp_path / 'shared' / '40', mixture=['quiz'])
+def test_no_limit_is_told(run, capsys):
+  run(mixture=['bool'], overrides={'model.moe.eval_capacity.dropless': 'true'})
+  said = capsys.readouterr().out
+  assert 'Losses of text with no limit, answers with no limit.' in said
+
+
+def test_a_checkpoint_that_left_its_run_is_scored_beside_it(run, tmp_path):
+  run('shared/20', mixture=['bool'])
   assert (tmp_path / 'shared' / 'evaluation' / 'metrics.json').exists()
+
+
+def test_cut_inputs_are_told(run, monkeypatch, capsys):
+  def source(library, name, split):
+    found = _source(library, name, split)
+    if name == 'quiz':  # One of four has all the four tokens there may be.
+      found.examples = [
+        dataclasses.replace(e, inputs=e.inputs[: 3 + (i % 4 == 0)])
+        for i, e in enumerate(found.examples)
+      ]
+    return found
+
+  monkeypatch.setattr(pipeline, 'EvalData', source)
+  run(mixture=['quiz'])
+  said = capsys.readouterr().out
+  told = 'quiz: 25.0% of inputs fill data.inputs_length=4; what is longer was'
+  assert said.count('inputs fill') == 1 and told in said
+  run(mixture=['quiz'], overrides={'data.inputs_length': '5'})
+  assert 'inputs fill' not in capsys.readouterr().out
+
+
+def test_every_checkpoint(run, tmp_path, capsys):
+  newest = run(every_step=True, mixture=['bool'])
+  to = tmp_path / 'run' / 'evaluation'
+  steps = {}
+  for step in (10, 20, 40):
+    about = json.loads((to / f'{step}' / 'metrics.json').read_text())
+    assert about['step'] == step
+    assert about['checkpoint'].endswith(f'/checkpoints/{step}')
+    assert (to / f'{step}' / 'predictions-bool.jsonl').exists()
+    steps[step] = about['metrics']
+  assert newest == steps[40]
+  # Data is opened once.
+  assert Shelf.opened == [('bool', 'validation')]
+  # At 10 each byte is as likely as any other: 6 and 5 tokens.
+  assert steps[10]['eval/bool/loss'] == pytest.approx(
+    math.log(VOCABULARY.size), rel=1e-5
+  )
+  # At 20 all but one is right; at 40 whatever was likely is not.
+  accuracy = [s['eval/bool/accuracy'] for s in steps.values()]
+  assert accuracy[1] == 75 and max(accuracy[0], accuracy[2]) < 75
+  best = json.loads((to / 'best.json').read_text())
+  assert best.keys() == {
+    f'eval/bool/{name}' for name in ('loss', 'accuracy', 'decoded_accuracy')
+  }
+  assert best['eval/bool/accuracy'] == [20, 75]
+  assert best['eval/bool/loss'] == [20, steps[20]['eval/bool/loss']]
+  said = capsys.readouterr().out
+  assert 'eval/bool/accuracy: best 75 at step 20\n' in said
+  assert said.count('answers with no limit') == 1
+  assert not (to / 'metrics.json').exists()
+
+
+def test_one_checkpoint_has_no_best(run, tmp_path):
+  run(mixture=['bool'])
+  assert not (tmp_path / 'run' / 'evaluation' / 'best.json').exists()
+
+
+def test_a_submission_lies_beside_the_predictions(run, tmp_path, capsys):
+  some = ['super_glue_boolq', 'quiz']
+  run('run/checkpoints/20', mixture=some, submission=True)
+  path = tmp_path / 'run' / 'evaluation' / submission.NAME
+  with zipfile.ZipFile(path) as archive:
+    assert archive.namelist() == ['BoolQ.jsonl']
+    lines = archive.read('BoolQ.jsonl').decode().splitlines()
+  labels = [json.loads(line)['label'] for line in lines]
+  assert labels == ['true', 'false', 'true', 'true']
+  assert f'wrote {path}\n' in capsys.readouterr().out
+
+
+# The best step.
+
+
+def test_best_is_highest_but_of_losses_lowest():
+  by_step = {
+    20: {'eval/a/accuracy': 70.0, 'eval/a/loss': 0.5},
+    10: {'eval/a/accuracy': 60.0, 'eval/a/loss': 0.3},
+    30: {'eval/a/accuracy': 65.0, 'eval/a/loss': 0.4},
+  }
+  assert best_steps(by_step) == {
+    'eval/a/accuracy': (20, 70.0),
+    'eval/a/loss': (10, 0.3),
+  }
+
+
+def test_of_equals_the_earliest_is_best():
+  equal = {'eval/a/f1': 50.0, 'eval/a/loss': 1.0}
+  by_step = {30: equal, 9: equal, 100: {k: v for k, v in equal.items()}}
+  assert best_steps(by_step) == {
+    'eval/a/f1': (9, 50.0),
+    'eval/a/loss': (9, 1.0),
+  }
+
+
+def test_what_a_step_cannot_change_has_no_best():
+  by_step = {
+    1: {'eval/a/majority_f1': 3.0, 'eval/a/examples': 8, 'eval/a/f1': -2.0},
+    2: {'eval/b/decoded_f1': 1.0, 'eval/super_glue/majority_average': 5.0},
+  }
+  # A metric that is not there at every step is the best where it is.
+  assert best_steps(by_step) == {
+    'eval/a/f1': (1, -2.0),
+    'eval/b/decoded_f1': (2, 1.0),
+  }
+  assert best_steps({}) == {}
+
+
+# Real checkpoints and tasks.
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  """A run of a sparse model that reads bytes, with checkpoints at 3 and 12."""
+  import seqio
+
+  from st_moe.data import tasks
+
+  del tasks  # Registers ours.
+  seqio.MixtureRegistry.add('mostly_cb', [('tiny_cb', 2), ('tiny_copa', 0)])
+  folder = tmp_path_factory.mktemp('verb')
+  config = Config(
+    model=tiny(
+      vocab_size=VOCABULARY.size,
+      encoder=StackConfig(1, 1, 0, group_size=16),
+      decoder=StackConfig(1, 1, 0, group_size=8),
+      moe={'extra_ffn': 'none'},
+    ),
+    data=DataConfig(
+      mixture={'mostly_cb': 1},
+      batch_size=4,
+      inputs_length=16,
+      targets_length=16,
+      cache_dir=str(folder / 'cache'),
+    ),
+  )
+  one = np.ones((1, 1), np.int32)
+  for step in (3, 12):
+    params = random_params(Transformer(config.model), one, one, one, seed=step)
+    place = folder / 'run' / 'checkpoints' / f'{step}'
+    ours.save(str(place), params, config, b'')
+  yield folder / 'run'
+  seqio.MixtureRegistry.remove('mostly_cb')
+
+
+def test_a_run_from_its_files(workdir, capsys):
+  few = {'evaluate.batches': '1', 'evaluate.decode': 'false'}
+  # Zero-rate tasks are none that it was trained on.
+  newest = evaluate.evaluate(workdir, every_step=True, overrides=few)
+  assert {name.split('/')[1] for name in newest} == {'tiny_cb'}
+  best = json.loads((workdir / 'evaluation' / 'best.json').read_text())
+  losses = {
+    step: json.loads(path.read_text())['metrics']['eval/tiny_cb/loss']
+    for step in (3, 12)
+    for path in [workdir / 'evaluation' / f'{step}' / 'metrics.json']
+  }
+  assert losses[12] == newest['eval/tiny_cb/loss'] != losses[3]
+  lowest = min(losses, key=losses.get)
+  assert best['eval/tiny_cb/loss'] == [lowest, losses[lowest]]
+  said = capsys.readouterr().out
+  assert 'tiny_cb: 100.0% of inputs fill data.inputs_length=16' in said
+  # By name it is both of its tasks. The newest checkpoint is 12, not 3.
+  again = evaluate.evaluate(workdir, mixture=['mostly_cb'], overrides=few)
+  assert {name.split('/')[1] for name in again} == {'tiny_cb', 'tiny_copa'}
+  assert again['eval/tiny_cb/loss'] == pytest.approx(losses[12], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'mixture': ['mostly_bc']}, "'mostly_bc'. Did you mean 'mostly_cb'"),
+    (
+      {'overrides': {'evaluate.split': 'test'}},
+      r"'tiny_cb' has no split 'test', only \['train', 'validation'\]",
+    ),
+    ({'overrides': {'evaluate.splitt': 'test'}}, 'splitt'),
+    ({'vocabulary': 'no.model'}, 'no.model: no such file'),
+  ],
+)
+def test_what_cannot_be_evaluated(workdir, options, message):
+  with pytest.raises(ValueError, match=message):
+    evaluate.evaluate(workdir, **options)
+
+
+def test_checkpoints_that_are_none(workdir, tmp_path):
+  with pytest.raises(ValueError, match=f'No checkpoint in {tmp_path}: give a'):
+    evaluate.evaluate(tmp_path)
+  # A checkpoint is no workdir.
+  one = workdir / 'checkpoints' / '3'
+  with pytest.raises(ValueError, match='No checkpoint in .*/3: give a workdir'):
+    evaluate.evaluate(one, every_step=True)
+
+
+def test_a_checkpoint_without_a_vocabulary(tmp_path):
+  config = Config(model=tiny(vocab_size=VOCABULARY.size))
+  one = np.ones((1, 1), np.int32)
+  params = random_params(Transformer(config.model), one, one, one)
+  ours.save(str(tmp_path / 'bare'), params, config, None)
+  with pytest.raises(ValueError, match='bare has no vocabulary: give the Sent'):
+    evaluate.evaluate(tmp_path / 'bare')
