@@ -6,8 +6,13 @@ import numpy as np
 
 
 def bucket(n: int, least: int = 16) -> int:
-  """The next of least * (1, 1.5, 2, 3, 4, 6, 8, ...): a third is padding at
-  most, and lengths up to 512 have eleven shapes. `least`: a power of two."""
+  """The next of least * (1, 1.5, 2, 3, 4, 6, 8, ...).
+
+  A third is padding at most, and lengths up to 512 have eleven shapes.
+
+  Args:
+    least: a power of two.
+  """
   size = least
   while size < n:  # From 1 to 2.
     size = size * 4 // 3 if size & (size - 1) else -(-size * 3 // 2)

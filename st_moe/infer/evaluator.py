@@ -146,24 +146,21 @@ class Evaluator:
 
   def _said(self, source, way, example, question, reply) -> tuple[str, float]:
     """One answer and its log-probability; per token, if that was asked."""
+    normalized = self._config.evaluate.length_normalized
     if way == 'decoding':
-      tokens, score = reply.tokens, reply.score
-      begins = len(source.begins) * (tokens[:1] == source.begins)
-      text = self._vocabulary.decode(tokens[begins:])
-      length = len(tokens)
-    else:
-      choices = source.choices(example)
-      if not choices:
-        return '', 0.0
-      lengths = [len(a) for a in question.answers[: len(choices)]]
-      scores = reply.scores[: len(choices)]
-      if self._config.evaluate.length_normalized:
-        scores = scores / lengths
-      best = int(np.argmax(scores))
-      return choices[best], float(scores[best])
-    if self._config.evaluate.length_normalized:
-      score /= max(length, 1)
-    return text, score
+      tokens, begins = reply.tokens, source.begins
+      text = self._vocabulary.decode(
+        tokens[len(begins) :] if tokens[: len(begins)] == begins else tokens
+      )
+      return text, reply.score / (max(len(tokens), 1) if normalized else 1)
+    choices = source.choices(example)
+    if not choices:
+      return '', 0.0
+    scores = reply.scores[: len(choices)]
+    if normalized:
+      scores = scores / [len(a) for a in question.answers[: len(choices)]]
+    best = int(np.argmax(scores))
+    return choices[best], float(scores[best])
 
   def _loss(self, examples, questions, replies) -> dict[str, float]:
     """Nats per target token; nothing where a test split hides the targets."""

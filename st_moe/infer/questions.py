@@ -1,14 +1,18 @@
 """Questions to a model, of many tasks at once: answers scored, answers said.
 
-Whatever task they come from, questions of like shapes share a batch, the
-longest first: shapes are few, only the last batch of a shape is ragged, and
-what does not fit into memory fails at once.
+Whatever task they come from, questions of like shapes share a batch. A shape of
+so few questions that its compilation would take longer than its batches gives
+way to a larger one. The largest go first: what does not fit into memory fails
+at once.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -19,6 +23,7 @@ from st_moe.infer.batching import bucket, chunks, padded
 from st_moe.infer.methods import Method
 
 _MOST_ROWS = 8  # Answers a question in a batch of full size.
+_FEW = 4  # Batches that are not worth a compilation.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +34,36 @@ class Question:
   answers: Sequence[Sequence[int]] = ()  # Each with its EOS.
   room: int = 0  # Tokens of an own answer at most; 0: none is asked.
 
+
+class Shape(NamedTuple):
+  """What a batch is padded to, but for its number of questions."""
+
+  rows: int  # Answers a question.
+  length: int  # Of an answer.
+  room: int  # Of an own answer.
+  prompt: int  # The length of it.
+
+  @classmethod
+  def of(cls, question: Question, longest: int) -> 'Shape':
+    answers = question.answers
+    return cls(
+      bucket(len(answers), 4) if answers else 0,
+      bucket(max(map(len, answers)), 8) if answers else 0,
+      question.room and bucket(question.room, 8),
+      min(bucket(len(question.prompt)), longest),
+    )
+
   @property
-  def shape(self) -> tuple[int, int, int]:
-    """Answers, their length, length of an own one: padded, so shared."""
-    longest = max(map(len, self.answers), default=0)
-    rows = bucket(len(self.answers), 4) if self.answers else 0
-    return rows, bucket(longest, 8), self.room and bucket(self.room, 8)
+  def tokens(self) -> int:
+    """What a question costs, roughly."""
+    return self.prompt + self.rows * self.length + self.room
+
+  def holds(self, other: 'Shape') -> bool:
+    """Whether questions of `other` may be padded to this one instead."""
+    decodes_alike = bool(self.room) == bool(other.room)
+    return decodes_alike and all(
+      a >= b for a, b in zip(self, other, strict=True)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +110,11 @@ class Asker:
     progress: Callable[[int], None] = lambda done: None,
   ) -> list[Reply]:
     """The replies, in the order of the questions."""
-    shape = [q.shape for q in questions]
-    order = sorted(
-      range(len(questions)),
-      key=lambda n: (shape[n], len(questions[n].prompt)),
-      reverse=True,
-    )
+    shapes = [Shape.of(q, self._longest) for q in questions]
+    larger = self._fewer(collections.Counter(shapes))
+    shapes = [larger[shape] for shape in shapes]
+    cost = lambda n: (shapes[n].tokens, shapes[n])
+    order = sorted(range(len(questions)), key=cost, reverse=True)
     replies, waiting = [None] * len(questions), []
 
     def collect():
@@ -96,11 +124,10 @@ class Asker:
         replies[n] = self._reply(questions[n], row, scores, spoken)
       progress(len(numbers))
 
-    for shape, numbers in itertools.groupby(
-      order, lambda n: questions[n].shape
-    ):
+    for shape, numbers in itertools.groupby(order, shapes.__getitem__):
       numbers = list(numbers)
-      size = self._batch_size(shape[0], len(numbers))
+      few = self._whole(bucket(len(numbers), 4))
+      size = min(self._most(shape.rows), few)
       for batch in chunks(numbers, size):
         found = self._run(params, [questions[n] for n in batch], shape, size)
         if waiting:  # Read while the next one runs.
@@ -110,17 +137,29 @@ class Asker:
       collect()
     return replies
 
-  def _batch_size(self, rows: int, questions: int) -> int:
-    """Fewer where each has many answers, or where there are few."""
-    most = self._size * _MOST_ROWS // max(rows, _MOST_ROWS)
-    return self._whole(min(most, bucket(questions, 4)))
+  def _fewer(self, counts: Mapping[Shape, int]) -> dict[Shape, Shape]:
+    """Shape -> the one its questions are padded to, its own or a larger one."""
+    counts, found = dict(counts), {}
+    tokens = operator.attrgetter('tokens')
+    for shape in sorted(counts, key=tokens):
+      above = [s for s in counts if s.holds(shape) and s != shape]
+      few = counts[shape] < _FEW * self._most(shape.rows)
+      if few and above:
+        found[shape] = min(above, key=tokens)
+        counts[found[shape]] += counts.pop(shape)
+    for shape in reversed(found):  # A larger one may itself have given way.
+      found[shape] = found.get(found[shape], found[shape])
+    return {shape: shape for shape in counts} | found
 
-  def _run(self, params, batch, shape, size):
-    rows, length, room = shape
+  def _most(self, rows: int) -> int:
+    """Questions in a batch: fewer where each has many answers."""
+    return self._whole(self._size * _MOST_ROWS // max(rows, _MOST_ROWS))
+
+  def _run(self, params, batch, shape: Shape, size: int):
+    rows, length, room, prompt = shape
     prompts = [q.prompt[: self._longest] for q in batch]
-    most = min(bucket(max(map(len, prompts))), self._longest)
     fill = [[]] * (size - len(batch))  # Asks nothing.
-    prompts = padded(prompts + fill, most)
+    prompts = padded(prompts + fill, prompt)
     answers = None
     if rows:
       empty = np.zeros((rows, length), np.int32)

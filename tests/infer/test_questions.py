@@ -1,5 +1,6 @@
 """Questions of all shapes at once, against each of them asked alone."""
 
+import collections
 import functools
 import math
 
@@ -9,7 +10,7 @@ import pytest
 
 from st_moe import sharding
 from st_moe.config import Capacity, StackConfig
-from st_moe.infer.questions import Asker, Question
+from st_moe.infer.questions import Asker, Question, Shape
 from st_moe.model.transformer import Transformer
 from tests.helpers import random_params, tiny
 
@@ -137,9 +138,9 @@ def test_each_reply_is_that_of_its_question_alone(mixed):
 def test_the_mixture_is_one(mixed):
   """Or the above would say little."""
   questions, replies, _ = mixed
-  asked = {q.shape for q in questions}
+  asked = {Shape.of(q, 64)[:3] for q in questions}
   assert asked == {
-    (4, 8, 0), (4, 8, 8), (6, 8, 0), (4, 12, 12), (0, 8, 8), (0, 8, 0)
+    (4, 8, 0), (4, 8, 8), (6, 8, 0), (4, 12, 12), (0, 0, 8), (0, 0, 0)
   }  # fmt: skip
   ended = [r.tokens[-1:] == [OFTEN] for r in replies if r.tokens]
   assert 2 < sum(ended) < len(ended) - 2
@@ -152,13 +153,13 @@ def test_the_mixture_is_one(mixed):
 def test_none_is_lost_or_counted_twice(mixed):
   questions, _, told = mixed
   assert sum(told) == len(questions) == 20
-  # By shapes: 5, 4, 2, 4, 4 and 1, at most four in a batch.
-  assert sorted(told) == [1, 1, 2, 4, 4, 4, 4]
+  # So few share two shapes, with room and without, at most four in a batch.
+  assert sorted(told) == [4, 4, 4, 4, 4]
 
 
 def test_nothing_asked_is_nothing_said(mixed):
   questions, replies, _ = mixed
-  n = next(n for n, q in enumerate(questions) if q.shape == (0, 8, 0))
+  n = next(n for n, q in enumerate(questions) if not (q.answers or q.room))
   assert replies[n].scores.shape == (0,)
   assert replies[n].tokens == [] and replies[n].score == 0
   assert _asker().ask(_params(), []) == []
@@ -282,13 +283,33 @@ def test_shapes_are_few():
   ]
   asker = _fair(8)
   told = _batches(asker, questions)
-  # 4, 6 or 8 answers of up to 8 tokens to prompts of 16, 24, 32, 48 or 64.
+  # 4, 6 or 8 answers of up to 8 tokens to prompts of 16, 24, 32, 48 or 64, but
+  # of those 15 some are too few.
   shapes = asker._compiled(0)._cache_size()
-  assert shapes == 15
-  # Full batches but the last of each number of answers.
-  assert sum(n < 8 for n in told) <= 3
+  counts = collections.Counter(Shape.of(q, 64) for q in questions)
+  assert len(counts) == 15
+  assert shapes == len(set(asker._fewer(counts).values())) < 12
+  # Full batches but the last of each shape.
+  assert sum(n < 8 for n in told) <= shapes
   assert _batches(asker, questions[::-1]) == told
   assert asker._compiled(0)._cache_size() == shapes
+
+
+def test_few_questions_give_way_to_a_larger_shape():
+  """At one question a batch, three are fewer than four batches."""
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  fewer = Asker(Fair(), mesh, batch_size=1, longest=64, eos=1)._fewer
+  small, middle, large = (Shape(4, 8, 0, n) for n in (16, 32, 64))
+  spoken, many = Shape(4, 8, 8, 16), Shape(8, 8, 0, 32)
+  counts = {small: 3, middle: 2, large: 4, spoken: 1, many: 1}
+  # 3 + 2 are enough. Nothing is decoded for those who did not ask for it, and
+  # eight answers find no room among four.
+  assert fewer(counts) == {
+    small: middle, middle: middle, large: large, spoken: spoken, many: many,
+  }  # fmt: skip
+  assert fewer({small: 1, middle: 1, large: 1}) == {
+    small: large, middle: large, large: large,
+  }  # fmt: skip
 
 
 def test_the_longest_come_first():
@@ -303,5 +324,5 @@ def test_the_longest_come_first():
 
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   asker = Asker(Spy(), mesh, batch_size=1, longest=64, eos=1)
-  _batches(asker, [Question([2] * n, [[1]]) for n in (3, 40, 17, 60)])
+  _batches(asker, [Question([2] * n, [[1]]) for n in (3, 40, 17, 60) * 4])
   assert seen == [64, 48, 24, 16]
