@@ -39,6 +39,7 @@ LINES = (
     'infer.evaluator',
     'infer.submission',
     'infer.evaluate',
+    'infer.generate_flags',
   ),
   ('train.loop',),
   ('analysis', 'surgery', 'plan', 'train.compare', 'train.grid', 'doctor'),
@@ -67,7 +68,7 @@ PACKAGES = {
 # Seconds to import: at module level in `st_moe/data` only.
 HEAVY = ('seqio', 'tensorflow', 'tensorflow_datasets', 'tensorflow_text')
 # Modules that must not even need jax to be imported; the verbs import on use.
-LIGHT = ('cli', '__init__', '__main__')
+LIGHT = ('cli', 'infer.generate_flags', '__init__', '__main__')
 
 
 def room_of(module: str) -> str:
