@@ -497,7 +497,7 @@ class CheckpointConfig:
   keep_last: int = 2
   keep_every: int = 0  # Steps; 0: none are kept for ever.
   # Metrics; the best checkpoint of each stays. Separated by commas, * is any:
-  # 'eval/*/accuracy'; '-eval/x/loss' is the lowest.
+  # 'eval/*/accuracy,eval/*/f1'; '-eval/x/loss' is the lowest.
   keep_best: str = ''
   asynchronous: bool = True
 

@@ -333,15 +333,18 @@ def _look(pending, config, report, clock, force=False) -> dict:
 
 
 def _best(patterns: str, known: list[str]) -> list[str]:
-  """The metrics whose best checkpoints are kept, a '-' before the lowest."""
+  """The metrics whose best checkpoints are kept, a '-' before the lowest.
+
+  A pattern with a * may find nothing, if others do.
+  """
   found = []
-  for pattern in filter(None, patterns.split(',')):
-    sign = '-' * pattern.startswith('-')
-    names = fnmatch.filter(known, _unsigned(pattern))
-    if not names:
-      wanted = _unsigned(pattern)
-      raise unknown('metric in checkpoint.keep_best', wanted, known)
-    found += [sign + name for name in names]
+  wanted = [p for p in patterns.split(',') if p]
+  for pattern in wanted:
+    name = _unsigned(pattern)
+    names = fnmatch.filter(known, name)
+    if not names and ('*' not in name or pattern == wanted[-1] and not found):
+      raise unknown('metric in checkpoint.keep_best', name, known)
+    found += ['-' * pattern.startswith('-') + name for name in names]
   return found
 
 

@@ -449,6 +449,8 @@ def test_patterns_name_every_metric_they_fit():
     'eval/a/accuracy', 'eval/b/accuracy', '-eval/a/loss',
   ]  # fmt: skip
   assert loop._best('', known) == []
+  # What fits no task of this run is for another.
+  assert loop._best('eval/*/em,eval/b/f1', known) == ['eval/b/f1']
   with pytest.raises(ValueError, match="keep_best 'eval/\\*/em'"):
     loop._best('eval/*/em', known)
 
