@@ -18,39 +18,24 @@ from st_moe.data.task import (
   Example,
   Row,
   TextTask,
-  label_text,
+  sentences,
   short,
   take,
 )
 
 
-def sentences(
-  row: Row,
-  split: str,
-  *,
-  name: str,
-  fields: Mapping[str, str],
-  labels: tuple[str, ...],
-  label: str,
-) -> Iterator[Example]:
-  """`NAME field: text field: text`, and a label, which is a word or a digit."""
-  words = [name]
-  for field, column in fields.items():
-    words += [f'{field}:', take(row, column)]
+def digits(row: Row, split: str, *, label: str, **kwargs) -> Iterator[Example]:
+  """`sentences`; a label that is a digit is the number of a class."""
   value = row.get(label)
   if isinstance(value, str) and value.isdecimal():
     row = {**row, label: int(value)}
-  yield {
-    'inputs': ' '.join(words),
-    'targets': label_text(row, split, labels, label),
-    'idx': take(row, 'idx', int),
-  }
+  yield from sentences(row, split, label=label, **kwargs)
 
 
 def qqp(row: Row, split: str, **kwargs) -> Iterator[Example]:
-  """`sentences`, less the few official rows that line breaks tear apart."""
+  """`digits`, less the few official rows that line breaks tear apart."""
   if None not in row.values() and row.get(kwargs['label']) != '':
-    yield from sentences(row, split, **kwargs)
+    yield from digits(row, split, **kwargs)
 
 
 def stsb(row: Row, split: str) -> Iterator[Example]:
@@ -113,7 +98,7 @@ def _files(folder: str, validation='dev', test='test', train='train'):
 
 def _task(
   name, fields, labels, files,
-  label='label', metric_fns=(metrics.accuracy,), make=sentences, **more,
+  label='label', metric_fns=(metrics.accuracy,), make=digits, **more,
 ):  # fmt: skip
   if not isinstance(fields, Mapping):
     fields = {field: field for field in fields}

@@ -15,7 +15,7 @@ from etils import epath
 
 from st_moe.data import metrics
 from st_moe.data.sources import read_jsonl, read_text
-from st_moe.data.task import Example, Row, TextTask, numbered, short, take
+from st_moe.data.task import Example, Row, TextTask, short, take
 
 UNANSWERABLE = 'unanswerable'
 _PUNCTUATION = re.compile(f'([{re.escape(string.punctuation)}])')
@@ -101,7 +101,7 @@ def squad_v2_scores(
 def read(path: epath.PathLike) -> Iterator[tuple[int, Row]]:
   """(number from 1, row) of each question of an official .json or a .jsonl."""
   is_official = os.fspath(path).endswith('.json')
-  return numbered(_questions(path)) if is_official else read_jsonl(path)
+  return enumerate(_questions(path), 1) if is_official else read_jsonl(path)
 
 
 def _questions(path) -> Iterator[Row]:

@@ -8,7 +8,6 @@ for the entity behind a placeholder. The two diagnostic sets are read as RTE.
 A task is one line of `TASKS`.
 """
 
-import functools
 import re
 from collections.abc import Iterator, Mapping
 
@@ -20,30 +19,12 @@ from st_moe.data.task import (
   TextTask,
   class_number,
   label_text,
+  sentences,
   take,
 )
 
 BOOLEAN = ('False', 'True')
 ENTAILMENT = ('entailment', 'not_entailment')
-
-
-def sentences(
-  row: Row,
-  split: str,
-  *,
-  name: str,
-  fields: Mapping[str, str],
-  labels: tuple[str, ...],
-) -> Iterator[Example]:
-  """`NAME field: text field: text`, and a label; fields by their names here."""
-  words = [name]
-  for field, source in fields.items():
-    words += [f'{field}:', take(row, source)]
-  yield {
-    'inputs': ' '.join(words),
-    'targets': label_text(row, split, labels),
-    'idx': take(row, 'idx', int),
-  }
 
 
 def multirc(row: Row, split: str) -> Iterator[Example]:
@@ -224,7 +205,10 @@ def _sentences(
 ):
   if not isinstance(fields, Mapping):
     fields = {field: field for field in fields}
-  make = functools.partial(sentences, name=name, fields=fields, labels=labels)
+
+  def make(row, split):  # Made here, so that an edit here makes shards stale.
+    return sentences(row, split, name=name, fields=fields, labels=labels)
+
   return TextTask(make, metric_fns, labels, files=files, **more)
 
 

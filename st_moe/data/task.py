@@ -16,6 +16,8 @@ Row = Mapping[str, Any]
 Example = dict[str, Any]
 
 UNKNOWN = '<unk>'  # T5's target where the answer is not told.
+# SeqIO's name of a task with a sentinel behind inputs and before targets.
+SENTINEL = '_1_sentinel'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,12 +160,32 @@ def label_text(
   )
 
 
+def sentences(
+  row: Row,
+  split: str,
+  *,
+  name: str,
+  fields: Mapping[str, str],
+  labels: tuple[str, ...],
+  label: str = 'label',
+) -> Iterator[Example]:
+  """T5's `NAME field: text field: text`, and a label.
+
+  Args:
+    fields: what T5 calls a field -> its name in the row.
+    label: the name of the label in the row.
+  """
+  words = [name]
+  for field, source in fields.items():
+    words += [f'{field}:', take(row, source)]
+  yield {
+    'inputs': ' '.join(words),
+    'targets': label_text(row, split, labels, label),
+    'idx': take(row, 'idx', int),
+  }
+
+
 def short(value: Any, most: int = 200) -> str:
   """A value in an error message, which a whole passage would bury."""
   shown = repr(dict(value) if isinstance(value, Mapping) else value)
   return shown if len(shown) <= most else f'{shown[:most]}...'
-
-
-def numbered(rows: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-  """Rows of a file that is one JSON document, numbered from 1."""
-  return enumerate(rows, 1)

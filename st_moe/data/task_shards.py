@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from etils import epath
 
 from st_moe.data import hub, shards, sources
-from st_moe.data.task import TextTask
+from st_moe.data.task import SENTINEL, TextTask
 from st_moe.data.vocabulary import Vocabulary
 
 _OURS = 'st_moe.data.tasks'
@@ -89,7 +89,7 @@ class Registry:
 
   def begins(self, name: str) -> list[int]:
     """The ids that every answer begins with."""
-    marked = name.endswith(self._ours.SENTINEL)
+    marked = name.endswith(SENTINEL)
     return [self._vocabulary.sentinel(0)] if marked else []
 
   def metric_fns(self, name: str) -> tuple:

@@ -21,7 +21,7 @@ from st_moe.data import (
   tiny_world,
   winogrande,
 )
-from st_moe.data.task import TextTask
+from st_moe.data.task import SENTINEL, TextTask
 
 # TensorFlow only feeds: left alone it takes all memory of the accelerators.
 try:
@@ -44,9 +44,7 @@ TASKS: dict[str, TextTask] = {
   **glue.TASKS,
 }
 
-# Tasks that exist with a sentinel after the input and before the target too
-# (arXiv:2202.08906, section 4.5), under SeqIO's name.
-SENTINEL = '_1_sentinel'
+# Tasks that exist with a sentinel too (arXiv:2202.08906, section 4.5).
 WITH_SENTINEL = tuple(f'super_glue_{name}' for name in superglue.TASKS)
 
 # Name -> rates. Those of T5 are sizes of training sets; `size` as the rate of a

@@ -8,6 +8,7 @@ import numpy as np
 from st_moe import sharding
 from st_moe.config import Config
 from st_moe.data import superglue
+from st_moe.data.task import SENTINEL
 from st_moe.infer.questions import Asker, Question
 from st_moe.train import step
 
@@ -210,11 +211,11 @@ def _averages(found: dict[str, float]) -> dict[str, float]:
   ones, 'majority_average' what the most frequent answers would get.
   """
   averages = {}
-  for suffix in ('', '_1_sentinel'):
+  for suffix in ('', SENTINEL):
     kinds = {'decoded_': {}, 'majority_': {}, '': {}}
     for name, value in found.items():
       _, task, metric = name.split('/', 2)
-      bare = task.removeprefix('super_glue_').removesuffix('_1_sentinel')
+      bare = task.removeprefix('super_glue_').removesuffix(SENTINEL)
       if task == f'super_glue_{bare}{suffix}':
         kind = next(k for k in kinds if metric.startswith(k))
         kinds[kind][f'{bare}/{metric.removeprefix(kind)}'] = value

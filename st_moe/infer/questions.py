@@ -156,20 +156,18 @@ class Asker:
     return self._whole(self._size * _MOST_ROWS // max(rows, _MOST_ROWS))
 
   def _run(self, params, batch, shape: Shape, size: int):
-    rows, length, room, prompt = shape
+    batch = [*batch, *[Question(())] * (size - len(batch))]  # Asks nothing.
     prompts = [q.prompt[: self._longest] for q in batch]
-    fill = [[]] * (size - len(batch))  # Asks nothing.
-    prompts = padded(prompts + fill, prompt)
     answers = None
-    if rows:
-      empty = np.zeros((rows, length), np.int32)
-      answers = np.stack([_stacked(q.answers, rows, length) for q in batch])
-      answers = np.concatenate([answers, *[empty[None]] * len(fill)])
+    if shape.rows:
+      cells = shape.rows, shape.length
+      answers = np.stack([_stacked(q.answers, *cells) for q in batch])
     with sharding.use(self._mesh):
       given = jax.device_put(
-        (prompts, answers), sharding.batch_sharding(self._mesh)
+        (padded(prompts, shape.prompt), answers),
+        sharding.batch_sharding(self._mesh),
       )
-      return self._compiled(room)(params, *given)
+      return self._compiled(shape.room)(params, *given)
 
   def _reply(self, question: Question, row: int, scores, spoken) -> Reply:
     tokens, score = [], 0.0

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from etils import epath
 
 from st_moe.data import files, superglue
-from st_moe.data.task import class_number
+from st_moe.data.task import SENTINEL, class_number
 
 NAME = 'superglue.zip'
 FILES = {
@@ -32,7 +32,7 @@ _WRITTEN = {
 
 def _task(name: str) -> str:
   """'boolq' of 'super_glue_boolq'; '' of what is not among the ten."""
-  task = name.removeprefix('super_glue_').removesuffix('_1_sentinel')
+  task = name.removeprefix('super_glue_').removesuffix(SENTINEL)
   return task if name.startswith('super_glue_') and task in FILES else ''
 
 
