@@ -41,7 +41,7 @@ setuptools.setup(
     'kernels': ['tokamax'],
     'notebooks': ['jupyterlab', 'nbmake'],
     'wandb': ['wandb'],
-    'dev': ['pytest>=8.0', 'ruff>=0.9'],
+    'dev': ['pytest>=8.0', 'pytest-xdist>=3.5', 'ruff>=0.9'],
   },
   entry_points={'console_scripts': ['st-moe = st_moe.cli:main']},
 )
