@@ -223,7 +223,7 @@ class LayerPlan:
 
 # What the fields of a model that are words may say.
 _WORDS = {
-  'activation': ('geglu', 'relu'),
+  'activation': ('geglu', 'gelu', 'relu'),
   'dtype': ('auto', 'float32', 'bfloat16'),
   'remat': ('none', 'full', 'dots'),
 }
@@ -242,7 +242,8 @@ class ModelConfig:
   num_heads: int = 12
   head_dim: int = 64
   mlp_dim: int = 2048
-  activation: str = 'geglu'  # 'relu': two matrices, as T5 1.0 and Switch.
+  # 'geglu': three matrices; 'relu' (T5 1.0, Switch) or 'gelu': two.
+  activation: str = 'geglu'
   encoder: StackConfig | None = StackConfig()
   decoder: StackConfig | None = StackConfig(group_size=456)
   moe: MoEConfig = MoEConfig()

@@ -9,6 +9,8 @@ One contract, equal results:
                         float32 and returned in the dtype of x
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -44,12 +46,15 @@ def mask(x, seats: Seats, experts, *, capacity: int, num_experts: int):
 
 
 def index(x, seats: Seats, experts, *, capacity: int, num_experts: int):
-  """Gathers and scatters by place: moves what sits and nothing else."""
+  """Tokens gathered by place, answers added up by token: what sits, no more."""
   slot = seats.expert * capacity + seats.place
-  xs = _gather(x, seats, slot, num_experts * capacity)  # [g, e*c, d]
-  xs = xs.reshape(-1, num_experts, capacity, x.shape[-1]).swapaxes(0, 1)
-  ys = _exchange(xs, experts).swapaxes(0, 1)  # [g, e, c, d]
-  return _combine(ys.reshape(len(x), -1, x.shape[-1]), seats, slot, x)
+  by_slot = _by_slot(seats, slot, num_experts * capacity)
+  # Born [e, g, c], as they travel.
+  split = lambda a: a.reshape(len(x), num_experts, capacity).swapaxes(0, 1)
+  token, weight = (split(a) for a in by_slot)
+  return _combine(
+    _exchange(_take(x, token), experts), token, weight, x.shape[1]
+  )
 
 
 def grouped(
@@ -75,17 +80,17 @@ def grouped(
   expert = jnp.minimum(expert, num_experts - 1)
 
   one = lambda a: a.reshape(1, -1)
-  token = seats.token + jnp.arange(g)[:, None] * s
   flat = seats.replace(
-    token=one(token), place=one(seats.place), weight=one(seats.weight)
+    token=one(seats.token + jnp.arange(g)[:, None] * s),
+    place=one(seats.place),
+    weight=one(seats.weight),
   )
   x = x.reshape(1, g * s, d)
-  xs = _gather(x, flat, one(row), num_blocks * block)
-  xs = checkpoint_name(xs, 'expert_inputs')
-  ys = experts(xs.reshape(num_blocks, block, d), expert)
-  ys = checkpoint_name(ys, 'expert_outputs')
-  y = _combine(ys.reshape(1, -1, d), flat, one(row), x)
-  return y.reshape(g, s, d)
+  by_slot = _by_slot(flat, one(row), num_blocks * block)
+  token, weight = (a.reshape(num_blocks, 1, block) for a in by_slot)
+  xs = checkpoint_name(_take(x, token), 'expert_inputs')
+  ys = checkpoint_name(experts(xs, expert), 'expert_outputs')
+  return _combine(ys, token, weight, g * s).reshape(g, s, d)
 
 
 def per_token(x, seats: Seats, experts, *, capacity: int, num_experts: int):
@@ -93,11 +98,11 @@ def per_token(x, seats: Seats, experts, *, capacity: int, num_experts: int):
   del capacity, num_experts
   g, n = seats.expert.shape
   d = x.shape[-1]
-  xs = jnp.take_along_axis(x, seats.token[..., None], axis=1)
-  xs = jnp.where((seats.place < 0)[..., None], 0, xs)
-  ys = experts(xs.reshape(g * n, 1, d), seats.expert.reshape(-1))
-  route = jnp.broadcast_to(jnp.arange(n), (g, n))
-  return _combine(ys.reshape(g, n, d), seats, route, x)
+  token = seats.token[None]
+  weight = jnp.where(seats.place < 0, 0, seats.weight)[None]
+  xs = _take(x, token).reshape(g * n, 1, d)
+  ys = experts(xs, seats.expert.reshape(-1)).reshape(1, g, n, d)
+  return _combine(ys, token, weight, x.shape[1])
 
 
 DISPATCHERS = {
@@ -118,28 +123,111 @@ def _exchange(xs: jax.Array, experts) -> jax.Array:
   return checkpoint_name(ys, 'expert_outputs')
 
 
-def _gather(x, seats: Seats, slot: jax.Array, num_slots: int) -> jax.Array:
-  """Slots filled with the tokens seated there, [g, num_slots, d]."""
-  s = x.shape[1]
+def _by_slot(seats: Seats, slot: jax.Array, num_slots: int):
+  """Whose seat each slot is, and its weight: [g, num_slots] of both.
+
+  Empty ones have weight 0 and a token past the last: nobody hears them.
+  """
   slot = jnp.where(seats.place < 0, num_slots, slot)
-  empty = jnp.full((x.shape[0], num_slots), s)  # An index past the tokens.
-  token = jax.vmap(lambda t, i, v: t.at[i].set(v, mode='drop'))(
-    empty, slot, seats.token
+  nobody = jnp.iinfo(slot.dtype).max
+  token = _put(seats.token, slot, nobody, num_slots)
+  number = jnp.broadcast_to(jnp.arange(slot.shape[1]), slot.shape)
+  route = _put(number, slot, nobody, num_slots)
+  return token, _moved(seats.weight, slot, route)
+
+
+def _put(values: jax.Array, places: jax.Array, empty, n: int) -> jax.Array:
+  """[g, n], with `values` at their places below n; elsewhere `empty`."""
+  found = jnp.full((len(values), n), empty, values.dtype)
+  put = lambda f, p, v: f.at[p].set(v, mode='drop')
+  return jax.vmap(put)(found, places, values)
+
+
+@jax.custom_vjp
+def _moved(weight, slot, route):
+  """Weights by route as weights by slot; both know the other's number.
+
+  So the way back is a scatter too: to look up single numbers costs a TPU a
+  tile of memory each.
+  """
+  return _put(weight, slot, 0, route.shape[1])
+
+
+_moved.defvjp(
+  lambda weight, slot, route: (_moved(weight, slot, route), (slot, route)),
+  lambda kept, d: (_put(d, kept[1], 0, kept[0].shape[1]), None, None),
+)
+
+
+def _take(x: jax.Array, token: jax.Array) -> jax.Array:
+  """Tokens of x [g, s, d] by number [b, g, n], as [b, g, n, d].
+
+  Of those past the last, whatever there is: nobody asks for it.
+  """
+  return _taken(x, token, x.shape[1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _taken(x, token, s):
+  numbers = jax.lax.GatherDimensionNumbers(
+    offset_dims=(3, 4),
+    collapsed_slice_dims=(1,),
+    start_index_map=(1,),
+    operand_batching_dims=(0,),
+    start_indices_batching_dims=(1,),
   )
-  take = lambda x, t: jnp.take(x, t, axis=0, mode='fill', fill_value=0)
-  return jax.vmap(take)(x, token)
+  *_, d = x.shape
+  # In two dimensions a TPU would read 16 rows for the sake of one.
+  x = x.reshape(len(x), s, -1, 128 if d % 128 == 0 else d)
+  one = (1, 1, *x.shape[2:])
+  xs = jax.lax.gather(x, token[..., None], numbers, one, mode='clip')
+  return xs.reshape(*token.shape, d)
 
 
-def _combine(ys, seats: Seats, slot: jax.Array, x: jax.Array) -> jax.Array:
-  """What each token of `x` hears back from `slot` of ys [g, slots, d]."""
-  slot = jnp.where(seats.place < 0, ys.shape[1], slot)
-  take = lambda y, i: jnp.take(y, i, axis=0, mode='fill', fill_value=0)
-  heard = jax.vmap(take)(ys, slot).astype(jnp.float32)  # [g, n, d]
-  heard *= seats.weight[..., None]
-  if seats.k:
-    g, s, d = x.shape
-    y = heard.reshape(g, s, seats.k, d).sum(2)
-  else:
-    y = jnp.zeros(x.shape, jnp.float32)
-    y = jax.vmap(lambda y, t, h: y.at[t].add(h))(y, seats.token, heard)
-  return y.astype(x.dtype)
+def _add(xs: jax.Array, token: jax.Array, s: int) -> jax.Array:
+  """The transpose of `_take`: rows [b, g, n, d] added up as [g, s, d]."""
+  numbers = jax.lax.ScatterDimensionNumbers(
+    update_window_dims=(3,),
+    inserted_window_dims=(1,),
+    scatter_dims_to_operand_dims=(1,),
+    operand_batching_dims=(0,),
+    scatter_indices_batching_dims=(1,),
+  )
+  _, g, _, d = xs.shape
+  y = jnp.zeros((g, s, d), xs.dtype)
+  return jax.lax.scatter_add(y, token[..., None], xs, numbers, mode='drop')
+
+
+_taken.defvjp(
+  lambda x, token, s: (_taken(x, token, s), token),
+  lambda s, token, dxs: (_add(dxs, token, s), None),
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _combine(ys, token, weight, s: int) -> jax.Array:
+  """Answers [b, g, n, d], weighted and added up by token: [g, s, d].
+
+  By slot rather than by route, of which there are more where places are few;
+  and a TPU gathers rows at more than twice the cost of scattering them.
+  """
+  # Or XLA converts first and copies twice the bytes.
+  ys = jax.lax.optimization_barrier(ys)
+  heard = ys.astype(jnp.float32) * weight[..., None]
+  return _add(heard, token, s).astype(ys.dtype)
+
+
+def _combine_forward(ys, token, weight, s):
+  return _combine(ys, token, weight, s), (ys, token, weight)
+
+
+def _combine_backward(s, kept, dy):
+  # By hand, or rows would be gathered in float32, at twice the cost.
+  ys, token, weight = kept
+  ys = jax.lax.optimization_barrier(ys)
+  heard = _take(dy, token).astype(jnp.float32)
+  dys = (heard * weight[..., None]).astype(ys.dtype)
+  return dys, None, (heard * ys.astype(jnp.float32)).sum(-1)
+
+
+_combine.defvjp(_combine_forward, _combine_backward)

@@ -11,6 +11,7 @@ from st_moe.sharding import annotate, constrain
 # The functions of the input matrices; their outputs are multiplied.
 ACTIVATIONS = {
   'relu': (jax.nn.relu,),
+  'gelu': (jax.nn.gelu,),
   'geglu': (jax.nn.gelu, lambda x: x),
 }
 

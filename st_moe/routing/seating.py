@@ -19,19 +19,23 @@ def seat(asked: Assignment, *, num_experts: int, capacity: int) -> Seats:
   back = lambda a: a.reshape(g, k, s).swapaxes(1, 2).reshape(g, s * k)
 
   # Choice-major order puts first choices in front; a stable sort by expert
-  # then makes one queue per expert. Who asks for nothing queues nowhere.
+  # then makes one queue per expert. Who asks for nothing queues nowhere. Sorts
+  # throughout: to look up single numbers costs a TPU a tile of memory each.
   queue = by_choice(jnp.where(asked.active, asked.expert, num_experts))
+  route = jnp.broadcast_to(jnp.arange(k * s), queue.shape)
   if asked.priority is None:
-    order = jnp.argsort(queue, stable=True)  # [g, k*s]
+    lined_up, order = jax.lax.sort((queue, route), num_keys=1)
   else:
     choice = jnp.broadcast_to(jnp.arange(k)[:, None], (k, s)).reshape(-1)
-    order = jnp.lexsort((by_choice(asked.priority), queue * k + choice))
+    keys = queue * k + choice, by_choice(asked.priority)
+    lined_up, _, order = jax.lax.sort((*keys, route), num_keys=2)
+    lined_up //= k
+  begins = jnp.diff(lined_up, axis=-1, prepend=-1) != 0
+  rank = route - jax.lax.cummax(jnp.where(begins, route, 0), axis=1)
+  _, place = jax.lax.sort((order, rank), num_keys=1)
+  seated = (place < capacity) & (queue < num_experts)
   wanted = jnp.zeros((g, num_experts + 1), jnp.int32)
   wanted = jax.vmap(lambda w, q: w.at[q].add(1))(wanted, queue)  # [g, e+1]
-  starts = wanted.cumsum(-1) - wanted
-  rank = jax.vmap(lambda o: o.at[o].set(jnp.arange(k * s)))(order)
-  place = rank - jnp.take_along_axis(starts, queue, axis=-1)
-  seated = (place < capacity) & (queue < num_experts)
   return Seats(
     token=jnp.broadcast_to(jnp.arange(s * k) // k, (g, s * k)),
     expert=asked.expert.reshape(g, s * k),

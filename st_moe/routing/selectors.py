@@ -48,7 +48,9 @@ def top_k(
     k, rank = ctx.override.k or k, ctx.override.rank
   best, expert = jax.lax.top_k(select, rank + k)
   best, expert = best[..., rank:], expert[..., rank:]  # [g, s, k]
-  weight = jnp.take_along_axis(scores.probs, expert, axis=-1)
+  # Not `take_along_axis`: a TPU reads a tile of memory for each number.
+  chosen = expert[..., None] == jnp.arange(num_experts)  # [g, s, k, e]
+  weight = jnp.where(chosen, scores.probs[:, :, None], 0).sum(-1)
   active = ctx.valid[..., None] & (best > -jnp.inf)  # Which rules one out.
   if pairs:
     share = weight / (weight.sum(-1, keepdims=True) + 1e-9)

@@ -225,16 +225,18 @@ def test_weights_are_not_rounded_to_bfloat16(kind):
 
 
 @every_kind
-def test_empty_places_hold_zeros(kind):
-  # Every token is ones and every expert answers with the sum of all it was
-  # given: what sits, and nothing in the places left.
+def test_nobody_hears_empty_places(kind):
+  # Experts that answer with their bias, places left empty included: a token
+  # hears it as often as it sits, and so does the bias in the way back.
   _, seats, _, _ = _case(0, 2, 3)
-  total = lambda xs, expert: jnp.full(xs.shape, xs.sum())
-  run = functools.partial(KINDS[kind], experts=total, capacity=3, num_experts=E)
-  y = jit(run)(jnp.ones((G, S, D)), seats)
+  biased = lambda bias: lambda xs, expert: jnp.full(xs.shape, bias)
+  run = functools.partial(KINDS[kind], capacity=3, num_experts=E)
+  answer = lambda bias: run(jnp.ones((G, S, D)), seats, biased(bias))
+  y = jit(answer)(7.0)
   heard = (seats.weight * (seats.place >= 0)).reshape(G, S, 2).sum(-1)
-  given = seats.load.sum() * D
-  np.testing.assert_allclose(y[..., 0], heard * given, rtol=1e-6)
+  np.testing.assert_allclose(y[..., 0], 7 * heard, rtol=1e-6)
+  slope = jit(jax.grad(lambda bias: answer(bias).sum()))(7.0)
+  np.testing.assert_allclose(slope, D * heard.sum(), rtol=1e-5)
 
 
 def test_the_table():
