@@ -1,4 +1,4 @@
-# Makes or reuses .venv with this checkout installed; sourced by the other scripts.
+# Makes or reuses .venv with this checkout and $EXTRAS installed; sourced by the other scripts.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
@@ -8,9 +8,10 @@ if ! [ -x .venv/bin/python ]; then
   "$python" -m venv .venv
 fi
 # Installed for exactly this setup.py? A changed one is installed again.
-if ! cmp -s setup.py .venv/installed; then
+extras=${EXTRAS:-dev}
+if ! cmp -s setup.py ".venv/installed-$extras"; then
   .venv/bin/python -m pip install --quiet --upgrade pip
-  PYTHONWARNINGS=ignore .venv/bin/python -m pip install --quiet -e '.[dev]'
-  cp setup.py .venv/installed
+  PYTHONWARNINGS=ignore .venv/bin/python -m pip install --quiet -e ".[$extras]"
+  cp setup.py ".venv/installed-$extras"
 fi
 export PATH="$PWD/.venv/bin:$PATH"
