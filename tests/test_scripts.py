@@ -1,0 +1,393 @@
+"""The launchers, with stand-ins for gcloud, uv and st-moe on PATH."""
+
+import os
+import pathlib
+import shlex
+import shutil
+import subprocess
+import tarfile
+import time
+
+import pytest
+
+SCRIPTS = pathlib.Path(__file__).parents[1] / 'scripts'
+# Two workers: homes under $ROOT. `ssh` gives the command to a login shell, as
+# the real one does; the state of the slice is the next line of $ROOT/states.
+GCLOUD = r"""
+{ printf '%s\n' "$@"; echo; } >>"$ROOT/calls"
+worker=all
+for word; do
+  case $word in
+    --worker=*) worker=${word#*=} ;;
+    --command=*) command=${word#*=} ;;
+  esac
+done
+case "$3 $4" in
+  'queued-resources describe')
+    head -n 1 "$ROOT/states"
+    sed -i '1{$!d}' "$ROOT/states" ;;
+  'queued-resources delete') rm -rf "$ROOT"/worker? ;;
+  'queued-resources create') mkdir -p "$ROOT/worker0" "$ROOT/worker1" ;;
+  'tpu-vm scp') for home in "$ROOT"/worker?; do cp "$5" "$home"; done ;;
+  'tpu-vm ssh')
+    [ "$worker" = all ] && worker=[0-9]
+    for home in "$ROOT"/worker$worker; do
+      (cd "$home" && HOME=$home bash -c "$command") || exit
+    done ;;
+esac
+"""
+# Exits with the next line of ~/codes, 0 without; `hang` waits for SIGTERM.
+ST_MOE = r"""
+trap 'exit 75' TERM
+{ printf '%s\n' "$@"; echo; } >>"$HOME/runs"
+code=$(head -n 1 "$HOME/codes" 2>/dev/null)
+[ -e "$HOME/codes" ] && sed -i 1d "$HOME/codes"
+[ "$code" = hang ] || exit ${code:-0}
+while :; do /bin/sleep 0.02; done
+"""
+UV = r"""
+echo "$*" >>"$HOME/uv"
+[ "$1" = venv ] && mkdir -p .venv/bin && cp "$ROOT/bin/st-moe" .venv/bin &&
+  cp "$ROOT/bin/st-moe" .venv/bin/python
+exit 0
+"""
+CRONTAB = r"""
+if [ "$1" = -l ]; then cat "$HOME/crontab"; else cat >"$HOME/crontab.new" &&
+  mv "$HOME/crontab.new" "$HOME/crontab"; fi
+"""
+QUEUE = 'gcloud compute tpus queued-resources'
+VM = 'gcloud compute tpus tpu-vm'
+WHERE = ('--name=moe', '--zone=here')
+NASTY = """--config.data.mixture={'a b':  1.0, "$HOME": `2`;} & \\n*"""
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+  """A checkout, a slice of two workers, and stand-ins first on PATH."""
+  programs = {
+    'gcloud': GCLOUD,
+    'st-moe': ST_MOE,
+    'uv': UV,
+    'crontab': CRONTAB,
+    'sleep': 'exec /bin/sleep 0.02',
+  }
+  (tmp_path / 'bin').mkdir()
+  for name, text in programs.items():
+    path = tmp_path / 'bin' / name
+    path.write_text(f'#!/bin/bash\n{text}\n')
+    path.chmod(0o755)
+  shutil.copytree(SCRIPTS, tmp_path / 'checkout' / 'scripts')
+  for home in ('worker0', 'worker1'):
+    (tmp_path / home).mkdir()
+  (tmp_path / 'states').write_text('ACTIVE\n')
+  monkeypatch.setenv('ROOT', str(tmp_path))
+  monkeypatch.setenv('PATH', f'{tmp_path}/bin:{os.environ["PATH"]}')
+  names = 'TPU_NAME', 'ZONE', 'PROJECT', 'TPU_TYPE', 'TPU_RUNTIME'
+  for name in names:
+    monkeypatch.delenv(name, raising=False)
+  return tmp_path
+
+
+def _run(root, script, *arguments, **env):
+  return subprocess.run(
+    ['bash', root / 'checkout' / 'scripts' / script, *arguments],
+    env={**os.environ, **env},
+    capture_output=True,
+    text=True,
+    timeout=30,
+  )
+
+
+def _vm(root, *arguments, **env):
+  return _run(root, 'tpu_vm.sh', *arguments, **env)
+
+
+def _calls(path):
+  text = path.read_text() if path.exists() else ''
+  return [call.splitlines() for call in text.split('\n\n') if call]
+
+
+def _dry(root, *arguments, **env):
+  done = _vm(root, arguments[0], *WHERE, '--dry-run', *arguments[1:], **env)
+  assert done.returncode == 0, done.stderr
+  assert not (root / 'calls').exists()
+  return done.stdout.splitlines()
+
+
+def _on_workers(root, command):
+  """What `tpu_vm.sh setup` leaves on the workers, then a command there."""
+  for home in (root / 'worker0', root / 'worker1'):
+    shutil.copytree(SCRIPTS, home / 'st_moe' / 'scripts')
+    (home / 'st_moe' / '.venv' / 'bin').mkdir(parents=True)
+    shutil.copy(root / 'bin' / 'st-moe', home / 'st_moe' / '.venv' / 'bin')
+  return command()
+
+
+def _worker(root, *arguments):
+  home = root / 'worker0'
+  return subprocess.run(
+    ['bash', 'st_moe/scripts/tpu_worker.sh', *arguments],
+    cwd=home,
+    env={**os.environ, 'HOME': str(home)},
+    capture_output=True,
+    text=True,
+    timeout=30,
+  )
+
+
+def _wait_for(fact):
+  for _ in range(500):
+    if fact():
+      return
+    time.sleep(0.02)
+  raise AssertionError('Waited for ten seconds.')
+
+
+def _all_exist(root, name):
+  return all((root / home / name).exists() for home in ('worker0', 'worker1'))
+
+
+@pytest.mark.parametrize(
+  'path', sorted(SCRIPTS.glob('*.sh')), ids=lambda p: p.name
+)
+def test_bash_can_read_it(path):
+  subprocess.run(['bash', '-n', path], check=True)
+
+
+# Cloud TPU, dry.
+
+
+def test_create_asks_for_a_slice(root):
+  create, describe = _dry(root, 'create', '--type=v5litepod-16', '--spot')
+  assert create == (
+    f'{QUEUE} create moe --node-id=moe --accelerator-type=v5litepod-16'
+    ' --runtime-version=v2-alpha-tpuv5-lite --spot --zone=here'
+  )
+  assert describe.startswith(f'{QUEUE} describe moe ')
+  other = _dry(root, 'create', '--type=v4-8', '--project=p', '--runtime=r')[0]
+  assert other == (
+    f'{QUEUE} create moe --node-id=moe --accelerator-type=v4-8'
+    ' --runtime-version=r --zone=here --project=p'
+  )
+
+
+@pytest.mark.parametrize(
+  'type, runtime',
+  [
+    ('v6e-64', 'v2-alpha-tpuv6e'),
+    ('v5p-8', 'v2-alpha-tpuv5'),
+    ('v4-32', 'tpu-ubuntu2204-base'),
+  ],
+)
+def test_a_type_has_its_image(root, type, runtime):
+  assert (
+    f'--runtime-version={runtime} ' in _dry(root, 'create', TPU_TYPE=type)[0]
+  )
+
+
+def test_launch_logs_and_stop(root):
+  ssh = f'{VM} ssh moe --worker=all'
+  start = 'bash st_moe/scripts/tpu_worker.sh start'
+  stop = 'bash st_moe/scripts/tpu_worker.sh stop'
+  assert _dry(root, 'launch', 'train', '--workdir=gs://b/r') == [
+    f"{ssh} '--command={start} train --workdir=gs://b/r' --zone=here"
+  ]
+  assert _dry(root, 'logs', '--worker=3') == [
+    f"{VM} ssh moe --worker=3 '--command=tail -n 100 -F st_moe_run/log'"
+    ' --zone=here'
+  ]
+  assert _dry(root, 'stop', '--delete') == [
+    f"{ssh} '--command={stop}' --zone=here",
+    f'{QUEUE} delete moe --force --quiet --zone=here',
+  ]
+
+
+def test_a_dry_keep_alive_shows_what_follows_a_preemption(root):
+  flags = '--keep-alive', '--type=v6e-16', '--spot'
+  lines = _dry(root, 'launch', *flags, 'train', '--workdir=gs://b/r')
+  verbs = [line.split()[3:5] for line in lines if line.startswith('gcloud')]
+  queue, vm = 'queued-resources', 'tpu-vm'
+  assert verbs == [
+    [vm, 'ssh'],
+    *([queue, verb] for verb in ('describe', 'delete', 'create')),
+    *([vm, verb] for verb in ('scp', 'ssh', 'ssh')),
+  ]
+  assert lines[0] == lines[-1]
+
+
+def test_a_dry_command_can_be_pasted(root):
+  (line,) = _dry(root, 'launch', 'train', NASTY)
+  command = shlex.split(line)[7].removeprefix('--command=')
+  assert shlex.split(command)[3:] == ['train', NASTY]
+
+
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    (['begin'], "no verb 'begin': create, setup, launch, logs, stop or help."),
+    (['setup', '--zone=z'], 'which slice? --name=NAME or TPU_NAME.'),
+    (['setup', '--name=n'], 'which zone? --zone=ZONE or ZONE.'),
+    (['setup', *WHERE, '--fast'], "no flag '--fast'"),
+    (['setup', *WHERE, 'train'], "setup takes flags only, not 'train'."),
+    (['setup', '--name', 'moe'], "no flag '--name'"),
+    (['create', *WHERE], 'which kind of slice? --type='),
+    (['launch', *WHERE], 'launch what?'),
+    (
+      ['launch', *WHERE, '--keep-alive', '--type=v6e-16', 'train'],
+      '--keep-alive without a gs:// path',
+    ),
+  ],
+)
+def test_a_mistake_is_one_line(root, arguments, message):
+  done = _vm(root, *arguments)
+  assert done.returncode == 2
+  assert message in done.stderr
+  assert done.stderr.count('\n') == 1
+  assert not (root / 'calls').exists()
+
+
+def test_without_gcloud_only_a_dry_run_works(root):
+  few = root / 'few'
+  few.mkdir()
+  for name in ('bash', 'dirname'):
+    (few / name).symlink_to(shutil.which(name))
+  done = _vm(root, 'logs', *WHERE, PATH=str(few))
+  assert done.returncode == 2
+  assert done.stderr == (
+    'tpu_vm.sh: gcloud is missing: https://cloud.google.com/sdk/docs/install\n'
+  )
+  assert _dry(root, 'logs', PATH=str(few))
+
+
+def test_usage(root):
+  assert _vm(root, 'help').returncode == 0
+  assert 'create --type=TYPE' in _vm(root, 'help').stdout
+  nothing = _vm(root)
+  assert nothing.returncode == 2
+  assert 'create --type=TYPE' in nothing.stderr
+
+
+# Cloud TPU, on stand-ins.
+
+
+def _git_checkout(root):
+  checkout = root / 'checkout'
+  git = lambda *words: subprocess.run(['git', *words], cwd=checkout, check=True)
+  git('init', '-q')
+  (checkout / '.gitignore').write_text('build/\nruns/\n')
+  (checkout / 'gone.py').write_text('')
+  git('add', '--all')
+  (checkout / 'gone.py').unlink()
+  (checkout / 'new.py').write_text('')
+  (checkout / 'runs').mkdir()
+  (checkout / 'runs' / 'big').write_text('')
+
+
+def test_setup_brings_the_working_tree_as_it_is(root):
+  _git_checkout(root)
+  (root / 'worker1' / 'crontab').write_text('@daily mine\n')
+  for _ in range(2):  # Again, after a change.
+    done = _vm(root, 'setup', *WHERE)
+    assert done.returncode == 0, done.stderr
+  with tarfile.open(root / 'checkout' / 'build' / 'st_moe.tgz') as tar:
+    names = tar.getnames()
+  assert 'new.py' in names and 'scripts/tpu_worker.sh' in names
+  assert not {'gone.py', 'runs/big'} & set(names)
+  for home in (root / 'worker0', root / 'worker1'):
+    assert (home / 'uv').read_text().splitlines() == [
+      'venv --python >=3.11,<3.14 .venv',
+      *['pip install --python .venv/bin/python -e .[tpu,gcp]'] * 2,
+    ]
+    reboot = f'@reboot bash {home}/st_moe/scripts/tpu_worker.sh resume'
+    assert (home / 'crontab').read_text().splitlines()[-1] == reboot
+  assert len((root / 'worker1' / 'crontab').read_text().splitlines()) == 2
+
+
+def test_launch_runs_on_every_worker_what_was_typed(root):
+  launch = lambda: _vm(root, 'launch', *WHERE, 'train', NASTY)
+  done = _on_workers(root, launch)
+  assert done.returncode == 0, done.stderr
+  _wait_for(lambda: _all_exist(root, 'st_moe_run/code'))
+  for home in (root / 'worker0', root / 'worker1'):
+    assert _calls(home / 'runs') == [['train', NASTY]]
+
+
+def test_launch_before_setup_says_so(root):
+  _on_workers(root, lambda: None)
+  (root / 'worker0' / 'st_moe' / '.venv' / 'bin' / 'st-moe').unlink()
+  done = _vm(root, 'launch', *WHERE, 'train')
+  assert done.returncode == 1
+  assert 'Not set up: scripts/tpu_vm.sh setup.' in done.stderr
+
+
+def test_stop_waits_for_the_checkpoint_and_for_good(root):
+  for home in ('worker0', 'worker1'):
+    (root / home / 'codes').write_text('hang\n')
+  launch = lambda *words: _vm(root, 'launch', *WHERE, *words)
+  assert _on_workers(root, lambda: launch('train')).returncode == 0
+  _wait_for(lambda: _all_exist(root, 'runs'))
+  assert 'Already running.' in launch('train').stdout
+  other = launch('evaluate')
+  assert other.returncode == 1
+  assert 'Another run is under way' in other.stderr
+  assert _vm(root, 'stop', *WHERE).returncode == 0
+  assert _worker(root, 'status').stdout == 'ended 75\n'
+  assert _worker(root, 'resume').returncode == 0  # As a reboot would.
+  assert _calls(root / 'worker0' / 'runs') == [['train']]
+  assert 'Nothing runs.' in _vm(root, 'stop', *WHERE).stdout
+
+
+@pytest.mark.parametrize(
+  'codes, runs',
+  [
+    ('75 75 0', 3),  # Preempted twice.
+    ('0', 1),
+    ('1', 1),
+    ('2', 1),
+    ('134 75 134 0', 4),  # Another machine was lost; JAX aborts.
+    (' '.join(['137'] * 20), 10),  # Out of memory: not for ever.
+  ],
+)
+def test_what_the_supervisor_starts_again(root, codes, runs):
+  _on_workers(root, lambda: None)
+  home = root / 'worker0'
+  (home / 'codes').write_text(codes.replace(' ', '\n'))
+  (home / 'st_moe_run').mkdir()
+  (home / 'st_moe_run' / 'args').write_text('train\0--x=a b\0')
+  assert _worker(root, 'resume').returncode == 0
+  assert _calls(home / 'runs') == [['train', '--x=a b']] * runs
+  last = codes.split()[runs - 1]
+  assert _worker(root, 'status').stdout == f'ended {last}\n'
+  assert f'exit status {last}' in (home / 'st_moe_run' / 'log').read_text()
+
+
+def test_keep_alive_asks_for_another_slice(root):
+  _git_checkout(root)
+  states = 'SUSPENDED SUSPENDED WAITING_FOR_RESOURCES ACTIVE'.split()
+  (root / 'states').write_text('\n'.join(states) + '\n')
+  flags = *WHERE, '--keep-alive', '--type=v6e-16', '--spot'
+  done = _vm(root, 'launch', *flags, 'train', '--workdir=gs://b/r')
+  assert done.returncode == 0, done.stderr
+  assert 'moe was preempted' in done.stdout
+  assert done.stdout.endswith('ended 0\n')
+  calls = [' '.join(call[2:4]) for call in _calls(root / 'calls')]
+  calls = [call for call in calls if not call.endswith('describe')]
+  assert calls[:5] == [
+    'queued-resources delete',
+    'queued-resources create',
+    *('tpu-vm scp', 'tpu-vm ssh', 'tpu-vm ssh'),
+  ]
+  run = ['train', '--workdir=gs://b/r']
+  _wait_for(lambda: _all_exist(root, 'st_moe_run/code'))
+  assert _calls(root / 'worker1' / 'runs') == [run]
+
+
+def test_create_waits_its_turn_and_says_when_there_is_none(root):
+  (root / 'states').write_text('WAITING_FOR_RESOURCES\nPROVISIONING\nACTIVE\n')
+  done = _vm(root, 'create', *WHERE, '--type=v6e-16')
+  assert done.returncode == 0
+  assert done.stdout.count('waiting for moe') == 2
+  (root / 'states').write_text('FAILED\n')
+  done = _vm(root, 'create', *WHERE, '--type=v6e-16')
+  assert done.returncode == 2
+  assert 'the request for moe has FAILED' in done.stderr
