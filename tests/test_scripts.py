@@ -1,4 +1,4 @@
-"""The launchers, with stand-ins for gcloud, uv and st-moe on PATH."""
+"""The launchers, with stand-ins for gcloud, Slurm, uv and st-moe on PATH."""
 
 import os
 import pathlib
@@ -70,6 +70,8 @@ def root(tmp_path, monkeypatch):
     'uv': UV,
     'crontab': CRONTAB,
     'sleep': 'exec /bin/sleep 0.02',
+    'srun': '{ printf "%s\\n" "$@"; echo; } >>"$ROOT/calls"; exit $CODE',
+    'scontrol': 'echo "scontrol $*" >>"$ROOT/calls"',
   }
   (tmp_path / 'bin').mkdir()
   for name, text in programs.items():
@@ -82,8 +84,8 @@ def root(tmp_path, monkeypatch):
   (tmp_path / 'states').write_text('ACTIVE\n')
   monkeypatch.setenv('ROOT', str(tmp_path))
   monkeypatch.setenv('PATH', f'{tmp_path}/bin:{os.environ["PATH"]}')
-  names = 'TPU_NAME', 'ZONE', 'PROJECT', 'TPU_TYPE', 'TPU_RUNTIME'
-  for name in names:
+  names = 'TPU_NAME', 'ZONE', 'PROJECT', 'TPU_TYPE', 'TPU_RUNTIME', 'EXTRAS'
+  for name in (*names, *(n for n in os.environ if n.startswith('SLURM_'))):
     monkeypatch.delenv(name, raising=False)
   return tmp_path
 
@@ -391,3 +393,74 @@ def test_create_waits_its_turn_and_says_when_there_is_none(root):
   done = _vm(root, 'create', *WHERE, '--type=v6e-16')
   assert done.returncode == 2
   assert 'the request for moe has FAILED' in done.stderr
+
+
+# Slurm.
+
+
+def _slurm(root, code, *arguments, **env):
+  (root / 'checkout' / 'scripts' / 'env.sh').write_text(
+    'echo "env $EXTRAS" >>"$ROOT/calls"\n'
+  )
+  env = {
+    'CODE': str(code),
+    'SLURM_JOB_ID': '17',
+    'SLURM_SUBMIT_DIR': str(root / 'checkout'),
+    'SLURM_NTASKS_PER_NODE': '4',
+    'SLURM_GPUS_ON_NODE': '4',
+    **env,
+  }
+  # Slurm runs a copy.
+  (root / 'checkout' / 'spool').mkdir()
+  copy = root / 'checkout' / 'spool' / 'slurm_script'
+  shutil.copy(SCRIPTS / 'slurm.sh', copy)
+  return _run(root, '../spool/slurm_script', *arguments, **env)
+
+
+@pytest.mark.parametrize('code', [0, 1, 75, 143])
+def test_a_job_queues_itself_again_only_after_75(root, code):
+  done = _slurm(root, code, 'train', NASTY, SLURM_CPUS_PER_TASK='3')
+  assert done.returncode == code
+  calls = (root / 'calls').read_text()
+  assert calls.startswith(
+    'env cuda\n--cpus-per-task=3\nst-moe\ntrain\n' + NASTY
+  )
+  assert ('scontrol requeue 17' in calls) == (code == 75)
+
+
+def test_a_job_wants_a_task_per_gpu(root):
+  done = _slurm(root, 0, 'train', SLURM_GPUS_ON_NODE='2')
+  assert done.returncode == 2
+  assert done.stderr == (
+    '4 tasks per node and 2 GPUs; one per GPU:'
+    ' sbatch --ntasks-per-node=2 --gres=gpu:2 ...\n'
+  )
+  assert not (root / 'calls').exists()
+
+
+def test_a_dry_job_needs_no_slurm(root):
+  done = _run(root, 'slurm.sh', '--dry-run', 'train', '--workdir=runs/a')
+  assert [line.strip() for line in done.stdout.splitlines()] == [
+    'EXTRAS=cuda source scripts/env.sh',
+    'srun --cpus-per-task=8 st-moe train --workdir=runs/a',
+    '# on exit status 75:',
+    'scontrol requeue JOB',
+  ]
+  assert not (root / 'calls').exists()
+
+
+def test_a_job_outside_slurm_is_refused(root):
+  done = _run(root, 'slurm.sh', 'train')
+  assert done.returncode == 2
+  assert done.stderr == 'Not a Slurm job: sbatch scripts/slurm.sh ARGS...\n'
+  assert 'sbatch --nodes=2' in _run(root, 'slurm.sh').stderr
+  assert _run(root, 'slurm.sh').returncode == 2
+
+
+def test_the_job_is_told_before_its_time_is_up():
+  lines = (SCRIPTS / 'slurm.sh').read_text().splitlines()
+  options = [line.split()[1] for line in lines if line.startswith('#SBATCH ')]
+  # Without B: the signal goes to the tasks; the script outlives it.
+  assert '--signal=TERM@120' in options
+  assert '--requeue' in options
+  assert lines.index('#SBATCH --requeue') < lines.index('set -euo pipefail')
