@@ -488,6 +488,8 @@ class MeshConfig:
   fsdp: int = 1
   expert: int = 1
   model: int = 1
+  # Lets axes other than data cross the slow network between TPU slices.
+  across_slices: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import math
 
 import flax.linen as nn
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ('data', 'fsdp', 'expert', 'model')
@@ -18,7 +19,7 @@ _BATCH = ('data', 'fsdp', 'expert')
 
 RULES = (
   # Parameters: the names T5X uses.
-  ('embed', 'fsdp'),
+  ('embed', ('fsdp', 'expert')),  # See `rules`.
   ('vocab', 'model'),
   ('heads', 'model'),
   ('kv', None),
@@ -41,6 +42,17 @@ RULES = (
   ('activation_vocab', 'model'),
 )
 
+
+def rules(mesh: Mesh):
+  """`RULES`, with `embed` split where `mesh` asks for FSDP.
+
+  Dense weights then lie along `expert` too: to gather them from more devices
+  moves no more bytes, and each holds less.
+  """
+  whole = [('embed', None)] if mesh.shape['fsdp'] == 1 else []
+  return (*whole, *(r for r in RULES if not whole or r[0] != 'embed'))
+
+
 annotate = nn.with_logical_partitioning
 
 
@@ -50,6 +62,7 @@ def make_mesh(
   fsdp: int = 1,
   expert: int = 1,
   model: int = 1,
+  across_slices: bool = False,
   num_experts: int = 0,
   devices=None,
 ) -> Mesh:
@@ -58,7 +71,8 @@ def make_mesh(
   An expert axis longer than the experts there are becomes data x experts.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    ValueError: the sizes do not multiply to the number of devices, or an axis
+      other than `data` would cross from slice to slice.
   """
   devices = jax.devices() if devices is None else devices
   if num_experts and expert > num_experts:
@@ -76,10 +90,9 @@ def make_mesh(
     )
     expert, data = num_experts, data * copies
   if num_experts and num_experts % expert:
-    fits = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
     raise ValueError(
-      f'{num_experts} experts do not split over mesh.expert={expert}; it must'
-      f' be one of {fits}.'
+      f'{num_experts} experts do not split over mesh.expert={expert}; the'
+      f' nearest sizes that divide are {divisors_near(num_experts, expert)}.'
     )
   rest = fsdp * expert * model
   data = data or max(len(devices) // rest, 1)
@@ -88,19 +101,39 @@ def make_mesh(
       f'A mesh of data {data} x fsdp {fsdp} x expert {expert} x model {model}'
       f' needs {data * rest} devices; there are {len(devices)}.'
     )
-  # Orders devices so that neighbours in the mesh are neighbours in the machine.
-  return jax.make_mesh(
-    (data, fsdp, expert, model),
-    AXES,
-    axis_types=(AxisType.Auto,) * len(AXES),
-    devices=devices,
+  arranged = _arrange((data, fsdp, expert, model), devices, across_slices)
+  return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arrange(sizes: tuple[int, ...], devices, across_slices: bool):
+  """Devices so that neighbours in the mesh are neighbours in the machine.
+
+  Between slices there is a slow network: only `data` crosses it.
+  """
+  slices = len({getattr(d, 'slice_index', 0) for d in devices})
+  if devices[0].platform != 'tpu' or slices == 1 or across_slices:
+    return mesh_utils.create_device_mesh(
+      sizes, devices, allow_split_physical_axes=True
+    )
+  data, *rest = sizes
+  if data % slices:
+    raise ValueError(
+      f'{slices} slices and mesh.data={data}: only `data` may cross the network'
+      f' between slices, so it must be a multiple of {slices}; or allow it'
+      ' to the others, at its speed, with mesh.across_slices=True.'
+    )
+  return mesh_utils.create_hybrid_device_mesh(
+    (data // slices, *rest),
+    (slices, 1, 1, 1),
+    devices,
+    allow_split_physical_axes=True,
   )
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh, rules=RULES):
+def use(mesh: Mesh):
   """Makes `constrain` effective. A bare `with mesh:` would drop it silently."""
-  with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+  with jax.set_mesh(mesh), nn.logical_axis_rules(rules(mesh)):
     yield mesh
 
 
@@ -140,21 +173,61 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   spec = _spec(axes, rules)
   for size, axis, entry in zip(x.shape, axes, spec, strict=True):
     if size % _parts(mesh, entry):
-      raise ValueError(
-        f'Axis {axis!r} of size {size} does not split over the'
-        f' {_parts(mesh, entry)} devices of mesh axes {entry}.'
-      )
+      raise _undivided(axis, size, mesh, entry)
   return jax.lax.with_sharding_constraint(x, spec)
 
 
-def of_boxed(abstract, mesh: Mesh, rules=RULES):
-  """Shardings for a tree whose leaves are boxed by `annotate` or bare."""
+def of_boxed(abstract, mesh: Mesh):
+  """Shardings for a tree whose leaves are boxed by `annotate` or bare.
+
+  Raises:
+    ValueError: a mesh axis does not divide what it should split.
+  """
+  table = rules(mesh)
 
   def sharding(leaf):
-    names = leaf.names if isinstance(leaf, nn.Partitioned) else ()
-    return NamedSharding(mesh, _spec(names, rules))
+    if not isinstance(leaf, nn.Partitioned):
+      return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(
+      mesh, _fitting(leaf.names, leaf.value.shape, mesh, table)
+    )
 
   return jax.tree.map(sharding, abstract, is_leaf=_is_box)
+
+
+def _fitting(names, shape, mesh, table) -> PartitionSpec:
+  """How a parameter is split: no mesh axis twice, and none that cannot be."""
+  if len([n for n in names if n != 'layers']) == 1:
+    return PartitionSpec()  # A vector: to gather it costs more than it saves.
+  taken, parts = set(), []
+  for name, size, entry in zip(names, shape, _spec(names, table), strict=True):
+    axes = [entry] if isinstance(entry, str) else list(entry or ())
+    axes = [a for a in axes if a not in taken]
+    while len(axes) > 1 and size % _parts(mesh, axes):
+      axes.pop()
+    if size % _parts(mesh, axes):
+      raise _undivided(name, size, mesh, axes)
+    taken.update(axes)
+    parts.append(tuple(axes) if len(axes) > 1 else axes[0] if axes else None)
+  return PartitionSpec(*parts)
+
+
+def _undivided(name: str, size: int, mesh, entry) -> ValueError:
+  axes = [entry] if isinstance(entry, str) else entry
+  parts = _parts(mesh, entry)
+  return ValueError(
+    f'Axis {name!r} of size {size} does not split over the {parts} devices of'
+    f' mesh.{" x mesh.".join(axes)}, only over sizes that divide it, the'
+    f' nearest: {divisors_near(size, parts)}.'
+  )
+
+
+def divisors_near(n: int, near: int) -> str:
+  """'4 and 8': the divisors of `n` around `near`, for messages."""
+  divisors = [i for i in range(1, n + 1) if n % i == 0]
+  low = max(d for d in divisors if d <= near)
+  above = [d for d in divisors if d > near]
+  return f'{low} and {min(above)}' if above else f'{low}'
 
 
 def placed(shapes, shardings):

@@ -54,9 +54,7 @@ def init_params(model, key, batch: dict) -> dict:
 def abstract_params(model, mesh=None):
   """Shapes of the parameters; with a mesh also where each array goes."""
   batch = dummy_batch(model.config)
-  boxed = jax.eval_shape(
-    lambda key: init_params(model, key, batch), jax.random.key(0)
-  )
+  boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0), batch))
   shapes = sharding.unbox(boxed)
   if mesh is None:
     return shapes
@@ -65,7 +63,8 @@ def abstract_params(model, mesh=None):
 
 def dummy_batch(config: ModelConfig) -> dict:
   """The smallest batch the mesh in force can split: parameters need no more."""
-  tokens = jnp.ones((sharding.shards('batch'), 1), jnp.int32)
+  # Not of jnp: the mesh in force may be of devices that are not there.
+  tokens = np.ones((sharding.shards('batch'), 1), np.int32)
   kinds = ('input_tokens', 'target_tokens')
   return {f'{s}_{kind}': tokens for s in config.stacks for kind in kinds}
 
@@ -251,7 +250,7 @@ def check_sizes(config: Config, mesh) -> None:
       raise ValueError(
         f'A microbatch of {batch // parts} x {lengths[stack]} tokens is no'
         f' whole number of {stack} groups of {group}; the nearest group sizes'
-        f' that divide are {_divisors(tokens, group)}'
+        f' that divide are {sharding.divisors_near(tokens, group)}'
         f' (model.{stack}.group_size).'
       )
 
@@ -261,17 +260,11 @@ def _nearest(n: int, factor: int) -> str:
   return f'{low} and {low + factor}' if low else f'{factor}'
 
 
-def _divisors(n: int, near: int) -> str:
-  divisors = [i for i in range(1, n + 1) if n % i == 0]
-  low = max(d for d in divisors if d <= near)
-  above = [d for d in divisors if d > near]
-  return f'{low} and {min(above)}' if above else f'{low}'
-
-
 def parameter_axes(model):
   """The logical axes of every parameter, from shapes alone."""
-  init = functools.partial(init_params, model, batch=dummy_batch(model.config))
-  return sharding.axis_names(jax.eval_shape(init, jax.random.key(0)))
+  batch = dummy_batch(model.config)
+  boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0), batch))
+  return sharding.axis_names(boxed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,7 +281,7 @@ def plan_init(model, optimizer, mesh) -> Plan:
   """From shapes alone: no array is made before it is asked for."""
   batch = dummy_batch(model.config)
   boxed = jax.eval_shape(
-    functools.partial(init_state, model, optimizer), jax.random.key(0)
+    lambda: init_state(model, optimizer, jax.random.key(0))
   )
   shardings = sharding.of_boxed(boxed, mesh)
 

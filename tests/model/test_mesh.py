@@ -18,6 +18,7 @@ from st_moe.model import layout
 from st_moe.model.moe import MoE
 from st_moe.model.transformer import Transformer
 from st_moe.routing.types import RouteContext
+from st_moe.train import step
 from tests.helpers import (
   assert_trees_close,
   boxed_shapes,
@@ -211,7 +212,7 @@ def test_a_bare_mesh_has_no_constraints():
   mesh = _mesh('data 2 x expert 4')
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')  # That jax deprecates it is the point.
-    with mesh, nn.logical_axis_rules(sharding.RULES):
+    with mesh, nn.logical_axis_rules(sharding.rules(mesh)):
       assert _count(lower()) == 0
   with jax.set_mesh(mesh):  # And without rules nothing has a name.
     assert _count(lower()) == 0
@@ -286,21 +287,66 @@ def _leaves(axes):
 def test_weights_and_activations_share_no_name():
   # Splitting `embed` over fsdp must not split what flows between layers.
   table = dict(sharding.RULES)
-  assert table['embed'] == 'fsdp' and table['activation_embed'] is None
+  assert 'fsdp' in table['embed'] and table['activation_embed'] is None
 
 
 def test_what_lies_where():
-  mesh = _mesh('data 2 x expert 4')
   boxed = boxed_shapes(MoE(LAYER, 8), *_layer_inputs(train=False))
   spec = lambda s: tuple(s.spec)
-  specs = jax.tree.map(spec, sharding.of_boxed(boxed, mesh))
-  bank = ('expert', 'fsdp', 'model')
-  assert specs['experts']['wi_0']['kernel'] == bank
-  assert specs['experts']['wo']['kernel'] == ('expert', 'model', 'fsdp')
-  assert specs['router']['kernel'] == ('fsdp', None)
+
+  def specs(name):
+    found = jax.tree.map(spec, sharding.of_boxed(boxed, _mesh(name)))
+    return found['experts'], found['router']['kernel']
+
+  # Each expert at its place, the rest everywhere.
+  experts, router = specs('data 2 x expert 4')
+  assert experts['wi_0']['kernel'] == ('expert', None, 'model')
+  assert experts['wo']['kernel'] == ('expert', 'model', None)
+  assert router == (None, None)
+  # FSDP splits experts by its own axis and all else by that of experts too.
+  experts, router = specs('fsdp 2 x expert 2 x model 2')
+  assert experts['wi_0']['kernel'] == ('expert', 'fsdp', 'model')
+  assert experts['wo']['kernel'] == ('expert', 'model', 'fsdp')
+  assert router == (('fsdp', 'expert'), None)
   # What has no box lies on every device.
+  mesh = _mesh('fsdp 2 x expert 2 x model 2')
   bare = sharding.of_boxed({'step': jnp.zeros(())}, mesh)
   assert spec(bare['step']) == ()
+
+
+def test_what_cannot_be_split_by_both_is_split_by_one():
+  place = lambda **shape: (
+    sharding.of_boxed(
+      nn.Partitioned(jnp.zeros(tuple(shape.values())), tuple(shape)),
+      sharding.make_mesh(fsdp=2, expert=4),
+    ).spec
+  )
+  assert tuple(place(embed=16, mlp=3)) == (('fsdp', 'expert'), 'model')
+  assert tuple(place(embed=6, mlp=3)) == ('fsdp', 'model')
+  assert tuple(place(layers=2, embed=16)) == ()  # A vector a layer: whole.
+  with pytest.raises(ValueError, match="'embed' of size 5 .* mesh.fsdp"):
+    place(embed=5, mlp=3)
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'change', 'message'),
+  [
+    (dict(model=4), dict(num_heads=6), "heads' of size 6 .* 4 .*: 3 and 6"),
+    (dict(model=8), dict(mlp_dim=20), "mlp' of size 20 .*model,.*: 5 and 10"),
+    (dict(model=8), dict(vocab_size=36), "vocab' of size 36 .*: 6 and 9"),
+    (
+      dict(fsdp=8),
+      dict(embed_dim=20),
+      "embed' of size 20 .*fsdp,.*: 5 and 10",
+    ),
+  ],
+)
+def test_a_dimension_that_does_not_divide(sizes, change, message):
+  change = {'num_heads': 8, **change}
+  model = Transformer(dataclasses.replace(MODEL, **change))
+  mesh = sharding.make_mesh(**sizes)
+  with sharding.use(mesh), pytest.raises(ValueError, match=message):
+    step.abstract_params(model, mesh)
 
 
 def test_shards_counts_the_devices_of_an_axis():
@@ -378,7 +424,7 @@ def test_an_expert_axis_longer_than_the_experts(caplog):
     (dict(expert=8, num_experts=3), 'axis of 8 .* copies of 3 .*expert=3'),
     (
       dict(expert=4, num_experts=6),
-      r'6 experts do not split over mesh.expert=4; .* one of \[1, 2, 3, 6\]',
+      r'6 experts do not split over mesh.expert=4; .* divide are 3 and 6',
     ),
   ],
 )

@@ -218,7 +218,7 @@ def test_statistics_carry_the_axes_they_lie_along():
   assert found['router'] == {'full': ((4, 4), ('embed', 'unmodeled'))}
   for name, (shape, axes, split) in _PARAMETERS.items():
     assert (split is None) == (found[name] == {'full': (shape, axes)})
-  mesh = sharding.make_mesh(expert=2)
+  mesh = sharding.make_mesh(fsdp=2, expert=3, devices=jax.devices()[:6])
   specs = sharding.of_boxed(state, mesh)
   assert tuple(specs[0].moments['experts'].row.spec) == (None, 'expert', 'fsdp')
 
