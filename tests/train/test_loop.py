@@ -327,7 +327,7 @@ class _NoCheckpoints:
   def save(self, step, state, run, metrics):
     raise NotImplementedError
 
-  def close(self):
+  def leave(self, *error):
     pass
 
 
@@ -414,7 +414,7 @@ def test_too_many_bad_steps_end_a_run(written):
   report, clock = _Report(), Clock()
   metrics = {'loss': np.float32('nan'), 'bad_steps': np.int32(2)}
   look = lambda n, **more: loop._look(
-    (n, {**metrics, **more}, {}, 10), config, report, clock
+    (n, {**metrics, **more}, (10, ())), {}, config, report, clock
   )
   look(11)
   assert report.notes == ['step 11 was not applied: loss nan']
@@ -427,7 +427,7 @@ def test_rows_are_written_now_and_then(written):
   report, clock = _Report(), Clock()
   metrics = {'loss': np.float32(1), 'bad_steps': np.int32(0)}
   for n in range(1, 301):
-    loop._look((n, metrics, {}, 10), config, report, clock)
+    loop._look((n, metrics, (10, ())), {}, config, report, clock)
   assert report.rows == [1, 100, 200, 300]
   assert report.notes == []
 
