@@ -63,7 +63,7 @@ def start(
     preemptible: SIGTERM is left to `preemption`.
 
   Raises:
-    ValueError: a part is missing, or not all processes came.
+    ValueError: a part is missing, or there is no such place to meet.
   """
   env = os.environ
   if not (coordinator or processes or process is not None):
@@ -87,21 +87,35 @@ def start(
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   # Without it SIGTERM ends a process, as it does everywhere.
   jax.config.update('jax_enable_preemption_service', preemptible)
+  where = coordinator or 'the coordinator of the environment'
+  patience = threading.Timer(MEETING, _give_up, [where])
+  patience.start()
   try:
     jax.distributed.initialize(
       coordinator or None,
       processes,
       process,
       local_device_ids=_local_devices(env),
-      initialization_timeout=MEETING,
+      initialization_timeout=2 * MEETING,  # Its own end is no exception.
       heartbeat_timeout_seconds=SILENCE,
     )
   except RuntimeError as e:
     raise ValueError(
-      f'Not all processes met within {MEETING} s (coordinator'
-      f' {coordinator or "of the environment"}): {_line(e)}'
+      f'No meeting at {where}: {_line(e)}. Name a port that is free there.'
     ) from e
+  finally:
+    patience.cancel()
   _watch.begin()
+
+
+def _give_up(where: str):
+  print(
+    f'st-moe: not all processes came to {where} within {MEETING} s. Is each'
+    ' started, with a number of its own, and can it reach that address?',
+    file=sys.stderr,
+    flush=True,
+  )
+  os._exit(1)
 
 
 def _number(text: str | None) -> int | None:
@@ -282,19 +296,14 @@ class _Watch:
     self.leaving = False
 
   def begin(self):
-    server = socket.create_server(('', 0)) if first() else None
-    port = agreed(lambda: server.getsockname()[1])
-    if server:
-      server.settimeout(MEETING)
-      while len(self.others) < count() - 1:
-        connection, _ = server.accept()
-        number = connection.recv(16).decode()
-        self.others[int(number)] = connection
-      server.close()
-    else:
-      host = distributed.global_state.coordinator_address.rpartition(':')[0]
-      self.others[0] = socket.create_connection((host, port), MEETING)
-      self.others[0].send(str(index()).encode())
+    try:
+      self.connect()
+    except OSError as e:
+      print(
+        f'Process {index()} of {count()} has no second connection to process 0'
+        f' ({e}): a death will be noticed after {SILENCE} s.',
+        file=sys.stderr,
+      )
     for connection in self.others.values():
       connection.settimeout(None)
       connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -303,6 +312,21 @@ class _Watch:
           option = getattr(socket, name)
           connection.setsockopt(socket.IPPROTO_TCP, option, seconds)
     threading.Thread(target=self.listen, daemon=True).start()
+
+  def connect(self):
+    server = socket.create_server(('', 0)) if first() else None
+    port = agreed(lambda: server.getsockname()[1])
+    if not server:
+      host = distributed.global_state.coordinator_address.rpartition(':')[0]
+      self.others[0] = socket.create_connection((host.strip('[]'), port), 10)
+      self.others[0].send(str(index()).encode())
+      return
+    with server:
+      server.settimeout(20)  # They all know the port by now.
+      while len(self.others) < count() - 1:
+        connection, _ = server.accept()
+        connection.settimeout(10)
+        self.others[int(connection.recv(16))] = connection
 
   def listen(self):
     with selectors.DefaultSelector() as waiting:
@@ -353,10 +377,10 @@ def last_words(e: Exception, text: str) -> str:
   if isinstance(e, Told):
     return ''
   if is_loss(e):
+    time.sleep(_GRACE)  # The watch knows who it was, and ends this process.
     return (
-      f'{who} stops: another one has died or does not answer ({_line(e)}). Its'
-      ' own last words tell why. Start all of them again; a run goes on from'
-      ' its last checkpoint.'
+      f'{who} stops: another one does not answer ({_line(e)}). Start all of'
+      ' them again: a run goes on from its last checkpoint.'
     )
   return text if first() else f'{who}: {text}'
 
