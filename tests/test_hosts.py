@@ -1,5 +1,6 @@
 """Several processes: the numbers of one, and one end for all of them."""
 
+import json
 import os
 import re
 import signal
@@ -8,9 +9,12 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 
-from st_moe import hosts
+import st_moe
+from st_moe import hosts, sharding
 from st_moe.train.report import read_rows
 
 # Half of each expert's copies, and of each batch, on either of two processes.
@@ -51,6 +55,122 @@ def folder(tmp_path_factory):
   (folder / 'squares.txt').write_text(squares)
   (folder / 'config.py').write_text(_CONFIG.format(folder=folder))
   return folder
+
+
+# What there is, and where.
+
+_SLURM = {
+  'SLURM_JOB_ID': '7',
+  'SLURM_STEP_NODELIST': 'node[1-2]',
+  'SLURM_NTASKS': '2',
+  'SLURM_PROCID': '0',
+  'SLURM_LOCALID': '0',
+}
+
+
+@pytest.mark.parametrize(
+  ('env', 'tpu', 'several'),
+  [
+    ({}, False, False),
+    (_SLURM, False, True),
+    ({**_SLURM, 'SLURM_NTASKS': '1'}, False, False),
+    # A batch script without `srun` is one process, however many tasks it has.
+    ({k: v for k, v in _SLURM.items() if 'STEP' not in k}, False, False),
+    ({'OMPI_COMM_WORLD_SIZE': '4'}, False, True),
+    ({'TPU_WORKER_HOSTNAMES': 'a,b'}, True, True),
+    ({'TPU_WORKER_HOSTNAMES': 'a'}, True, False),
+    ({'TPU_WORKER_HOSTNAMES': 'a,b'}, False, False),
+    ({'TPU_WORKER_HOSTNAMES': 'a,b', 'JAX_PLATFORMS': 'cpu'}, True, False),
+    ({'MEGASCALE_NUM_SLICES': '2'}, True, True),
+    ({}, True, True),  # Its metadata say so.
+  ],
+)
+def test_what_the_environment_says(monkeypatch, env, tpu, several):
+  asked = []
+  monkeypatch.setattr(hosts, '_has_tpu', lambda: tpu)
+  monkeypatch.setattr(hosts, '_metadata', lambda: asked.append(1) or 'a,b')
+  assert hosts.several(env) == several
+  assert bool(asked) == (tpu and env == {})  # Nobody else waits for an answer.
+
+
+def test_one_process_waits_for_nobody(monkeypatch):
+  monkeypatch.setattr(hosts, 'several', lambda env: False)
+  monkeypatch.setattr(jax.distributed, 'initialize', None)  # Not to be called.
+  hosts.start()
+  hosts.start('localhost:1', 1, 0)
+  assert hosts.count() == 1 and hosts.first()
+  assert hosts.agreed(lambda: {'a': 1}) == {'a': 1}
+  assert hosts.in_turn(lambda: 'made') == 'made'
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    (('host:1', None, None), r'--coordinator=host:1 --processes=\? --proc'),
+    (('', 2, 0), r'--coordinator=\? --processes=2 --process=0: several'),
+    (('host:1', 2, 2), '--process=2 is none of --processes=2; .* from 0 to 1'),
+  ],
+)
+def test_half_an_address_is_refused(monkeypatch, flags, message):
+  monkeypatch.setattr(jax.distributed, 'initialize', None)
+  with pytest.raises(ValueError, match=message):
+    hosts.start(*flags)
+
+
+def test_the_environment_names_them(monkeypatch):
+  given = []
+  initialize = lambda *args, **_: given.append(args)
+  monkeypatch.setattr(jax.distributed, 'initialize', initialize)
+  monkeypatch.setattr(hosts._Watch, 'begin', lambda self: None)
+  monkeypatch.setattr(jax.config, 'update', lambda *_: None)
+  monkeypatch.setenv('JAX_COORDINATOR_ADDRESS', 'host:1')
+  monkeypatch.setenv('JAX_NUM_PROCESSES', '2')
+  monkeypatch.setenv('JAX_PROCESS_ID', '1')
+  hosts.start()
+  hosts.start('other:1', 3, 2)
+  assert given == [('host:1', 2, 1), ('other:1', 3, 2)]
+
+
+def test_a_node_with_one_task_uses_all_its_gpus():
+  of = lambda tasks: hosts._local_devices(
+    {'SLURM_GPUS_ON_NODE': '4', 'SLURM_STEP_TASKS_PER_NODE': tasks}
+  )
+  assert of('1(x2)') == of('1') == [0, 1, 2, 3]
+  assert of('4(x2)') is None and of('16') is None
+  assert hosts._local_devices({}) is None
+
+
+@pytest.mark.parametrize(
+  'mesh', [dict(data=8), dict(fsdp=2, expert=2, model=2), dict(model=8)]
+)
+def test_rows_and_where_they_go(mesh):
+  """Every device gets its rows of a batch of 16 from what its host holds."""
+  split = sharding.batch_sharding(sharding.make_mesh(**mesh))
+  assert hosts.rows(split, 16) == list(range(16))
+  batch = {'a': np.arange(32).reshape(16, 2), 'b': np.arange(16)}
+  for found in (
+    hosts.spread(batch, split, range(16), 16),
+    hosts.spread_whole(batch, split),
+  ):
+    for name, array in batch.items():
+      np.testing.assert_array_equal(found[name], array)
+      assert found[name].sharding.is_equivalent_to(split, array.ndim)
+
+
+def test_a_host_that_holds_rows_apart(monkeypatch):
+  """Devices 1, 2 and 6 are its own: rows 2-5 and 12-13 of 16."""
+  split = sharding.batch_sharding(sharding.make_mesh(data=8))
+  mine = [jax.devices()[n] for n in (1, 2, 6)]
+  whole = type(split).addressable_devices_indices_map
+
+  def own(self, shape):
+    return {d: i for d, i in whole(self, shape).items() if d in mine}
+
+  monkeypatch.setattr(type(split), 'addressable_devices_indices_map', own)
+  assert hosts.rows(split, 16) == [2, 3, 4, 5, 12, 13]
+
+
+# Whole runs.
 
 
 def _free_port() -> int:
@@ -124,12 +244,13 @@ class Team:
     ]
 
 
-def _train(folder, workdir, *, processes, devices) -> Team:
+def _train(folder, workdir, *flags, processes, devices) -> Team:
   return Team(
     folder,
     'train',
     f'--config={folder}/config.py',
     f'--workdir={workdir}',
+    *flags,
     processes=processes,
     devices=devices,
   )
@@ -206,3 +327,77 @@ def test_two_processes_are_stopped_killed_and_end_as_one(folder, alone):
   (last,) = team.said()
   assert f'{later} of 60 steps done' in last or f'{later + 10} of 60' in last
   _same_run(_rows(workdir), _rows(alone))
+
+
+@pytest.mark.slow
+def test_four_processes_lose_no_bit(folder, alone):
+  """Four with a device each; two and two of them read the same rows."""
+  flags = ['--config.mesh.fsdp=1', '--config.mesh.model=2']
+  start = lambda name: _train(
+    folder, folder / name, *flags, processes=4, devices=1
+  )
+  team = start('four')
+  assert team.wait() == [0] * 4, team.said()
+  assert team.said()[1:] == [''] * 3
+  _same_run(_rows(folder / 'four'), _rows(alone))
+
+  broken = folder / 'four-broken'
+  team = start('four-broken')
+  team.wait_for(lambda: 10 in _checkpoints(broken))
+  team.all[0].kill()  # The one that all others are connected to.
+  killed = time.monotonic()
+  assert 0 not in team.wait(60), team.said()
+  assert time.monotonic() - killed < hosts.SILENCE
+  for i, text in enumerate(team.said()[1:], 1):
+    # XLA hears of this death, and of no other, at the same moment.
+    message = f'st-moe: process {i} of 4 stops: process 0 has died'
+    assert message in text or 'another task died' in text
+  team = start('four-broken')
+  team.wait_for(lambda: 20 in _checkpoints(broken))
+  team.all[2].kill()
+  assert team.wait(60) == [1, 1, -9, 1], team.said()
+  for i, text in enumerate(team.said()):
+    message = f'st-moe: process {i} of 4 stops: process 2 has died'
+    assert i == 2 or text.splitlines()[-1].startswith(message)
+  team = start('four-broken')
+  team.wait_for(lambda: 30 in _checkpoints(broken))
+  team.all[0].send_signal(signal.SIGTERM)
+  assert team.wait(60) == [75] * 4, team.said()
+  team = start('four-broken')
+  assert team.wait() == [0] * 4, team.said()
+  assert _rows(broken) == _rows(folder / 'four')
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    st_moe.load(broken).params,
+    st_moe.load(folder / 'four').params,
+  )
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(folder, alone):
+  def evaluate(name, **team):
+    team = Team(
+      folder,
+      'evaluate',
+      f'--checkpoint={alone}',
+      '--mixture=numbers,squares,tiny_copa',
+      '--config.evaluate.batches=4',
+      f'--output={folder}/{name}',
+      **team,
+    )
+    codes = team.wait()
+    assert set(codes) == {0}, team.said()
+    to = folder / name
+    found = json.loads((to / 'metrics.json').read_text())['metrics']
+    rows = (to / 'predictions-tiny_copa.jsonl').read_text().splitlines()
+    return found, [json.loads(row) for row in rows], team.said()
+
+  found, rows, _ = evaluate('by-two', processes=2, devices=2)
+  expected, answers, (said,) = evaluate('by-one', processes=1, devices=1)
+  assert found == pytest.approx(expected, rel=2e-5)
+  assert len(rows) == len(answers) == 64  # 32 questions, in two ways.
+  for row, answer in zip(rows, answers, strict=True):
+    score = row.pop('score'), answer.pop('score')
+    assert score[0] == pytest.approx(score[1], rel=2e-5)
+    assert row == answer
+  assert 'wrote' in said
