@@ -23,7 +23,7 @@ from ml_collections import config_dict
 
 def get_config(arg=None):
   c = config_dict.ConfigDict()
-  c.total_steps = 60
+  c.total_steps = 100
   c.model = dict(
       vocab_size=0, embed_dim=16, num_heads=2, head_dim=8, mlp_dim=24,
       moe=dict(num_experts=4, extra_ffn='none'))
@@ -237,7 +237,8 @@ class Team:
 
   def said(self) -> list[str]:
     """What each of them printed, but for what its libraries did."""
-    ours = lambda line: not re.match(r'[WEI]\d{4} |\[Gloo\]', line)
+    # Gloo's threads write over each other.
+    ours = lambda line: not re.search(r'^[WEI]\d{4} |Gloo|peer ranks|^$', line)
     return [
       '\n'.join(filter(ours, log.read_text().splitlines()))
       for log in self._logs
@@ -282,7 +283,7 @@ def _checkpoints(workdir) -> list[int]:
 
 @pytest.fixture(scope='module')
 def alone(folder):
-  """The workdir of one process with four devices, 60 steps."""
+  """The workdir of one process with four devices, 100 steps."""
   team = _train(folder, folder / 'alone', processes=1, devices=4)
   assert team.wait() == [0], team.said()
   return folder / 'alone'
@@ -298,8 +299,8 @@ def test_two_processes_are_stopped_killed_and_end_as_one(folder, alone):
   team.wait_for(lambda: done() >= 3)
   team.all[1].send_signal(signal.SIGTERM)
   assert team.wait(60) == [75, 75], team.said()
-  (stopped,) = _checkpoints(workdir)
-  assert 3 <= stopped < 30
+  stopped = _checkpoints(workdir)[-1]
+  assert 3 <= stopped < 80
   assert len(_rows(workdir)) == stopped
   first, second = team.said()
   told = f'Told to stop: step {stopped} is saved; the same command goes on.'
@@ -315,7 +316,7 @@ def test_two_processes_are_stopped_killed_and_end_as_one(folder, alone):
   assert team.wait(60) == [1, -9], team.said()
   assert time.monotonic() - killed < hosts.SILENCE
   first, _ = team.said()
-  assert f'{stopped} of 60 steps done' in first
+  assert f'{stopped} of 100 steps done' in first
   assert first.splitlines()[-1].startswith(
     'st-moe: process 0 of 2 stops: process 1 has died'
   )
@@ -325,7 +326,7 @@ def test_two_processes_are_stopped_killed_and_end_as_one(folder, alone):
   team = _train(folder, workdir, processes=1, devices=4)
   assert team.wait() == [0], team.said()
   (last,) = team.said()
-  assert f'{later} of 60 steps done' in last or f'{later + 10} of 60' in last
+  assert f'{later} of 100 steps done' in last or f'{later + 10} of 100' in last
   _same_run(_rows(workdir), _rows(alone))
 
 
