@@ -47,19 +47,19 @@ def evaluate(
   """
   steps = [path]
   if every_step:
-    steps = hosts.agreed(lambda: [*map(str, checkpoint.all_steps(path))])
-  values = config_file.to_dict(convert.open_source(steps[0]).config)
+    names = hosts.agreed(lambda: [*map(str, checkpoint.all_steps(path))])
+    steps = [epath.Path(name) for name in names]
+  opened = functools.partial(
+    load, vocabulary=vocabulary, mesh=_mesh(steps[0], overrides or {})
+  )
+  loaded = opened(steps[0])
+  if loaded.vocabulary is None:
+    raise ValueError(no_vocabulary(loaded.path))
   # All examples, answered in both ways, unless somebody says otherwise.
   whole = {'evaluate.decode': 'true', 'evaluate.batches': '0'}
   if submission:
     whole['evaluate.split'] = 'test'
-  for field, value in {**whole, **(overrides or {})}.items():
-    values = config_file.set_field(values, field, value)
-  config = config_file.from_dict(values)
-  opened = functools.partial(load, vocabulary=vocabulary, mesh=_mesh(config))
-  loaded = opened(steps[0])
-  if loaded.vocabulary is None:
-    raise ValueError(no_vocabulary(loaded.path))
+  config = _set(loaded.config, {**whole, **(overrides or {})})
   sources = hosts.in_turn(lambda: _sources(config, loaded.vocabulary, mixture))
   if submission:
     submissions.check([source.name for source in sources])
@@ -90,13 +90,21 @@ def evaluate(
   return by_step[max(by_step)]
 
 
-def _mesh(config: Config):
+def _set(config: Config, fields: dict) -> Config:
+  values = config_file.to_dict(config)
+  for field, value in fields.items():
+    values = config_file.set_field(values, field, value)
+  return config_file.from_dict(values)
+
+
+def _mesh(path, overrides: dict):
   """One device (None); of several processes all, as the config lays them."""
   if hosts.count() == 1:
     return None
-  moe = config.model.moe
+  config = _set(convert.open_source(path).config, overrides)
   return sharding.make_mesh(
-    **dataclasses.asdict(config.mesh), num_experts=moe.num_experts
+    **dataclasses.asdict(config.mesh),
+    num_experts=config.model.moe.num_experts,
   )
 
 
