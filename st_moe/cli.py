@@ -1,6 +1,7 @@
 """The command `st-moe`: its verbs, their flags, and errors in plain words."""
 
 import argparse
+import contextlib
 import os
 import sys
 
@@ -40,6 +41,35 @@ def main(argv: list[str] | None = None) -> None:
       raise
     print(f'st-moe: {_plainly(e)}', file=sys.stderr)
     sys.exit(1)
+
+
+@contextlib.contextmanager
+def _hosts(flags, *, preemptible: bool = False):
+  """Work that several processes may do together; if one fails, all end."""
+  from st_moe import hosts
+
+  hosts.start(
+    flags.coordinator, flags.processes, flags.process, preemptible=preemptible
+  )
+  try:
+    yield
+    hosts.end()
+  except SystemExit:
+    hosts.end()
+    raise
+  except Exception as e:
+    if hosts.count() == 1:
+      raise
+    plain = isinstance(e, ValueError | OSError) or hosts.is_loss(e)
+    if os.environ.get('ST_MOE_TRACEBACK') or not plain:
+      sys.excepthook(*sys.exc_info())
+    if text := hosts.last_words(e, _plainly(e)):
+      print(f'st-moe: {text}', file=sys.stderr)
+    hosts.leave(1)
+  except KeyboardInterrupt:
+    if hosts.count() == 1:
+      raise
+    hosts.leave(130)
 
 
 def _plainly(e: Exception) -> str:
@@ -89,6 +119,16 @@ def _parser() -> argparse.ArgumentParser:
     )
   for name in ('train', 'grid'):
     made[name].add_argument('--workdir', required=True)
+  for name in ('train', 'grid', 'evaluate'):
+    several = made[name].add_argument_group(
+      'several processes',
+      'each runs the same command; Slurm and TPU pods need none of these',
+    )
+    several.add_argument(
+      '--coordinator', metavar='HOST:PORT', default='', help='of process 0'
+    )
+    several.add_argument('--processes', metavar='N', type=int)
+    several.add_argument('--process', metavar='I', type=int, help='from 0')
   made['grid'].add_argument(
     '--vary',
     metavar='FIELD=A,B',
@@ -227,23 +267,25 @@ def _load(flags, overrides):
 
 def _train(flags, overrides):
   _start(flags)
-  config = _load(flags, overrides)
-  from st_moe.train import loop
+  with _hosts(flags, preemptible=True):
+    config = _load(flags, overrides)
+    from st_moe.train import loop
 
-  loop.train(config, flags.workdir, config_path=flags.config)
+    loop.train(config, flags.workdir, config_path=flags.config)
 
 
 def _grid(flags, overrides):
   _start(flags)
-  from st_moe.train import grid
+  with _hosts(flags, preemptible=True):
+    from st_moe.train import grid
 
-  grid.run(
-    lambda cell: _load(flags, {**overrides, **cell}),
-    flags.vary,
-    flags.workdir,
-    metrics=flags.metric,
-    config_path=flags.config,
-  )
+    grid.run(
+      lambda cell: _load(flags, {**overrides, **cell}),
+      flags.vary,
+      flags.workdir,
+      metrics=flags.metric,
+      config_path=flags.config,
+    )
 
 
 def _prepare(flags, overrides):
@@ -278,17 +320,18 @@ def _prepare(flags, overrides):
 
 def _evaluate(flags, overrides):
   _start(flags)
-  from st_moe.infer import evaluate
+  with _hosts(flags):
+    from st_moe.infer import evaluate
 
-  evaluate.evaluate(
-    flags.checkpoint,
-    mixture=[name for name in flags.mixture.split(',') if name],
-    output=flags.output,
-    vocabulary=flags.vocabulary,
-    overrides=overrides,
-    every_step=flags.all,
-    submission=flags.submission,
-  )
+    evaluate.evaluate(
+      flags.checkpoint,
+      mixture=[name for name in flags.mixture.split(',') if name],
+      output=flags.output,
+      vocabulary=flags.vocabulary,
+      overrides=overrides,
+      every_step=flags.all,
+      submission=flags.submission,
+    )
 
 
 def _generate(flags, overrides):

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 LINES = (
   ('config', 'config_file', 'schedules'),
   ('routing',),
-  ('sharding',),
+  ('sharding', 'hosts'),
   ('model',),
   (
     'infer.methods',
@@ -49,10 +49,12 @@ LINE_OF = {room: i for i, line in enumerate(LINES) for room in line}
 
 # What a line above allows and the room does not want.
 NEVER = {
-  'sharding': ('routing',),
+  'sharding': ('routing', 'hosts'),
+  'hosts': ('routing', 'sharding', 'config', 'config_file', 'schedules'),
   # These know a model as an apply function.
-  **dict.fromkeys(LINES[4], ('model',)),
-  'data': ('model', 'train', 'infer'),
+  **dict.fromkeys(LINES[4], ('model', 'hosts')),
+  'model': ('hosts',),
+  'data': ('model', 'train', 'infer', 'hosts'),
 }
 
 # Other packages a room may import; a room not named here may any.
@@ -62,6 +64,7 @@ PACKAGES = {
   'schedules': ('numpy', 'jax'),
   'routing': ('numpy', 'jax', 'flax.struct'),
   'sharding': ('numpy', 'jax', 'flax'),
+  'hosts': ('numpy', 'jax'),
   'model': ('numpy', 'jax', 'flax'),
 }
 
@@ -174,6 +177,10 @@ def test_configs_import_their_own_kind_only():
     ('model.moe', 'from st_moe.routing.types import Seats', True),
     ('model.moe', 'from st_moe.train import step', False),
     ('model.moe', 'import optax', False),
+    ('model.moe', 'from st_moe import hosts', False),
+    ('hosts', 'from st_moe import sharding', False),
+    ('hosts', 'import orbax.checkpoint', False),
+    ('train.checkpoint', 'from st_moe import hosts', True),
     ('config', 'import jax', False),
     ('config_file', 'from st_moe import config', True),
     ('config_file', 'from st_moe.model.moe import MoE', False),

@@ -46,8 +46,8 @@ _EVAL_SEED = 1  # Of nobody's choice: validation losses of all runs compare.
 class TrainData:
   """The training stream, in batches that can be asked for in any order.
 
-  Of each global batch, host `host_index` of `host_count` gets the rows from
-  host_index / host_count onwards; what the rows are does not depend on it.
+  Of each global batch a host reads the `rows` of its own devices (None: all);
+  what a row is does not depend on who reads it.
   """
 
   def __init__(
@@ -55,17 +55,11 @@ class TrainData:
     config: DataConfig,
     vocabulary: Vocabulary,
     *,
-    host_index: int = 0,
-    host_count: int = 1,
+    rows: Sequence[int] | None = None,
     progress: shards.Progress | None = None,
   ):
     import grain
 
-    if config.batch_size % host_count:
-      raise ValueError(
-        f'data.batch_size {config.batch_size} does not divide among'
-        f' {host_count} hosts; make it a multiple.'
-      )
     library = mixture.Library(config, vocabulary, progress)
     opened = {name: library.open(name, 'train') for name in library.sources()}
     self.info = {name: _summary(found) for name, found in opened.items()}
@@ -74,9 +68,8 @@ class TrainData:
     )
     self.sources = tuple(opened)
     self.rates = tuple(found[n] / sum(found.values()) for n in self.sources)
-    self._global_rows = config.batch_size
-    self._rows = config.batch_size // host_count
-    self._first = host_index * self._rows
+    self._size = config.batch_size
+    self._rows = range(self._size) if rows is None else rows
 
     streams = []
     for index, (name, records) in enumerate(opened.items()):
@@ -92,8 +85,8 @@ class TrainData:
 
   def batch(self, n: int) -> Batch:
     """This host's rows of global batch `n`."""
-    first = n * self._global_rows + self._first
-    return _stack([self._examples[first + i] for i in range(self._rows)])
+    first = n * self._size
+    return _stack([self._examples[first + row] for row in self._rows])
 
   def iterate(self, start: int = 0, *, threads: int = 4) -> Iterator[Batch]:
     """batch(start), batch(start + 1), ... without end, made ahead of use."""
@@ -134,24 +127,14 @@ class EvalData:
     rng = np.random.default_rng([_EVAL_SEED, index])
     return self._convert(self._records[index], rng)
 
-  def batches(
-    self, batch_size: int, *, host_index: int = 0, host_count: int = 1
-  ) -> Iterator[Batch]:
+  def batches(self, batch_size: int) -> Iterator[Batch]:
     """All examples; `valid` [B] is False on the rows that fill the last batch.
 
-    Such rows are all 0, loss weights included. Every host gets as many batches.
+    Such rows are all 0, loss weights included.
     """
-    if batch_size % host_count:
-      raise ValueError(
-        f'Batch size {batch_size} does not divide among {host_count} hosts;'
-        ' make it a multiple.'
-      )
-    rows = batch_size // host_count
     empty = {k: np.zeros_like(v) for k, v in self.example(0).items()}
-    for first in range(
-      host_index * rows, _ceil(len(self), batch_size), batch_size
-    ):
-      wanted = range(first, first + rows)
+    for first in range(0, len(self), batch_size):
+      wanted = range(first, first + batch_size)
       valid = np.array([i < len(self) for i in wanted])
       examples = [self.example(i) if i < len(self) else empty for i in wanted]
       yield {**_stack(examples), 'valid': valid}
@@ -354,10 +337,6 @@ def _stack(examples: Sequence[Batch]) -> Batch:
 def _summary(found: shards.Shards) -> dict[str, int]:
   info = found.info
   return {key: info[key] for key in ('documents', 'tokens', 'records')}
-
-
-def _ceil(n: int, multiple: int) -> int:
-  return -(-n // multiple) * multiple
 
 
 def _seed(seed: int, *names: str) -> int:

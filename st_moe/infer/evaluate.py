@@ -1,18 +1,21 @@
 """`st-moe evaluate`: the scores of checkpoints, and what they answered."""
 
+import dataclasses
+import functools
 import json
 import math
 
 import numpy as np
 from etils import epath
 
-from st_moe import config_file
+from st_moe import config_file, hosts, sharding
 from st_moe.config import Config
 from st_moe.data import files, pipeline
 from st_moe.data import mixture as mixtures
 from st_moe.infer import submission as submissions
 from st_moe.infer.evaluator import Evaluator, flat
 from st_moe.infer.load import load, no_vocabulary
+from st_moe.interop import convert
 from st_moe.train import checkpoint
 from st_moe.train.report import best_steps
 
@@ -42,43 +45,67 @@ def evaluate(
   Returns:
     The metrics; of `every_step`, those of the newest.
   """
-  steps = checkpoint.all_steps(path) if every_step else [path]
-  loaded = load(steps[0], vocabulary=vocabulary)
+  steps = [path]
+  if every_step:
+    names = hosts.agreed(lambda: [*map(str, checkpoint.all_steps(path))])
+    steps = [epath.Path(name) for name in names]
+  opened = functools.partial(
+    load, vocabulary=vocabulary, mesh=_mesh(steps[0], overrides or {})
+  )
+  loaded = opened(steps[0])
   if loaded.vocabulary is None:
     raise ValueError(no_vocabulary(loaded.path))
-  values = config_file.to_dict(loaded.config)
   # All examples, answered in both ways, unless somebody says otherwise.
   whole = {'evaluate.decode': 'true', 'evaluate.batches': '0'}
   if submission:
     whole['evaluate.split'] = 'test'
-  for field, value in {**whole, **(overrides or {})}.items():
-    values = config_file.set_field(values, field, value)
-  config = config_file.from_dict(values)
-  sources = _sources(config, loaded.vocabulary, mixture)
+  config = _set(loaded.config, {**whole, **(overrides or {})})
+  sources = hosts.in_turn(lambda: _sources(config, loaded.vocabulary, mixture))
   if submission:
     submissions.check([source.name for source in sources])
   model = loaded.model.clone(config=config.model)
   evaluator = Evaluator(model, config, loaded.vocabulary, loaded.mesh)
   to = epath.Path(output or _beside(loaded.path) / 'evaluation').expanduser()
-  _announce(config, sources)
+  if hosts.first():
+    _announce(config, sources)
   by_step = {}
   for each in steps:
-    loaded = load(each, vocabulary=vocabulary) if by_step else loaded
+    loaded = opened(each) if by_step else loaded
     measured = _measure(evaluator, loaded, sources)
     found = flat(measured)
     by_step[loaded.step] = found
+    if not hosts.first():
+      continue
     folder = to / f'{loaded.step}' if every_step else to
     _write(folder, loaded, found, measured)
     _show(loaded, found)
     if submission:
       print(f'wrote {submissions.write(folder, measured)}')
-  if every_step:
+  if every_step and hosts.first():
     best = best_steps(by_step)
     files.write_whole(to / 'best.json', json.dumps(best, indent=2).encode())
     for name, (step, value) in best.items():
       print(f'{name}: best {value:.4g} at step {step}')
-  print(f'wrote {to}')
+  hosts.tell(f'wrote {to}')
   return by_step[max(by_step)]
+
+
+def _set(config: Config, fields: dict) -> Config:
+  values = config_file.to_dict(config)
+  for field, value in fields.items():
+    values = config_file.set_field(values, field, value)
+  return config_file.from_dict(values)
+
+
+def _mesh(path, overrides: dict):
+  """One device (None); of several processes all, as the config lays them."""
+  if hosts.count() == 1:
+    return None
+  config = _set(convert.open_source(path).config, overrides)
+  return sharding.make_mesh(
+    **dataclasses.asdict(config.mesh),
+    num_experts=config.model.moe.num_experts,
+  )
 
 
 def _sources(config: Config, vocab, names) -> list:
@@ -122,7 +149,9 @@ def _measure(evaluator: Evaluator, loaded, sources) -> dict:
     progress.MofNCompleteColumn(),
     progress.TimeRemainingColumn(),
   )
-  with progress.Progress(*columns, transient=True) as bar:
+  with progress.Progress(
+    *columns, transient=True, disable=not hosts.first()
+  ) as bar:
     task = bar.add_task('', total=total)
     advance = lambda done: bar.advance(task, done)
     return evaluator.measure(loaded.params, sources, progress=advance)

@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 
-from st_moe import sharding
+from st_moe import hosts, sharding
 from st_moe.config import Config
 from st_moe.data import superglue
 from st_moe.data.task import SENTINEL
@@ -27,7 +27,10 @@ class Evaluator:
     self._terms = jax.jit(
       lambda params, batch: step.forward(
         model, config, params, batch, rng=None
-      )[0]
+      )[0],
+      out_shardings=jax.sharding.NamedSharding(
+        mesh, jax.sharding.PartitionSpec()
+      ),
     )
     asked = config.evaluate
     # Another name: the lambda above looks at `model` when it is traced.
@@ -77,7 +80,7 @@ class Evaluator:
         break
       del batch['valid'], batch['source']
       with sharding.use(self._mesh):
-        batch = jax.device_put(batch, sharding.batch_sharding(self._mesh))
+        batch = hosts.spread_whole(batch, sharding.batch_sharding(self._mesh))
         terms.append(jax.device_get(self._terms(params, batch)))
     loss = [t['cross_entropy'] for t in terms]
     total, weight = np.sum(loss, axis=0, dtype=float)

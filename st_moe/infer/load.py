@@ -6,7 +6,7 @@ import functools
 import jax
 from jax.sharding import Mesh
 
-from st_moe import sharding
+from st_moe import hosts, sharding
 from st_moe.config import Config
 from st_moe.data import vocabulary as vocabulary_lib
 from st_moe.interop import convert
@@ -132,7 +132,7 @@ def load(
   """
   name, where = convert.split(path)
   if name == 'st_moe':
-    where = str(checkpoint.find(where))
+    where = hosts.agreed(lambda: str(checkpoint.find(where)))
   source = convert.open_source(f'{name}:{where}')
   if for_answers:
     unrolled = dataclasses.replace(source.config.model, scan_layers=False)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from st_moe import sharding
+from st_moe import hosts, sharding
 from st_moe.infer import decoding
 from st_moe.infer.batching import bucket, chunks, padded
 from st_moe.infer.methods import Method
@@ -163,7 +163,7 @@ class Asker:
       cells = shape.rows, shape.length
       answers = np.stack([_stacked(q.answers, *cells) for q in batch])
     with sharding.use(self._mesh):
-      given = jax.device_put(
+      given = hosts.spread_whole(
         (padded(prompts, shape.prompt), answers),
         sharding.batch_sharding(self._mesh),
       )

@@ -4,6 +4,9 @@ A checkpoint is a directory WORKDIR/checkpoints/STEP with `params`, `rest` (what
 training needs besides) and `run`: config, vocabulary, versions, tokens seen. It
 needs nothing else. Its files.json lists its files and sizes, so that a missing
 or truncated one is noticed and the newest intact one used instead.
+
+Several processes write and read the parts of their own devices, on a disk that
+all of them see; which checkpoint is intact is for process 0 to decide.
 """
 
 import asyncio
@@ -25,6 +28,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
+from st_moe import hosts
 from st_moe.config import CheckpointConfig
 from st_moe.data import files
 
@@ -77,7 +81,7 @@ class Checkpoints:
       ValueError: the disk is full; what was saved before is untouched.
     """
     self._finish()
-    _check_room(self.directory, state)
+    hosts.agreed(lambda: _check_room(self.directory, state))
     params, rest = _split(state)
     args = ocp.args.Composite(
       params=ocp.args.StandardSave(params),
@@ -93,13 +97,18 @@ class Checkpoints:
     with _told_if_full(self.directory):
       self._manager.wait_until_finished()
     for step in self._unlisted:
-      if (self.directory / str(step)).exists():
+      if hosts.first() and (self.directory / str(step)).exists():
         _list(self.directory / str(step))
     self._unlisted.clear()
 
   def close(self):
     self._finish()
     self._manager.close()
+
+  def leave(self, error, *_):
+    """Closes; after an error only alone: others would have to take part."""
+    if error is None or hosts.count() == 1:
+      self.close()
 
   def restore(self, abstract, notify: Callable = logging.warning):
     """The newest intact checkpoint as (state, run), or None.
@@ -114,9 +123,10 @@ class Checkpoints:
     """
     params, rest = _split(abstract)
     wrong = {}
-    for step in sorted(self._manager.all_steps(), reverse=True):
+    steps = lambda: sorted(self._manager.all_steps(), reverse=True)
+    for step in hosts.agreed(steps):
       directory = self.directory / str(step)
-      wrong[step] = damage(directory)
+      wrong[step] = hosts.agreed(functools.partial(damage, directory))
       if wrong[step]:
         continue
       try:
@@ -124,6 +134,11 @@ class Checkpoints:
       except OtherModel:
         raise
       except Exception as e:  # Whatever Orbax makes of a broken file.
+        if hosts.count() > 1:  # The others may have read their parts of it.
+          raise ValueError(
+            f'Checkpoint {directory}: {_unreadable(e)}. Move it away, and the'
+            ' newest one before it is used.'
+          ) from e
         wrong[step] = _unreadable(e)
         continue
       del wrong[step]
@@ -143,9 +158,13 @@ class Checkpoints:
   def _set_aside(self, step: int):
     """Keeps a damaged checkpoint out of the way of its successor."""
     aside = self.directory.parent / 'damaged'
-    aside.mkdir(exist_ok=True)
-    number = len(list(aside.iterdir()))
-    files.move_tree(self.directory / str(step), aside / f'{step}-{number}')
+
+    def move():
+      aside.mkdir(exist_ok=True)
+      number = len(list(aside.iterdir()))
+      files.move_tree(self.directory / str(step), aside / f'{step}-{number}')
+
+    hosts.agreed(move)
     self._manager.reload()
 
 
@@ -377,7 +396,7 @@ def load_rest(path, abstract) -> dict:
   Raises:
     ValueError: it was made to start from, and has nothing else.
   """
-  if not (find(path) / 'rest').exists():
+  if not hosts.agreed(lambda: (find(path) / 'rest').exists()):
     raise ValueError(
       f"{path} has parameters alone, no optimizer: set init_slots='reset'."
     )
@@ -385,7 +404,7 @@ def load_rest(path, abstract) -> dict:
 
 
 def _read(path, wanted: dict) -> dict:
-  directory = find(path)
+  directory = epath.Path(hosts.agreed(lambda: str(find(path))))
   try:
     return _restore(directory, wanted)
   except OtherModel:
@@ -424,4 +443,5 @@ def save_params(directory, params, run: dict) -> None:
   # Orbax writes elsewhere and renames: half a checkpoint is none.
   with _told_if_full(directory), ocp.Checkpointer(handler) as writer:
     writer.save(directory, args, force=True)
-    _list(directory)
+    if hosts.first():
+      _list(directory)

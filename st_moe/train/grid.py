@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from st_moe import hosts
 from st_moe.config import Config, unknown
 from st_moe.data import files
 from st_moe.train import loop
@@ -74,7 +75,8 @@ def run(
 
   Raises:
     ValueError: a cell has no valid config (before anything is trained), or
-      some could not be trained (after all others were).
+      some could not be trained (after all others were; of several processes,
+      at once).
   """
   workdir = epath.Path(workdir).expanduser()
   wanted = cells(vary)
@@ -82,14 +84,17 @@ def run(
   failed = {}
   for number, (cell, config) in enumerate(zip(wanted, configs, strict=True)):
     name = directory(cell)
-    print(f'cell {number + 1} of {len(wanted)}: {name}')
+    hosts.tell(f'cell {number + 1} of {len(wanted)}: {name}')
     try:
       loop.train(config, workdir / name, config_path=config_path)
     except ValueError as e:
+      if hosts.count() > 1:  # Did it fail on all of them?
+        raise
       failed[name] = str(e)
       print(f'{name} failed: {e}')
     jax.clear_caches()  # Each cell compiles its own steps.
-    _tell(wanted[: number + 1], workdir, metrics, failed)
+    if hosts.first():
+      _tell(wanted[: number + 1], workdir, metrics, failed)
   if failed:
     raise ValueError(f'{len(failed)} cells failed: {", ".join(failed)}.')
 

@@ -1,5 +1,6 @@
 """Training, top to bottom: `train(config, workdir)`."""
 
+import contextlib
 import dataclasses
 import fnmatch
 import json
@@ -7,17 +8,17 @@ import pathlib
 import subprocess
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from etils import epath
 
-from st_moe import config_file, sharding
+from st_moe import config_file, hosts, sharding
 from st_moe.config import Config, unknown
 from st_moe.data import files, pipeline, vocabulary
 from st_moe.infer.evaluator import Evaluator
 from st_moe.interop import convert, links, rules
 from st_moe.model.transformer import Transformer
 from st_moe.train import checkpoint, loss, optimizer, step
-from st_moe.train.report import Clock, Report, read_rows
+from st_moe.train.report import Clock, Report, Silence, read_rows
 
 # A run may go on with other values of these: they change none of its numbers.
 _FREE = (
@@ -40,11 +41,14 @@ def train(config: Config, workdir, *, config_path: str = '') -> dict:
   The batch of step n follows from the seed and n alone, so a run that was
   killed and started again ends with the bits of one that was not.
 
+  Of several processes each calls this; `workdir` is one that all of them see.
+
   Returns:
     The last row of metrics.
 
   Raises:
     ValueError: what the user has to change, before any work is done.
+    SystemExit: after SIGTERM, with what was done saved.
   """
   workdir = epath.Path(workdir).expanduser()
 
@@ -56,9 +60,8 @@ def train(config: Config, workdir, *, config_path: str = '') -> dict:
       'Inputs and targets take an encoder and a decoder to train on, but this'
       f' model has only its {config.model.stacks[0]}.'
     )
-  _claim(workdir, config)
-  if checkpoint.last_step(workdir) >= config.total_steps:
-    print(f'{workdir} is finished: {config.total_steps} steps.')
+  if hosts.agreed(lambda: _claim(workdir, config)) >= config.total_steps:
+    hosts.tell(f'{workdir} is finished: {config.total_steps} steps.')
     return (read_rows(workdir) or [{}])[-1]
   mesh = sharding.make_mesh(
     **dataclasses.asdict(config.mesh), num_experts=_num_experts(config)
@@ -73,20 +76,22 @@ def train(config: Config, workdir, *, config_path: str = '') -> dict:
   model = Transformer(config.model)
   with sharding.use(mesh):
     tx = optimizer.make(config.optimizer, step.parameter_axes(model))
-  _keep_config(workdir, asked, config_path)
+  if hosts.first():
+    _keep_config(workdir, asked, config_path)
 
   # --- Data ------------------------------------------------------------------
-  vocab = _keep_vocabulary(workdir, config, vocab)
-  data = pipeline.TrainData(
-    config.data,
-    vocab,
-    host_index=jax.process_index(),
-    host_count=jax.process_count(),
+  vocab = hosts.in_turn(lambda: _keep_vocabulary(workdir, config, vocab))
+  split, size = sharding.batch_sharding(mesh), config.data.batch_size
+  rows = hosts.rows(split, size)
+  data = hosts.in_turn(
+    lambda: pipeline.TrainData(config.data, vocab, rows=rows)
   )
-  evaluations = [
-    pipeline.open_eval(config.data, vocab, name, config.evaluate.split)
-    for name in data.sources
-  ]
+  evaluations = hosts.in_turn(
+    lambda: [
+      pipeline.open_eval(config.data, vocab, name, config.evaluate.split)
+      for name in data.sources
+    ]
+  )
   evaluate = Evaluator(model, config, vocab, mesh)
   best = _best(config.checkpoint.keep_best, evaluate.names(evaluations))
 
@@ -97,26 +102,30 @@ def train(config: Config, workdir, *, config_path: str = '') -> dict:
     # --- State: where this run was, else a checkpoint, else random ------------
     checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint, best)
     abstract = sharding.placed(plan.shapes, plan.shardings)
-    found = checkpoints.restore(abstract, notify=print)
+    found = checkpoints.restore(abstract, notify=hosts.tell)
     if found:
       state, run = found
     else:
       params, lines = _first_params(config, plan, abstract.params)
       state, run = plan.begin(params), {'tokens_seen': {}}
       state = _with_slots(config, state)
-      print(*lines, sep='\n', end='\n' if lines else '')
+      hosts.tell(*lines)
     start = int(state.step)
     seen = {name: run['tokens_seen'].get(name, 0) for name in data.sources}
 
     # --- Steps ---------------------------------------------------------------
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     train_step = jax.jit(
-      step.make_train_step(model, tx, config),
+      _counting(step.make_train_step(model, tx, config), len(data.sources)),
       donate_argnums=0,
-      out_shardings=(plan.shardings, None),
+      out_shardings=(plan.shardings, whole, whole),
     )
-    report = Report(workdir, config, start=start)
+    report = (
+      Report(workdir, config, start=start) if hosts.first() else Silence(start)
+    )
     _announce(report, config, workdir, start, mesh)
     row, pending, measured, scores = {}, None, {}, None
+    done, stop = start, False
     clock = Clock()
 
     def describe():
@@ -125,37 +134,44 @@ def train(config: Config, workdir, *, config_path: str = '') -> dict:
       )
 
     try:
-      for n, batch in zip(
-        range(start, config.total_steps), data.iterate(start), strict=False
-      ):
-        for i, name in enumerate(data.sources):
-          mine = batch['source'] == i
-          seen[name] += int(batch['decoder_loss_weights'][mine].sum())
-        state, metrics = train_step(state, _on_devices(batch, mesh))
-        # The numbers of the step before are read while this one runs.
-        if pending:
-          row = _look(pending, config, report, clock)
-        pending = n + 1, metrics, dict(seen), _tokens(batch)
-        done, scores = n + 1, None
-        last = done == config.total_steps
-        if last or _due(done, config.evaluate.every):
-          row = _look(pending, config, report, clock, force=True)
-          pending, measured = None, evaluate(state.params, evaluations)
-          report.write(done, measured)
-          report.note(_line(done, measured))
-          scores = {n: float(measured[n]) for n in map(_unsigned, best)}
-          clock.read()
-        if last or _due(done, config.checkpoint.every):
-          report.flush()
-          checkpoints.save(done, state, describe(), scores)
+      with contextlib.ExitStack() as ending:
+        stops = ending.enter_context(hosts.preemption())
+        ending.callback(report.close)
+        ending.push(checkpoints.leave)
+        for n, batch in zip(
+          range(start, config.total_steps), data.iterate(start), strict=False
+        ):
+          batch = hosts.spread(batch, split, rows, size)
+          state, *found = train_step(state, batch)
+          # The numbers of the step before are read while this one runs.
+          if pending:
+            row = _look(pending, seen, config, report, clock)
+          done, scores, pending = n + 1, None, (n + 1, *found)
+          last, stop = done == config.total_steps, stops(done)
+          evaluated = last or _due(done, config.evaluate.every)
+          saved = last or stop or _due(done, config.checkpoint.every)
+          if evaluated or saved:
+            row = _look(pending, seen, config, report, clock, force=evaluated)
+            pending = None
+          if evaluated:
+            measured = evaluate(state.params, evaluations)
+            report.write(done, measured)
+            report.note(_line(done, measured))
+            scores = {n: float(measured[n]) for n in map(_unsigned, best)}
+            clock.read()
+          if saved:
+            report.flush()
+            checkpoints.save(done, state, describe(), scores)
+          if stop:
+            break
     except KeyboardInterrupt:
-      report.note(
+      hosts.tell(
         'Interrupted; the same command goes on from the last checkpoint.'
       )
       raise
-    finally:
-      report.close()
-      checkpoints.close()
+  if stop and done < config.total_steps:
+    hosts.tell(f'Told to stop: step {done} is saved; the same command goes on.')
+    raise SystemExit(hosts.PREEMPTED)
   return {**row, **measured}
 
 
@@ -189,8 +205,10 @@ def find_vocabulary(config: Config, workdir) -> vocabulary.Vocabulary | None:
   own = epath.Path(workdir) / 'vocabulary.model'
   if config.data.vocabulary == 'bytes':
     return vocabulary.load('bytes')
-  if own.exists() or config.data.vocabulary:
-    return vocabulary.load(own if own.exists() else config.data.vocabulary)
+  if hosts.agreed(own.exists):
+    return vocabulary.load(own)
+  if config.data.vocabulary:
+    return vocabulary.load(config.data.vocabulary)
   if config.init:
     model = convert.open_source(config.init).vocabulary
     if model is None:
@@ -221,6 +239,8 @@ def with_vocabulary_size(config: Config, vocab) -> Config:
 def _keep_vocabulary(workdir, config: Config, vocab) -> vocabulary.Vocabulary:
   """Trains a vocabulary if there is none yet; keeps a copy in the workdir."""
   own = workdir / 'vocabulary.model'
+  if vocab is None and own.exists():  # By process 0, a moment ago.
+    return vocabulary.load(own)
   if vocab is None:
     size = config.data.vocabulary_size
     return pipeline.train_vocabulary(config.data, own, size)
@@ -234,15 +254,15 @@ def _num_experts(config: Config) -> int:
   return config.model.moe.num_experts if sparse else 0
 
 
-def _claim(workdir: epath.Path, config: Config):
-  """Refuses a workdir in which another config has trained."""
-  path = workdir / 'config.json'
+def _claim(workdir: epath.Path, config: Config) -> int:
+  """The steps done in a workdir; refuses one where another config trained."""
+  path, done = workdir / 'config.json', checkpoint.last_step(workdir)
   if not path.exists():
-    return
+    return done
   theirs = json.loads(path.read_text())
   lines = config_file.diff(theirs, config_file.to_dict(config))
   lines = [line for line in lines if not line.startswith(_FREE)]
-  if lines and not checkpoint.last_step(workdir):
+  if lines and not done:
     # Nothing is lost, and the advice of an error may be followed on the spot.
     (workdir / 'vocabulary.model').unlink(missing_ok=True)
   elif lines:
@@ -251,6 +271,7 @@ def _claim(workdir: epath.Path, config: Config):
       f'{workdir} belongs to another config:\n  {listed}\nUse another workdir,'
       ' or the config it was started with.'
     )
+  return done
 
 
 def _keep_config(workdir: epath.Path, config: Config, path: str):
@@ -291,31 +312,39 @@ def _announce(report, config: Config, workdir, start, mesh):
   report.note(f'{per_step:.3g} FLOPs a step; mesh {shape}')
 
 
-def _on_devices(batch: dict, mesh) -> dict:
-  arrays = {k: v for k, v in batch.items() if k != 'source'}
-  return jax.tree.map(
-    lambda a: jax.make_array_from_process_local_data(
-      sharding.batch_sharding(mesh), a
-    ),
-    arrays,
-  )
+def _counting(train_step, sources: int):
+  """`train_step`, and what it read: of its whole batch no process has more.
 
+  Counts are int32: real tokens, and targets by source [sources].
+  """
 
-def _tokens(batch: dict) -> int:
-  """Real tokens, inputs and targets."""
-  inputs = np.count_nonzero(batch['encoder_input_tokens'])
-  return int(inputs + batch['decoder_loss_weights'].sum())
+  def counted(state, batch):
+    batch = dict(batch)
+    source = batch.pop('source')
+    targets = jnp.sum(batch['decoder_loss_weights'] > 0, axis=-1)
+    inputs = jnp.count_nonzero(batch['encoder_input_tokens'])
+    mine = source[:, None] == jnp.arange(sources)[None]  # [b, source]
+    state, metrics = train_step(state, batch)
+    counts = inputs + targets.sum(), (mine * targets[:, None]).sum(0)
+    return state, metrics, counts
+
+  return counted
 
 
 def _due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
 
 
-def _look(pending, config, report, clock, force=False) -> dict:
-  """Reads the metrics of a step: stops a broken run, logs now and then."""
-  n, metrics, seen, tokens = pending
-  clock.tick(tokens)
-  bad = int(metrics['bad_steps'])
+def _look(pending, seen, config, report, clock, force=False) -> dict:
+  """Reads the metrics of a step: stops a broken run, logs now and then.
+
+  Adds what the step read to `seen`, the target tokens by source.
+  """
+  n, metrics, counts = pending
+  bad, (tokens, targets) = jax.device_get((metrics['bad_steps'], counts))
+  for name, more in zip(seen, targets, strict=True):
+    seen[name] += int(more)
+  clock.tick(int(tokens))
   if bad:
     report.note(f'step {n} was not applied: loss {float(metrics["loss"])}')
   if bad >= config.optimizer.max_bad_steps:

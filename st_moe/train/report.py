@@ -87,6 +87,18 @@ class Report:
     self._tell_others(lambda writer: writer.close())
 
 
+class Silence:
+  """The report of a process that does not speak."""
+
+  def __init__(self, start: int):
+    self.first = start + 1
+
+  def nothing(self, *_):
+    pass
+
+  note = write = progress = flush = close = nothing
+
+
 def _bar(console, total, step):
   from rich import progress as bars
 

@@ -167,17 +167,15 @@ def test_any_batch_in_any_order_any_way(folder):
 
 def test_hosts_share_a_batch(folder):
   whole = pipeline.TrainData(config(folder), BYTES).batch(5)
-  for count in (2, 4, 8):
-    shares = [
-      pipeline.TrainData(
-        config(folder), BYTES, host_index=i, host_count=count
-      ).batch(5)
-      for i in range(count)
-    ]
-    together = {k: np.concatenate([s[k] for s in shares]) for k in whole}
-    assert equal(together, whole)
-  with pytest.raises(ValueError, match='batch_size 8 does not divide among 3'):
-    pipeline.TrainData(config(folder), BYTES, host_count=3)
+  # In halves, one by one, and as a mesh may lay them out.
+  for shares in (
+    [range(4), range(4, 8)],
+    [[n] for n in range(8)],
+    [[1, 2, 7], [0, 3, 4, 5, 6]],
+  ):
+    for rows in shares:
+      data = pipeline.TrainData(config(folder), BYTES, rows=rows)
+      assert equal(data.batch(5), {k: v[[*rows]] for k, v in whole.items()})
 
 
 def test_epochs_shuffle_and_corrupt_anew(folder):
@@ -320,18 +318,6 @@ def test_evaluation_of_text(folder):
   assert equal(next(iter(other.batches(4))), batches[0])
   with pytest.raises(ValueError, match="'big' is text: it has a loss"):
     _ = data.examples
-
-
-def test_evaluation_on_hosts(folder):
-  data = pipeline.open_eval(config(folder), BYTES, 'big')
-  whole = list(data.batches(8))
-  shares = [list(data.batches(8, host_index=i, host_count=4)) for i in range(4)]
-  assert {len(share) for share in shares} == {len(whole)}
-  for n, batch in enumerate(whole):
-    together = {k: np.concatenate([s[n][k] for s in shares]) for k in batch}
-    assert equal(together, batch)
-  with pytest.raises(ValueError, match='8 does not divide among 3 hosts'):
-    next(data.batches(8, host_count=3))
 
 
 def test_prepare_counts_and_checks_first(folder):

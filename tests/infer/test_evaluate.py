@@ -62,7 +62,7 @@ def run(tmp_path, monkeypatch):
   places = tmp_path / 'run' / 'checkpoints'
   sharpness = {10: 0.0, 20: 1.0, 40: -1.0}
 
-  def load(path, vocabulary):
+  def load(path, vocabulary, mesh):
     path = places / '40' if str(path) == str(tmp_path / 'run') else path
     return types.SimpleNamespace(
       model=Table(config.model),

@@ -24,6 +24,7 @@ from st_moe.config import (
 from st_moe.data import vocabulary
 from st_moe.model.transformer import Transformer
 from st_moe.train import checkpoint, optimizer
+from st_moe.train import step as train_step
 from st_moe.train.step import TrainState
 from tests.helpers import examples, padded_batch, random_params, tiny
 
@@ -333,20 +334,51 @@ def test_other_errors_are_themselves(tmp_path, monkeypatch):
 # Meshes.
 
 
-@pytest.mark.parametrize('there', [8, 1])
-def test_eight_devices_and_one_read_each_other(tmp_path, there):
-  meshes = {
-    8: sharding.make_mesh(data=2, fsdp=2, expert=2),
-    1: sharding.make_mesh(devices=jax.devices()[:1]),
-  }
+# Axes, devices, and how many of 8 experts each device has.
+_MESHES = {
+  '1x8': (dict(expert=8), 8, 1),
+  '2x2x2': (dict(fsdp=2, expert=2, model=2), 8, 4),
+  '1': ({}, 1, 8),
+}
+
+
+@pytest.mark.parametrize(
+  ('there', 'here'),
+  [('1x8', '2x2x2'), ('1x8', '1'), ('2x2x2', '1x8'), ('1', '2x2x2')],
+)
+def test_a_run_goes_on_on_another_mesh(tmp_path, there, here):
+  """The state of a whole model with its optimizer, to the bit."""
+  model = Transformer(tiny(vocab_size=128, moe={'num_experts': 8}))
+
+  def plan(name):
+    axes, devices, _ = _MESHES[name]
+    mesh = sharding.make_mesh(**axes, devices=jax.devices()[:devices])
+    with sharding.use(mesh):
+      tx = optimizer.make(OptimizerConfig(), train_step.parameter_axes(model))
+      return train_step.plan_init(model, tx, mesh)
+
+  old, new = plan(there), plan(here)
+  rng = np.random.default_rng(0)
+  state = jax.tree.map(
+    lambda a, s: jax.device_put(rng.normal(size=a.shape).astype(a.dtype), s),
+    old.shapes,
+    old.shardings,
+  )
   checkpoints = checkpoint.Checkpoints(tmp_path, CheckpointConfig())
-  checkpoints.save(4, _state(4, mesh=meshes[there]), {})
+  checkpoints.save(4, state, {})
   checkpoints.close()
-  like = _state(0, mesh=meshes[9 - there])
-  (state, _), _ = _restore(tmp_path, like)
-  assert state.params['bank'].sharding == like.params['bank'].sharding
-  assert len(state.params['bank'].sharding.device_set) == 9 - there
-  _same_bits(state, _state(4))
+  like = sharding.placed(new.shapes, new.shardings)
+  checkpoints = checkpoint.Checkpoints(tmp_path, CheckpointConfig())
+  found, _ = checkpoints.restore(like)
+  checkpoints.close()
+  _same_bits(found, jax.device_get(state))
+  for a, b in zip(*map(jax.tree.leaves, (found, like)), strict=True):
+    assert a.sharding == b.sharding
+  bank = found.params['encoder']['layers']['layer_1']['moe']['experts']
+  shards = bank['wo']['kernel'].addressable_shards
+  _, devices, experts = _MESHES[here]
+  assert len(shards) == devices
+  assert {shard.data.shape[1] for shard in shards} == {experts}
 
 
 # Use.

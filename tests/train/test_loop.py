@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import math
+import os
 import random
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -215,6 +217,38 @@ def test_a_broken_run_ends_as_an_unbroken_one(copy, run, written, capsys):
   assert len([r for r in read_rows(copy) if 'loss' not in r]) == 4
 
 
+def test_a_run_that_is_told_to_stop_saves_and_goes_on(
+  run, written, tmp_path, monkeypatch, capsys
+):
+  """SIGTERM while step 3 is written down: step 4 is in flight, and the last."""
+  write = loop.Report.write
+
+  def told(self, number, row):
+    write(self, number, row)
+    if number == 3:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  default = signal.getsignal(signal.SIGTERM)
+  config = _load(written, checkpoint__every='5')
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.Report, 'write', told)
+    with pytest.raises(SystemExit) as stopped:
+      loop.train(config, tmp_path)
+  assert stopped.value.code == 75
+  said = 'Told to stop: step 4 is saved; the same command goes on.'
+  assert capsys.readouterr().out.splitlines()[-1] == said
+  assert _checkpoints(tmp_path) == [4]
+  assert [row['step'] for row in _steps(tmp_path)] == [1, 2, 3, 4]
+  assert signal.getsignal(signal.SIGTERM) is default
+  # It ends with the bits and the rows of a run that was never told.
+  loop.train(config, tmp_path)
+  assert _checkpoints(tmp_path) == [4, 5, 6]
+  jax.tree.map(np.testing.assert_array_equal, _params(tmp_path), _params(run))
+  assert _steps(tmp_path) == _steps(run)
+  measured = [r['step'] for r in read_rows(tmp_path) if 'loss' not in r]
+  assert measured == [2, 4, 6]
+
+
 def test_a_finished_run_is_left_alone(run, written, capsys):
   before = {p: p.stat().st_mtime_ns for p in run.rglob('*')}
   row = loop.train(_load(written), run)
@@ -327,7 +361,7 @@ class _NoCheckpoints:
   def save(self, step, state, run, metrics):
     raise NotImplementedError
 
-  def close(self):
+  def leave(self, *error):
     pass
 
 
@@ -414,7 +448,7 @@ def test_too_many_bad_steps_end_a_run(written):
   report, clock = _Report(), Clock()
   metrics = {'loss': np.float32('nan'), 'bad_steps': np.int32(2)}
   look = lambda n, **more: loop._look(
-    (n, {**metrics, **more}, {}, 10), config, report, clock
+    (n, {**metrics, **more}, (10, ())), {}, config, report, clock
   )
   look(11)
   assert report.notes == ['step 11 was not applied: loss nan']
@@ -427,7 +461,7 @@ def test_rows_are_written_now_and_then(written):
   report, clock = _Report(), Clock()
   metrics = {'loss': np.float32(1), 'bad_steps': np.int32(0)}
   for n in range(1, 301):
-    loop._look((n, metrics, {}, 10), config, report, clock)
+    loop._look((n, metrics, (10, ())), {}, config, report, clock)
   assert report.rows == [1, 100, 200, 300]
   assert report.notes == []
 
