@@ -6,6 +6,7 @@ import os
 import sys
 
 from st_moe.infer import generate_flags
+from st_moe.plan import plan_flags
 
 _VERBS = {
   'train': 'pre-train or fine-tune: config, workdir -> checkpoints, metrics',
@@ -13,7 +14,7 @@ _VERBS = {
   'evaluate': 'score a checkpoint on its tasks -> metrics.json, predictions',
   'generate': 'answer prompts: arguments, lines of a file, or a conversation',
   'convert': "HuggingFace's and our checkpoints into each other",
-  'plan': 'what a model costs: parameters, FLOPs',
+  'plan': 'what a run costs on machines you have not bought yet',
   'prepare': 'train a vocabulary, write a mixture to indexed shards',
   'report': 'stages and task scores of finished runs, side by side',
   'doctor': 'devices, versions, memory, write access, data found',
@@ -175,9 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     action='store_true',
     help="compare logits with the source's own implementation",
   )
-  made['plan'].add_argument(
-    '--count', action='store_true', help='parameters by role, and FLOPs'
-  )
+  plan_flags.add(made['plan'])
   made['report'].add_argument('workdirs', nargs='+')
   made['report'].add_argument(
     '--baseline', default='', help='a run fine-tuned alike from scratch'
@@ -356,15 +355,11 @@ def _convert(flags, overrides):
 
 
 def _plan(flags, overrides):
-  if not flags.count:
-    raise ValueError('What of the plan? There is --count, so far.')
-  # Counting needs no accelerator, and should not wait for one.
-  os.environ['JAX_PLATFORMS'] = 'cpu'
-  _start(flags)
-  config = _load(flags, overrides)
-  from st_moe.plan import cost
+  def load():
+    _start(flags)
+    return _load(flags, overrides)
 
-  cost.report_count(config)
+  return plan_flags.run(flags, load)
 
 
 def _report(flags, overrides):

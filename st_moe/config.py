@@ -334,6 +334,12 @@ class ModelConfig:
       )
     )
 
+  @property
+  def num_experts(self) -> int:
+    """Of each sparse layer; 0 where there is none."""
+    sparse = any(self.plan(s).num_sparse for s in self.stacks)
+    return self.moe.num_experts if sparse else 0
+
   def dropless(self) -> 'ModelConfig':
     """The same model, evaluated without dropping anyone."""
     moe = dataclasses.replace(

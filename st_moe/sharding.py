@@ -6,6 +6,7 @@ sharding a weight never shards an activation by accident.
 """
 
 import contextlib
+import functools
 import logging
 import math
 
@@ -16,6 +17,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ('data', 'fsdp', 'expert', 'model')
 _BATCH = ('data', 'fsdp', 'expert')
+# Rows of bfloat16 in a tile of a TPU. Parts of less than whole tiles are not
+# gathered there but summed up, each with zeros around it: twice the bytes.
+_TILE = 16
 
 RULES = (
   # Parameters: the names T5X uses.
@@ -203,12 +207,14 @@ def _fitting(names, shape, mesh, table) -> PartitionSpec:
   for name, size, entry in zip(names, shape, _spec(names, table), strict=True):
     axes = [entry] if isinstance(entry, str) else list(entry or ())
     axes = [a for a in axes if a not in taken]
-    while len(axes) > 1 and size % _parts(mesh, axes):
-      axes.pop()
-    if size % _parts(mesh, axes):
+    ways = [tuple(axes), *((a,) for a in axes)] if axes else [()]
+    ways = [w for w in ways if size % _parts(mesh, w) == 0]
+    if not ways:
       raise _undivided(name, size, mesh, axes)
-    taken.update(axes)
-    parts.append(tuple(axes) if len(axes) > 1 else axes[0] if axes else None)
+    whole = [w for w in ways if size // _parts(mesh, w) % _TILE == 0]
+    best = max(whole or ways, key=functools.partial(_parts, mesh))
+    taken.update(best)
+    parts.append(best if len(best) > 1 else best[0] if best else None)
   return PartitionSpec(*parts)
 
 

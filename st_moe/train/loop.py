@@ -64,7 +64,7 @@ def train(config: Config, workdir, *, config_path: str = '') -> dict:
     hosts.tell(f'{workdir} is finished: {config.total_steps} steps.')
     return (read_rows(workdir) or [{}])[-1]
   mesh = sharding.make_mesh(
-    **dataclasses.asdict(config.mesh), num_experts=_num_experts(config)
+    **dataclasses.asdict(config.mesh), num_experts=config.model.num_experts
   )
   step.check_sizes(config, mesh)
   loss.check_names(config.loss)
@@ -247,11 +247,6 @@ def _keep_vocabulary(workdir, config: Config, vocab) -> vocabulary.Vocabulary:
   if vocab.model and not own.exists():
     files.write_whole(own, vocab.model)
   return vocab
-
-
-def _num_experts(config: Config) -> int:
-  sparse = any(config.model.plan(s).num_sparse for s in config.model.stacks)
-  return config.model.moe.num_experts if sparse else 0
 
 
 def _claim(workdir: epath.Path, config: Config) -> int:

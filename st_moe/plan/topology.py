@@ -1,0 +1,204 @@
+"""The train step through the real TPU compiler, on a machine without TPUs."""
+
+import contextlib
+import dataclasses
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from st_moe import sharding
+from st_moe.config import Config
+from st_moe.model.transformer import Transformer
+from st_moe.plan import chips, hlo
+from st_moe.train import loop, optimizer, step
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """What the compiler says of one train step, for each device."""
+
+  memory: dict[str, int]  # Bytes: arguments, temporaries, code, peak.
+  flops: float  # Of matrix products, loops in full.
+  bytes: float  # Read and written, loops in full (estimated).
+  exchanges: list[hlo.Exchange]
+  warnings: list[str]  # Of resharding that goes through whole copies.
+  seconds: float  # To compile.
+
+
+class DoesNotFit(ValueError):
+  """The compiler found no room for the step."""
+
+
+def devices(topology: str) -> list:
+  """The chips of 'v5p:4x4x8', none of them there.
+
+  Raises:
+    ValueError: there is no such topology.
+  """
+  from jax.experimental import topologies
+
+  try:
+    return topologies.get_topology_desc(
+      platform='tpu', topology_name=topology
+    ).devices
+  except Exception as e:
+    raise ValueError(
+      f'--topology={topology}: {str(e).splitlines()[0]} Write GENERATION:SHAPE,'
+      ' as v5e:4x4 or v5p:4x4x8.'
+    ) from None
+
+
+def compile_step(config: Config, topology: str) -> Compiled:
+  """Compiles the train step of `config` for a slice of TPUs.
+
+  Raises:
+    ValueError: the mesh does not fit the slice, or a dimension the mesh.
+    DoesNotFit: the compiler found no room.
+  """
+  config = resolved(config)
+  began = time.monotonic()
+  with _stderr() as said:
+    mesh = sharding.make_mesh(
+      **dataclasses.asdict(config.mesh),
+      num_experts=config.model.num_experts,
+      devices=devices(topology),
+    )
+    step.check_sizes(config, mesh)
+    with sharding.use(mesh):
+      lowered = lower(config, mesh)
+      try:
+        compiled = lowered.compile()
+      except jax.errors.JaxRuntimeError as e:
+        raise _plainly(e, topology) from None
+  program = hlo.Program(compiled.as_text())
+  costs, memory = compiled.cost_analysis(), compiled.memory_analysis()
+  in_full = program.traffic() / program.traffic(once=True)
+  return Compiled(
+    memory=_memory(memory),
+    flops=program.flops(),
+    bytes=costs['bytes accessed'] * in_full,
+    exchanges=program.exchanges(dict(mesh.shape)),
+    warnings=_warnings(said),
+    seconds=time.monotonic() - began,
+  )
+
+
+def resolved(config: Config) -> Config:
+  """`config` as accelerators would train it: vocabulary and dtype settled."""
+  config = loop.with_vocabulary_size(config, None)
+  if config.model.dtype != 'auto':
+    return config
+  model = dataclasses.replace(config.model, dtype='bfloat16')
+  return dataclasses.replace(config, model=model)
+
+
+def lower(config: Config, mesh):
+  """The train step of `config` on `mesh`, lowered; nothing is allocated."""
+  model, data = Transformer(config.model), config.data
+  tx = optimizer.make(config.optimizer, step.parameter_axes(model))
+  plan = step.plan_init(model, tx, mesh)
+  split = sharding.batch_sharding(mesh)
+  lengths = {'encoder': data.inputs_length, 'decoder': data.targets_length}
+
+  def array(stack, dtype=jnp.int32):
+    shape = data.batch_size, lengths[stack]
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=split)
+
+  last = config.model.stacks[-1]
+  batch = {
+    **{f'{s}_input_tokens': array(s) for s in config.model.stacks},
+    f'{last}_target_tokens': array(last),
+    f'{last}_loss_weights': array(last, jnp.float32),
+  }
+  run = jax.jit(
+    step.make_train_step(model, tx, config),
+    donate_argnums=0,
+    out_shardings=(plan.shardings, None),
+  )
+  return run.lower(sharding.placed(plan.shapes, plan.shardings), batch)
+
+
+def report(found: Compiled, topology: str) -> None:
+  """Prints what the compiler said, beside what the chip can do."""
+  chip = chips.named(topology.partition(':')[0])
+  console = Console()
+  table = Table('a device', '', 'at best', title=f'train step on {topology}')
+  for column in table.columns[1:]:
+    column.justify = 'right'
+  for name, size in found.memory.items():
+    share = f'{size / chip.memory:.0%} of the chip' if name == 'peak' else ''
+    table.add_row(name, f'{size / 2**30:.2f} GiB', share)
+  table.add_section()
+  sent = sum(e.sent for e in found.exchanges)
+  for name, amount, unit, rate in (
+    ('matrix products', found.flops, 'FLOP', chip.flops),
+    ('read and written', found.bytes, 'B', chip.bandwidth),
+    ('sent', sent, 'B', chip.link),
+  ):
+    table.add_row(name, f'{amount / 1e9:,.1f} G{unit}', _ms(amount / rate))
+  console.print(table)
+  table = Table('exchange', 'mesh axes', 'times', 'GB sent a device')
+  for e in found.exchanges:
+    axes = ' x '.join(e.axes)
+    table.add_row(e.kind, axes, f'{e.count}', f'{e.sent / 1e9:.3f}')
+  console.print(table)
+  for warning in found.warnings:
+    console.print(f'resharded through whole copies: {warning}')
+  console.print(f'compiled in {found.seconds:.0f} s')
+
+
+def _ms(seconds: float) -> str:
+  return f'{seconds * 1e3:.1f} ms'
+
+
+def _memory(stats) -> dict[str, int]:
+  found = {
+    'arguments': stats.argument_size_in_bytes,
+    'temporaries': stats.temp_size_in_bytes,
+    'outputs': stats.output_size_in_bytes - stats.alias_size_in_bytes,
+    'code': stats.generated_code_size_in_bytes,
+  }
+  return {**found, 'peak': sum(found.values())}
+
+
+def _plainly(e: Exception, topology: str) -> ValueError:
+  line = str(e).splitlines()[0]
+  if 'RESOURCE_EXHAUSTED' not in line:
+    return ValueError(f'The compiler for {topology} refused the step: {line}')
+  return DoesNotFit(
+    f'The step does not fit on {topology}: {line.partition(": ")[2]} Split it'
+    ' over more devices (mesh.fsdp, mesh.model), keep less (model.remat=full),'
+    ' or take fewer examples at a time (microbatches, data.batch_size).'
+  )
+
+
+@contextlib.contextmanager
+def _stderr() -> Iterator[list[str]]:
+  """Takes what is written to stderr, by C++ too, and lists it at the end."""
+  said = []
+  with tempfile.TemporaryFile() as kept:
+    sys.stderr.flush()
+    before = os.dup(2)
+    os.dup2(kept.fileno(), 2)
+    try:
+      yield said
+    finally:
+      sys.stderr.flush()
+      os.dup2(before, 2)
+      os.close(before)
+      kept.seek(0)
+      said.extend(kept.read().decode(errors='replace').splitlines())
+
+
+def _warnings(said: list[str]) -> list[str]:
+  """What the partitioner could only do through whole copies, each once."""
+  sign = 'Involuntary full rematerialization'
+  found = (sign + line.partition(sign)[2] for line in said if sign in line)
+  return sorted(set(found))
