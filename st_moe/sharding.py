@@ -99,7 +99,13 @@ def make_mesh(
       f' nearest sizes that divide are {divisors_near(num_experts, expert)}.'
     )
   rest = fsdp * expert * model
-  data = data or max(len(devices) // rest, 1)
+  if not data and len(devices) % rest:
+    raise ValueError(
+      f'A mesh of fsdp {fsdp} x expert {expert} x model {model} = {rest} does'
+      f' not divide {len(devices)} devices; the nearest products that do are'
+      f' {divisors_near(len(devices), rest)}.'
+    )
+  data = data or len(devices) // rest
   if data * rest != len(devices):
     raise ValueError(
       f'A mesh of data {data} x fsdp {fsdp} x expert {expert} x model {model}'
@@ -271,3 +277,8 @@ def _is_box(x) -> bool:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """How a batch lies: its first axis over everything but `model`."""
   return NamedSharding(mesh, PartitionSpec(_BATCH))
+
+
+def batch_shards(mesh: Mesh) -> int:
+  """Into how many parts a batch is cut."""
+  return _parts(mesh, _BATCH)

@@ -44,28 +44,49 @@ class Exchange:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
+  """One line of a computation."""
+
   type: str
   op: str
   operands: tuple[str, ...]
-  rest: str
+  rest: str  # Behind the operands: attributes, metadata.
 
   @property
   def dims(self) -> list[int]:
     return _dims(_SHAPE.search(self.type)[2])
+
+  @property
+  def size(self) -> int:
+    """Bytes."""
+    return sum(
+      math.prod(_dims(dims)) * _BYTES.get(kind, 0)
+      for kind, dims in _SHAPE.findall(self.type)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+  """A function of the program, its instructions by name."""
+
+  name: str
+  instructions: dict[str, Instruction]
+
+  def operands(self, instruction: Instruction) -> list[Instruction]:
+    known = self.instructions
+    return [known[name] for name in instruction.operands if name in known]
 
 
 class Program:
   """A compiled module: its computations, and how often each one runs."""
 
   def __init__(self, text: str):
-    self._computations = dict(_computations(text))
-    entry = re.search(r'^ENTRY %(\S+)', text, re.MULTILINE)[1]
+    self._computations = {c.name: c for c in _computations(text)}
     self._runs, self._fused = collections.Counter(), set()
-    self._visit(entry, 1)
+    self._visit(re.search(r'^ENTRY %(\S+)', text, re.MULTILINE)[1], 1)
 
   def _visit(self, name: str, times: int):
     self._runs[name] += times
-    for instruction in self._computations[name].values():
+    for instruction in self._computations[name].instructions.values():
       for callee in _callees(instruction):
         if callee in self._computations:
           more = self._trips(instruction) if instruction.op == 'while' else 1
@@ -74,40 +95,37 @@ class Program:
           self._visit(callee, times * more)
 
   def _trips(self, loop: Instruction) -> int:
-    known = re.search(r'known_trip_count\D*(\d+)', loop.rest)
-    if known:
+    if known := re.search(r'known_trip_count\D*(\d+)', loop.rest):
       return int(known[1])
     # `i < constant`, as `scan` has it.
-    condition = self._computations[_named('condition', loop.rest)]
     bounds = [
       int(i.operands[0])
-      for i in self._reached(condition)
-      if i.op == 'constant' and i.type.startswith('s32[]')
+      for i in self._reached(_named('condition', loop.rest))
+      if i.op == 'constant' and i.type[:5] in ('s32[]', 'u32[]')
     ]
     if len(bounds) != 1:
       raise ValueError(f'A loop of unknown length: {loop.rest[:120]}')
     return bounds[0]
 
-  def _reached(self, computation) -> Iterator[Instruction]:
-    for instruction in computation.values():
+  def _reached(self, name: str) -> Iterator[Instruction]:
+    for instruction in self._computations[name].instructions.values():
       yield instruction
       for callee in _callees(instruction):
-        yield from self._reached(self._computations.get(callee, {}))
+        yield from self._reached(callee)
 
-  def _each(self, *, fused: bool = True):
+  def _each(self, *, once: bool = False):
     """(how often it runs, its computation, instruction)."""
     for name, times in self._runs.items():
-      if name in self._fused and not fused:
-        continue
       computation = self._computations[name]
-      for instruction in computation.values():
-        yield times, computation, instruction
+      for instruction in computation.instructions.values():
+        yield 1 if once else times, computation, instruction
 
   def flops(self, *, once: bool = False) -> float:
     """Of matrix products, on one device; `once`: every loop body once."""
     return sum(
-      (1 if once else times) * _product_flops(instruction, computation)
-      for times, computation, instruction in self._each()
+      times * _product_flops(instruction, *computation.operands(instruction))
+      for times, computation, instruction in self._each(once=once)
+      if instruction.op in ('dot', 'convolution')
     )
 
   def traffic(self, *, once: bool = False) -> float:
@@ -116,14 +134,10 @@ class Program:
     Rougher than XLA's own count: good for the share of loops in it.
     """
     return sum(
-      (1 if once else times) * sum(_size(i.type))
-      + sum(
-        (1 if once else times) * sum(_size(computation[o].type))
-        for o in i.operands
-        if o in computation
-      )
-      for times, computation, i in self._each(fused=False)
-      if i.op not in _FREE
+      times
+      * sum(i.size for i in [instruction, *computation.operands(instruction)])
+      for times, computation, instruction in self._each(once=once)
+      if computation.name not in self._fused and instruction.op not in _FREE
     )
 
   def exchanges(self, mesh_shape: dict[str, int]) -> list[Exchange]:
@@ -137,17 +151,20 @@ class Program:
       kind = instruction.op.removesuffix('-start')
       if kind not in _EXCHANGES:
         continue
+      if computation.name.startswith('all-reduce-scatter'):
+        kind = 'reduce-scatter'  # A TPU has it as a fusion.
       group = _group(instruction.rest, math.prod(mesh_shape.values()))
       if len(group) == 1:
         continue
       key = kind, _axes_of(group, mesh_shape)
+      given = sum(i.size for i in computation.operands(instruction))
       count[key] += times
-      sent[key] += times * _sent(kind, instruction, computation, len(group))
+      sent[key] += times * given * _sent(kind, len(group))
     found = [Exchange(*key, n, sent[key]) for key, n in count.items()]
     return sorted(found, key=lambda e: -e.sent)
 
 
-def _computations(text: str) -> Iterator[tuple[str, dict[str, Instruction]]]:
+def _computations(text: str) -> Iterator[Computation]:
   for block in re.finditer(
     r'^(?:ENTRY )?%(\S+) \(.*?\{\n(.*?)^\}', text, re.MULTILINE | re.DOTALL
   ):
@@ -160,7 +177,7 @@ def _computations(text: str) -> Iterator[tuple[str, dict[str, Instruction]]]:
         found[m['name']] = Instruction(
           m['type'], m['op'], tuple(operands), m['rest']
         )
-    yield block[1], found
+    yield Computation(block[1], found)
 
 
 def _named(attribute: str, rest: str) -> str:
@@ -191,44 +208,29 @@ def _dims(text: str) -> list[int]:
   return [int(d) for d in text.split(',') if d]
 
 
-def _size(type_text: str) -> list[int]:
-  """Bytes of every array of a type."""
-  return [
-    math.prod(_dims(dims)) * _BYTES.get(kind, 0)
-    for kind, dims in _SHAPE.findall(type_text)
-  ]
-
-
 # Products.
 
 
-def _product_flops(instruction: Instruction, computation) -> float:
-  if instruction.op == 'dot':
-    lhs = computation[instruction.operands[0]].dims
-    contracted = re.search(
-      r'lhs_contracting_dims=\{([\d,]*)\}', instruction.rest
-    )
-    depth = math.prod(lhs[i] for i in _dims(contracted[1]))
-    return 2 * math.prod(instruction.dims) * depth
-  if instruction.op == 'convolution':
-    return _convolution_flops(instruction, computation)
-  return 0
+def _product_flops(product: Instruction, lhs, rhs) -> float:
+  if product.op == 'convolution':
+    return _convolution_flops(product, lhs.dims, rhs.dims)
+  said = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', product.rest)
+  depth = math.prod(lhs.dims[i] for i in _dims(said[1]))
+  return 2 * math.prod(product.dims) * depth
 
 
-def _convolution_flops(instruction: Instruction, computation) -> float:
+def _convolution_flops(product: Instruction, lhs, rhs) -> float:
   """A TPU writes products as convolutions, often along padded 'space'."""
-  lhs, rhs = (computation[o].dims for o in instruction.operands[:2])
-  labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', instruction.rest)
-  window = re.search(r'window=\{([^}]*)\}', instruction.rest)
+  labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', product.rest)
+  window = re.search(r'window=\{([^}]*)\}', product.rest)
   window = dict(p.split('=') for p in window[1].split()) if window else {}
-  out = dict(zip(labels[3], instruction.dims, strict=True))
+  out = dict(zip(labels[3], product.dims, strict=True))
   kernel = dict(zip(labels[2], rhs, strict=True))
   space = dict(zip(labels[1], lhs, strict=True))
   flops = 2 * out['b'] * out['f'] * kernel['i']
   for axis in (label for label in labels[3] if label.isdigit()):
-    flops *= _meetings(
-      space[axis], kernel[axis], out[axis], _window(window, int(axis))
-    )
+    at = _window(window, int(axis))
+    flops *= _meetings(space[axis], kernel[axis], out[axis], at)
   return flops
 
 
@@ -267,21 +269,28 @@ def _group(rest: str, devices: int) -> np.ndarray:
   if said.startswith('{{'):
     return np.array(_dims(re.match(r'\{\{([\d,]*)\}', said)[1]))
   if said.startswith('mesh['):
-    sizes = [int(n) for n in re.findall(r"'=(\d+)", said.partition(']')[0])]
-    names = re.findall(r"'(\w+)'=", said.partition(']')[0])
-    along = re.search(r'\] ?\{([^}]*)\}', said)
-    along = re.findall(r"'(\w+)'", along[1]) if along else names
-    ids = np.arange(math.prod(sizes)).reshape(sizes)
-    order = [names.index(n) for n in along]
-    rest_of = [i for i in range(len(names)) if i not in order]
-    ids = ids.transpose(*rest_of, *order)
-    return ids.reshape(-1, math.prod(sizes[i] for i in order))[0]
-  if m := re.match(r'\[(\d+),(\d+)\]<=\[([\d,]*)\](?:T\(([\d,]*)\))?', said):
-    ids = np.arange(devices).reshape(_dims(m[3]))
-    if m[4]:
-      ids = ids.transpose(_dims(m[4]))
-    return ids.reshape(int(m[1]), int(m[2]))[0]
+    axes = re.findall(r"'(\w+)'=(\d+)", said.partition(']')[0])
+    sizes = [int(size) for _, size in axes]
+    ids, said = np.arange(math.prod(sizes)), said.partition(']')[2]
+    if order := re.match(r', device_ids=\(\[([\d,]*)\](T\([\d,]*\))?\)', said):
+      ids, said = _iota(order[1], order[2]), said[order.end() :]
+    along = re.findall(r"'(\w+)'", re.match(r' ?\{[^}]*\}', said)[0])
+    ids = ids.reshape(sizes)
+    for i, (name, _) in enumerate(axes):
+      if name not in along:
+        ids = ids.take([0], axis=i)
+    return ids.reshape(-1)
+  if m := re.match(r'\[(\d+),(\d+)\]<=\[([\d,]*)\](T\([\d,]*\))?', said):
+    return _iota(m[3], m[4]).reshape(int(m[1]), int(m[2]))[0]
   return np.arange(devices)  # '{}': all.
+
+
+def _iota(dims: str, transposed: str | None) -> np.ndarray:
+  """Numbers from 0 on of shape '2,64', 'T(1,0)' transposed; flat."""
+  ids = np.arange(math.prod(_dims(dims))).reshape(_dims(dims))
+  if transposed:
+    ids = ids.transpose(_dims(transposed[2:-1]))
+  return ids.reshape(-1)
 
 
 def _axes_of(group: np.ndarray, mesh_shape: dict[str, int]) -> tuple[str, ...]:
@@ -293,19 +302,13 @@ def _axes_of(group: np.ndarray, mesh_shape: dict[str, int]) -> tuple[str, ...]:
   )
 
 
-def _sent(kind: str, instruction: Instruction, computation, n: int) -> float:
-  """Bytes each device sends in rings: (n - 1) / n of what it must."""
-  operands = [
-    sum(_size(computation[o].type))
-    for o in instruction.operands
-    if o in computation
-  ]
-  whole = sum(operands)
+def _sent(kind: str, n: int) -> float:
+  """Bytes that each of n devices sends in a ring, per byte it is given."""
   share = (n - 1) / n
   return {
-    'all-to-all': whole * share,
-    'all-gather': whole * (n - 1),
-    'all-reduce': 2 * whole * share,
-    'reduce-scatter': whole * share,
-    'collective-permute': whole,
+    'all-to-all': share,
+    'all-gather': n - 1,
+    'all-reduce': 2 * share,
+    'reduce-scatter': share,
+    'collective-permute': 1,
   }[kind]

@@ -28,7 +28,7 @@ class Compiled:
   flops: float  # Of matrix products, loops in full.
   bytes: float  # Read and written, loops in full (estimated).
   exchanges: list[hlo.Exchange]
-  warnings: list[str]  # Of resharding that goes through whole copies.
+  warnings: list[str]  # Of tokens and copies that travel without need.
   seconds: float  # To compile.
 
 
@@ -85,7 +85,7 @@ def compile_step(config: Config, topology: str) -> Compiled:
     flops=program.flops(),
     bytes=costs['bytes accessed'] * in_full,
     exchanges=program.exchanges(dict(mesh.shape)),
-    warnings=_warnings(said),
+    warnings=[*step.astride(config, mesh), *_warnings(said)],
     seconds=time.monotonic() - began,
   )
 
@@ -150,7 +150,7 @@ def report(found: Compiled, topology: str) -> None:
     table.add_row(e.kind, axes, f'{e.count}', f'{e.sent / 1e9:.3f}')
   console.print(table)
   for warning in found.warnings:
-    console.print(f'resharded through whole copies: {warning}')
+    console.print(warning)
   console.print(f'compiled in {found.seconds:.0f} s')
 
 

@@ -305,6 +305,8 @@ def _announce(report, config: Config, workdir, start, mesh):
   per_step = 3 * flops * config.data.batch_size
   shape = ' x '.join(f'{k} {v}' for k, v in mesh.shape.items())
   report.note(f'{per_step:.3g} FLOPs a step; mesh {shape}')
+  for line in step.astride(config, mesh):
+    report.note(line)
 
 
 def _counting(train_step, sources: int):

@@ -222,7 +222,7 @@ def check_sizes(config: Config, mesh) -> None:
       f'data.batch_size={batch} and microbatches={parts} must both be at least'
       ' 1.'
     )
-  shards = int(np.prod([mesh.shape[a] for a in sharding.AXES if a != 'model']))
+  shards = sharding.batch_shards(mesh)
   measured = config.evaluate.batch_size
   if measured % shards:
     raise ValueError(
@@ -235,24 +235,37 @@ def check_sizes(config: Config, mesh) -> None:
       f' {shards} devices; the nearest that do are'
       f' {_nearest(batch, parts * shards)}.'
     )
-  if parts == 1 or config.model.dense:
-    return
-  lengths = {
-    'encoder': config.data.inputs_length,
-    'decoder': config.data.targets_length,
-  }
-  for stack in config.model.stacks:
-    if not config.model.plan(stack).num_sparse:
-      continue
-    group = min(config.model.stack(stack).group_size, batch * lengths[stack])
-    tokens = batch // parts * lengths[stack]
-    if tokens % group:
+  for stack, size, tokens in _groups(config) if parts > 1 else ():
+    if tokens % size:
       raise ValueError(
-        f'A microbatch of {batch // parts} x {lengths[stack]} tokens is no'
-        f' whole number of {stack} groups of {group}; the nearest group sizes'
-        f' that divide are {sharding.divisors_near(tokens, group)}'
-        f' (model.{stack}.group_size).'
+        f'A microbatch of {tokens} {stack} tokens is no whole number of groups'
+        f' of {size}; the nearest group sizes that divide are'
+        f' {sharding.divisors_near(tokens, size)} (model.{stack}.group_size).'
       )
+
+
+def astride(config: Config, mesh) -> list[str]:
+  """What to tell where groups lie astride devices, so that tokens travel."""
+  shards = sharding.batch_shards(mesh)
+  return [
+    f'{stack} groups of {size} tokens lie astride devices of {tokens // shards}'
+    f' tokens each, which pass them on in every sparse layer; with'
+    f' model.{stack}.group_size={tokens // shards}, or a divisor of it, they'
+    ' would not.'
+    for stack, size, tokens in _groups(config)
+    if shards > 1 and tokens // shards % size
+  ]
+
+
+def _groups(config: Config):
+  """(sparse stack, tokens of a group, tokens of a microbatch)."""
+  data = config.data
+  lengths = {'encoder': data.inputs_length, 'decoder': data.targets_length}
+  for stack in config.model.stacks:
+    if config.model.plan(stack).num_sparse:
+      whole = data.batch_size * lengths[stack]
+      size = min(config.model.stack(stack).group_size, whole)
+      yield stack, size, whole // config.microbatches
 
 
 def _nearest(n: int, factor: int) -> str:

@@ -422,8 +422,9 @@ def test_an_expert_axis_longer_than_the_experts(caplog):
   ('sizes', 'message'),
   [
     (dict(data=3), 'data 3 x .* needs 3 devices; there are 8'),
-    (dict(expert=3), 'data 2 x fsdp 1 x expert 3 .* needs 6 devices'),
-    (dict(expert=16), 'expert 16 x model 1 needs 16 devices; there are 8'),
+    (dict(expert=3), 'expert 3 x model 1 = 3 does .* 8 devices; .* 2 and 4'),
+    (dict(expert=16), 'expert 16 x model 1 = 16 does not divide 8 .* are 8'),
+    (dict(data=2, expert=8), 'data 2 x .* expert 8 .* 16 devices; there are 8'),
     (dict(expert=8, num_experts=3), 'axis of 8 .* copies of 3 .*expert=3'),
     (
       dict(expert=4, num_experts=6),

@@ -118,7 +118,7 @@ def test_the_verb(capsys):
   said = capsys.readouterr().out
   assert '269,104,613,376' in said and '269.105B' in said
   assert '+0.04%' in said  # Against the 269B of the paper.
-  with pytest.raises(ValueError, match='There is --count'):
+  with pytest.raises(ValueError, match='--count for parameters'):
     cli.run(['plan', '--config=configs/st_moe_32b.py'])
 
 

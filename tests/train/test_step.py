@@ -224,6 +224,20 @@ def _check(devices=1, model=MODEL, microbatches=1, **data):
   step.check_sizes(config, mesh)
 
 
+def test_groups_astride_devices_are_told():
+  # 8 x 16 and 8 x 8 tokens in groups of 16 and 8: 16 and 8 a device.
+  mesh = sharding.make_mesh()
+  assert step.astride(_config(), mesh) == []
+  wider = dataclasses.replace(
+    MODEL, encoder=dataclasses.replace(MODEL.encoder, group_size=32)
+  )
+  (line,) = step.astride(_config(wider), mesh)
+  assert 'encoder groups of 32 tokens lie astride devices of 16' in line
+  assert 'model.encoder.group_size=16' in line
+  one = sharding.make_mesh(devices=jax.devices()[:1])
+  assert step.astride(_config(wider), one) == []
+
+
 def test_sizes_that_fit():
   _check(devices=8)
   _check(microbatches=4)
