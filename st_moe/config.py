@@ -347,60 +347,6 @@ class ModelConfig:
     )
     return dataclasses.replace(self, moe=moe)
 
-  def num_params(self) -> dict[str, int]:
-    """Parameters by role; `sum(...values())` is the model."""
-    d, joined = self.embed_dim, self.num_heads * self.head_dim
-    e, f = self.moe.num_experts, self.expert_dim
-    matrices = 3 if self.activation == 'geglu' else 2
-    roles = dict.fromkeys(
-      ('embedding', 'attention', 'mlp', 'experts', 'router', 'norms'), 0
-    )
-    roles['embedding'] = self.vocab_size * d * (1 if self.tie_embeddings else 2)
-    for stack in self.stacks:
-      roles['attention'] += self.relpos_buckets * self.num_heads
-      roles['norms'] += d
-      for sublayer in (s for layer in self.plan(stack).layers for s in layer):
-        roles['norms'] += d
-        if sublayer.kind == 'moe':
-          bias = e * f if self.moe.multiplicative_bias else 0
-          roles['experts'] += e * matrices * d * f + bias
-          roles['router'] += d * e
-        elif sublayer.kind == 'mlp':
-          roles['mlp'] += matrices * d * sublayer.mlp_dim
-        else:
-          roles['attention'] += 4 * d * joined
-    return roles
-
-  def active_params(self) -> int:
-    """Parameters that one token meets: all but the experts not chosen."""
-    roles = self.num_params()
-    k = self.moe.selector.kwargs.get('k', 1)
-    unseen = roles['experts'] * (self.moe.num_experts - k)
-    return sum(roles.values()) - unseen // self.moe.num_experts
-
-  def forward_flops(self, inputs_length: int, targets_length: int) -> int:
-    """Matrix-product FLOPs of one forward pass over one training sequence.
-
-    A sparse layer counts the hidden units it executes, places left empty
-    included. Softmaxes, norms and what moves tokens are left out.
-    """
-    lengths = {'encoder': inputs_length, 'decoder': targets_length}
-    d, joined = self.embed_dim, self.num_heads * self.head_dim
-    matrices = 3 if self.activation == 'geglu' else 2
-    flops = 0
-    for stack in self.stacks:
-      n = lengths[stack]
-      for sublayer in (s for layer in self.plan(stack).layers for s in layer):
-        if sublayer.kind == 'mlp':
-          flops += 2 * n * matrices * d * sublayer.mlp_dim
-        elif sublayer.kind == 'moe':
-          width = matrices * self.executed_dim(stack) + self.moe.num_experts
-          flops += 2 * n * d * width
-        else:
-          keys = inputs_length if sublayer.kind == 'cross_attention' else n
-          flops += 4 * d * joined * (n + keys) + 4 * n * keys * joined
-    return flops + 2 * lengths[self.stacks[-1]] * d * self.vocab_size
-
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:

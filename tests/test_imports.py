@@ -14,7 +14,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 LINES = (
-  ('config', 'config_file', 'schedules'),
+  ('config', 'counts', 'config_file', 'schedules'),
   ('routing',),
   ('sharding', 'hosts'),
   ('model',),
@@ -50,7 +50,7 @@ LINE_OF = {room: i for i, line in enumerate(LINES) for room in line}
 # What a line above allows and the room does not want.
 NEVER = {
   'sharding': ('routing', 'hosts'),
-  'hosts': ('routing', 'sharding', 'config', 'config_file', 'schedules'),
+  'hosts': ('routing', 'sharding', 'config', 'counts', 'config_file'),
   # These know a model as an apply function.
   **dict.fromkeys(LINES[4], ('model', 'hosts')),
   'model': ('hosts',),
@@ -60,6 +60,7 @@ NEVER = {
 # Other packages a room may import; a room not named here may any.
 PACKAGES = {
   'config': ('numpy',),
+  'counts': (),
   'config_file': ('numpy',),
   'schedules': ('numpy', 'jax'),
   'routing': ('numpy', 'jax', 'flax.struct'),
@@ -71,7 +72,13 @@ PACKAGES = {
 # Seconds to import: at module level in `st_moe/data` only.
 HEAVY = ('seqio', 'tensorflow', 'tensorflow_datasets', 'tensorflow_text')
 # Modules that must not even need jax to be imported; the verbs import on use.
-LIGHT = ('cli', 'infer.generate_flags', '__init__', '__main__')
+LIGHT = (
+  'cli',
+  'infer.generate_flags',
+  'plan.plan_flags',
+  '__init__',
+  '__main__',
+)
 
 
 def room_of(module: str) -> str:

@@ -6,6 +6,7 @@ import math
 from rich.console import Console
 from rich.table import Table
 
+from st_moe import counts
 from st_moe.config import Config
 from st_moe.model import layout
 from st_moe.model.transformer import Transformer
@@ -32,7 +33,7 @@ def report_count(config: Config) -> None:
     table.add_row(role, f'{n:,}', f'{n / total:.1%}')
   table.add_section()
   table.add_row('all', f'{total:,}', f'{total / 1e9:,.3f}B')
-  active = config.model.active_params()
+  active = counts.active_params(config.model)
   table.add_row('met by a token', f'{active:,}', f'{active / total:.1%}')
   if config.paper_params:
     paper = config.paper_params
@@ -40,7 +41,9 @@ def report_count(config: Config) -> None:
   console = Console()
   console.print(table)
   data = config.data
-  flops = config.model.forward_flops(data.inputs_length, data.targets_length)
+  flops = counts.forward_flops(
+    config.model, data.inputs_length, data.targets_length
+  )
   console.print(
     f'{flops:.4g} forward FLOPs for {data.inputs_length} input and'
     f' {data.targets_length} target tokens, {3 * flops:.4g} in training'

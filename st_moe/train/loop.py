@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from st_moe import config_file, hosts, sharding
+from st_moe import config_file, counts, hosts, sharding
 from st_moe.config import Config, unknown
 from st_moe.data import files, pipeline, vocabulary
 from st_moe.infer.evaluator import Evaluator
@@ -293,10 +293,11 @@ def _commit() -> str:
 
 
 def _announce(report, config: Config, workdir, start, mesh):
-  roles = config.model.num_params()
+  roles = counts.params(config.model)
   parts = ', '.join(f'{k} {v:,}' for k, v in roles.items())
-  flops = config.model.forward_flops(
-    config.data.inputs_length, config.data.targets_length
+  data = config.data
+  flops = counts.forward_flops(
+    config.model, data.inputs_length, data.targets_length
   )
   report.note(
     f'{workdir}: {config.name}, {start} of {config.total_steps} steps done'

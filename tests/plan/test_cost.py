@@ -2,11 +2,15 @@
 
 import dataclasses
 
+import jax
 import pytest
 
-from st_moe import cli, config_file
-from st_moe.config import Config, ModelConfig, MoEConfig, StackConfig
-from st_moe.plan import cost
+from st_moe import cli, config_file, counts
+from st_moe.config import Config, ModelConfig, MoEConfig, Part, StackConfig
+from st_moe.model.transformer import Transformer
+from st_moe.plan import cost, hlo
+from st_moe.train import step
+from tests.helpers import examples, jit, padded_batch, tiny
 
 # As measured on the code that trained or released them, to the parameter.
 EXACT = {
@@ -88,7 +92,7 @@ NAMES = [
 def test_shapes_and_arithmetic_agree(name):
   config = load(name)
   assert cost.count_params(config) == {
-    role: n for role, n in config.model.num_params().items() if n
+    role: n for role, n in counts.params(config.model).items() if n
   }
   if config.paper_params:  # Rounded; T5-Large is printed as 770M, 4 % off.
     assert total(config) / config.paper_params == pytest.approx(1, rel=0.05)
@@ -100,15 +104,15 @@ def test_a_token_meets_the_experts_it_chose():
   roles = cost.count_params(config)
   others = sum(roles.values()) - roles['experts']
   expected = others + 12 * 2 * 3 * 1024 * 2816
-  assert config.model.active_params() == expected
+  assert counts.active_params(config.model) == expected
   dense = dataclasses.replace(config.model, dense=True)
-  assert dense.active_params() == sum(dense.num_params().values())
+  assert counts.active_params(dense) == sum(counts.params(dense).values())
 
 
 def test_forward_flops_of_the_paper():
   # 20.2T printed for ST-MoE-32B at 512 + 114 tokens.
   config = load('st_moe_32b.py')
-  assert config.model.forward_flops(512, 114) == pytest.approx(
+  assert counts.forward_flops(config.model, 512, 114) == pytest.approx(
     20.2e12, rel=0.01
   )
 
@@ -125,3 +129,25 @@ def test_the_verb(capsys):
 def test_an_unknown_size():
   with pytest.raises(ValueError, match="size 'lage'. Did you mean 'large'"):
     load('switch.py:size=lage')
+
+
+@pytest.mark.parametrize('dispatcher', ['index', 'mask'])
+@pytest.mark.parametrize('remat', ['none', 'full', 'dots'])
+def test_flops_of_a_step_are_those_of_the_compiled_one(remat, dispatcher):
+  # Encoder and decoder, two periods of a dense and a sparse layer each.
+  model = tiny(
+    encoder=StackConfig(4, 2, 1, group_size=16),
+    decoder=StackConfig(4, 2, 1, group_size=8),
+    moe={'dispatcher': dispatcher, 'selector': Part.of('top_k', k=1)},
+    remat=remat,
+  )
+  batch = padded_batch(model, examples(model, [(16, 7)] * 4), (16, 8))
+
+  def loss(params):
+    logits = Transformer(model).apply({'params': params}, **batch)
+    return (logits**2).sum()
+
+  compiled = jit(jax.grad(loss)).lower(step.abstract_params(Transformer(model)))
+  program = hlo.Program(compiled.compile().as_text())
+  expected = 4 * sum(counts.train_flops(model, 16, 8).values())
+  assert program.flops() == pytest.approx(expected, rel=1e-3)
