@@ -225,7 +225,7 @@ def train(tmp_path, capsys):
     ),
     (
       'mesh.expert=3',
-      '8 experts do not split over mesh.expert=3; it must be one of [1, 2, 4',
+      '8 experts do not split over mesh.expert=3; the nearest sizes',
     ),
     ('model.vocab_size=300', 'model.vocab_size 300 is smaller than the vocab'),
     ('data.vocabulary=no.model', 'data.vocabulary no.model: no such file'),

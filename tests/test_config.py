@@ -387,7 +387,7 @@ def test_the_dense_twin_is_as_wide_as_what_the_sparse_one_computes():
 @pytest.mark.parametrize(
   'field, value, message',
   [
-    ('model.activation', 'gelu', "Unknown activation 'gelu'.*'geglu'"),
+    ('model.activation', 'gegl', "Unknown activation 'gegl'.*'geglu'"),
     ('model.dtype', 'float3', "Unknown dtype 'float3'.*'float32'"),
     ('model.remat', 'ful', "Unknown remat 'ful'.*'full'"),
     ('model.encoder.group_size', '0', 'at least one token'),

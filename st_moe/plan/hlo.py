@@ -159,7 +159,7 @@ class Program:
       key = kind, _axes_of(group, mesh_shape)
       given = sum(i.size for i in computation.operands(instruction))
       count[key] += times
-      sent[key] += times * given * _sent(kind, len(group))
+      sent[key] += times * given * sent_per_byte(kind, len(group))
     found = [Exchange(*key, n, sent[key]) for key, n in count.items()]
     return sorted(found, key=lambda e: -e.sent)
 
@@ -302,7 +302,7 @@ def _axes_of(group: np.ndarray, mesh_shape: dict[str, int]) -> tuple[str, ...]:
   )
 
 
-def _sent(kind: str, n: int) -> float:
+def sent_per_byte(kind: str, n: int) -> float:
   """Bytes that each of n devices sends in a ring, per byte it is given."""
   share = (n - 1) / n
   return {

@@ -46,12 +46,14 @@ def top_k(
   pairs, rank = k > 1, 0
   if ctx.override is not None:
     k, rank = ctx.override.k or k, ctx.override.rank
-  best, expert = jax.lax.top_k(select, rank + k)
+  best, expert = _best(select, rank + k)
   best, expert = best[..., rank:], expert[..., rank:]  # [g, s, k]
+  there = best > -jnp.inf  # Which rules one out.
   # Not `take_along_axis`: a TPU reads a tile of memory for each number.
   chosen = expert[..., None] == jnp.arange(num_experts)  # [g, s, k, e]
+  chosen &= there[..., None]
   weight = jnp.where(chosen, scores.probs[:, :, None], 0).sum(-1)
-  active = ctx.valid[..., None] & (best > -jnp.inf)  # Which rules one out.
+  active = ctx.valid[..., None] & there
   if pairs:
     share = weight / (weight.sum(-1, keepdims=True) + 1e-9)
     weight = share if normalize else weight
@@ -59,6 +61,21 @@ def top_k(
     active &= _stays(policy, share, threshold, rng).at[..., 0].set(True)
   asked = Assignment(expert, weight, active)
   return seat(asked, num_experts=num_experts, capacity=capacity)
+
+
+def _best(select: jax.Array, k: int):
+  """The k best scores and whose they are, both [g, s, k]; of equals the first.
+
+  Not `jax.lax.top_k`: on CPUs and GPUs it gathers the scores of all devices.
+  """
+  found = []
+  for _ in range(k):
+    expert = select.argmax(-1)
+    found.append((select.max(-1), expert))
+    taken = expert[..., None] == jnp.arange(select.shape[-1])
+    select = jnp.where(taken, -jnp.inf, select)
+  best, expert = (jnp.stack(x, axis=-1) for x in zip(*found, strict=True))
+  return best, expert
 
 
 def _stays(policy, share, threshold, rng) -> jax.Array:
