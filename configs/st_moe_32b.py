@@ -1,9 +1,11 @@
 r"""ST-MoE-32B (arXiv:2202.08906): 269B parameters, the FLOPs of a dense 32B.
 
   st-moe plan --config=configs/st_moe_32b.py --count
+  st-moe plan --config=configs/st_moe_32b.py --topology=v5p:4x4x8
 
 Text and vocabulary are yours to name: `--config.data.mixture`,
-`--config.data.files`, `--config.data.vocabulary`. `:dense` is the dense twin.
+`--config.data.files`, `--config.data.vocabulary`. `:dense` is the dense twin. The
+mesh is for 128 chips, an expert on two of them.
 """
 
 from ml_collections import config_dict
@@ -24,4 +26,6 @@ def get_config(arg=None):
   c.model.encoder = dict(num_layers=24, group_size=4096)
   c.model.decoder = dict(num_layers=24, group_size=912)
   c.model.moe = dict(num_experts=64)
+  c.model.remat = 'full'
+  c.mesh = dict(fsdp=2, expert=1 if arg.dense else 64)
   return c

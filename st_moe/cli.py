@@ -234,9 +234,13 @@ def _start(flags) -> None:
   os.environ.setdefault(
     'JAX_COMPILATION_CACHE_DIR', os.path.expanduser('~/.cache/st_moe/compiled')
   )
+  import glob
   import importlib
   import logging
 
+  if not glob.glob('/dev/accel*') + glob.glob('/dev/vfio/[0-9]*'):
+    # Else libtpu, where it is installed, asks the network for one.
+    os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   # Orbax logs what it raises, with a trace; `main` says it in one line.
   if not os.environ.get('ST_MOE_TRACEBACK'):
     logging.getLogger('absl').setLevel(logging.CRITICAL)
