@@ -21,7 +21,7 @@ _EPSILON = 1e-6
 _FILES = ('config.json', '*.safetensors', '*.safetensors.index.json')
 _T5 = ('t5', 'mt5')
 _SWITCH = 'switch_transformers'
-_ACTIVATIONS = {'relu': 'relu', 'gated-gelu': 'geglu'}
+_ACTIVATIONS = {'relu': 'relu', 'gelu_new': 'gelu', 'gated-gelu': 'geglu'}
 _STACKS = ('encoder', 'decoder')
 
 
@@ -107,7 +107,8 @@ def _config(about: dict, where: str) -> tuple[Config, bool]:
   default = 'gated-gelu' if kind == 'mt5' else 'relu'
   name = about.get('dense_act_fn' if switch else 'feed_forward_proj', default)
   if name not in _ACTIVATIONS or (switch and name != 'relu'):
-    raise ValueError(f'{where}: no activation {name!r} here; relu, gated-gelu.')
+    known = 'relu' if switch else ', '.join(_ACTIVATIONS)
+    raise ValueError(f'{where}: no activation {name!r} here; {known}.')
   if about.get('router_bias'):
     raise ValueError(f'{where}: its routers have biases; ours have none.')
   # T5 scales by a field of its own since transformers 5, and with tying before;
@@ -348,7 +349,7 @@ def _family(model: ModelConfig) -> dict:
     }
   moe, places, wrong = model.moe, model.moe.eval_capacity, []
   if model.activation != 'relu':
-    wrong.append('its experts are gated')
+    wrong.append(f'its experts are {model.activation} networks, not relu')
   if moe.extra_ffn != 'none':
     wrong.append('an extra FFN stands beside each sparse one')
   if moe.selector.kwargs.get('k') != 1:

@@ -49,7 +49,9 @@ class Link:
 
 def matrices(config: ModelConfig) -> tuple[str, ...]:
   """Names of the kernels of a feed-forward network."""
-  return ('wi', 'wo') if config.activation == 'relu' else ('wi_0', 'wi_1', 'wo')
+  if config.activation == 'geglu':
+    return 'wi_0', 'wi_1', 'wo'
+  return 'wi', 'wo'
 
 
 def attention(config: ModelConfig, name: Callable) -> dict[str, Link]:

@@ -261,7 +261,7 @@ def test_st_moe_has_no_class_there(tmp_path):
     huggingface.check_export(config)
   for reason in (
     'no ST-MoE',
-    'experts are gated',
+    'experts are geglu networks',
     'an extra FFN',
     'more than one expert',
   ):
