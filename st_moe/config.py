@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 _NOT_OPTIONS = (
   *('scores', 'ctx', 'rng', 'capacity'),  # Of a selector.
   *('num_experts', 'name', 'parent'),  # Of a gate.
-  *('x', 'seats', 'experts'),  # Of a dispatcher.
+  *('x', 'seats', 'experts', 'transport'),  # Of a dispatcher.
 )
 _ROUND = {'floor': math.floor, 'round': round, 'ceil': math.ceil}
 
@@ -107,6 +107,7 @@ _MOE_WORDS = {
   'extra_ffn': ('none', 'before', 'after'),
   'group_by': ('tokens', 'sequence'),
   'padding': ('ignored', 'routed', 'zeroed'),
+  'transport': ('auto', 'gspmd', 'shard_map'),
 }
 
 
@@ -123,6 +124,11 @@ class MoEConfig:
   # 'auto': `index` where places are limited; where nothing drops, `grouped`,
   # or what suits few tokens (see `MoE`).
   dispatcher: str = 'auto'
+  # How tokens reach the devices of their experts: 'gspmd', as the compiler
+  # finds best, or 'shard_map', to the letter: by all-to-alls, or for `grouped`
+  # gathered by all who share the experts. 'auto': the latter for `grouped`
+  # alone, where the compiler would gather the whole batch.
+  transport: str = 'auto'
   multiplicative_bias: bool = False  # On the expert's hidden units, Table 17.
   expert_dropout: float | None = None  # None: the model's dropout.
   # Dense FFN 'before' or 'after' a sparse one; 'none'.

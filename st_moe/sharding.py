@@ -187,6 +187,47 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec)
 
 
+def move(
+  x: jax.Array, before: tuple, after: tuple, *, split: int, join: int, by: str
+) -> jax.Array:
+  """`x` from one layout into another, by one all-to-all along `expert`.
+
+  Args:
+    before, after: logical axes of x.
+    split, join: the dimension that is cut among the devices of the mesh axis
+      `expert`, and the one whose parts come together there.
+    by: 'shard_map' says it to the letter; else it is left to the compiler.
+  """
+  x = constrain(x, *before)
+  if by != 'shard_map' or shards('expert') == 1:
+    return constrain(x, *after)
+  swap = functools.partial(
+    jax.lax.all_to_all,
+    axis_name='expert',
+    split_axis=split,
+    concat_axis=join,
+    tiled=True,
+  )
+  return on_shards(swap, (before,), after)(x)
+
+
+def on_shards(f, axes, out):
+  """`f`, run by each device on its own parts of its arguments.
+
+  Args:
+    axes: logical axes of every argument, a tuple for each of its arrays.
+    out: those of what `f` returns.
+  """
+  rules = nn.get_logical_axis_rules()
+  is_names = lambda x: (
+    isinstance(x, tuple) and not any(isinstance(part, tuple) for part in x)
+  )
+  specs = lambda tree: jax.tree.map(
+    lambda names: _spec(names, rules), tree, is_leaf=is_names
+  )
+  return jax.shard_map(f, in_specs=specs(axes), out_specs=specs(out))
+
+
 def of_boxed(abstract, mesh: Mesh):
   """Shardings for a tree whose leaves are boxed by `annotate` or bare.
 

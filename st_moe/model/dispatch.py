@@ -4,7 +4,7 @@ One contract, equal results:
 
   x [g, s, d], seats    who sits where
   experts(xs, expert)   block b of xs [b, ..., d] through expert `expert[b]`
-                        (None: expert b)
+                        (None: expert b); see `experts.Bank`
   y [g, s, d]           each token's answers, summed with their weights in
                         float32 and returned in the dtype of x
 """
@@ -16,14 +16,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from st_moe.routing.types import Seats
-from st_moe.sharding import constrain
+from st_moe.sharding import move, on_shards, shards
 
 # Remat policies save these, so that no backward pass repeats the exchange.
 SAVED_NAMES = ('expert_inputs', 'expert_outputs')
 BLOCK = 128  # Rows of one expert that `grouped` computes together.
 
 
-def mask(x, seats: Seats, experts, *, capacity: int, num_experts: int):
+def mask(x, seats: Seats, experts, *, capacity, num_experts, transport='auto'):
   """One-hot masks [g, s, e, c] and einsums: the plain reading of the papers.
 
   Costs 4 * s * e * c * d FLOPs per group beyond the experts.
@@ -39,13 +39,13 @@ def mask(x, seats: Seats, experts, *, capacity: int, num_experts: int):
     taken, seats.token, seats.expert, place
   )
   xs = jnp.einsum('gsec,gsd->egcd', taken, x)
-  ys = _exchange(xs, experts)
+  ys = _exchange(xs, experts, transport)
   return jnp.einsum('gsec,egcd->gsd', combine, ys.astype(jnp.float32)).astype(
     x.dtype
   )
 
 
-def index(x, seats: Seats, experts, *, capacity: int, num_experts: int):
+def index(x, seats: Seats, experts, *, capacity, num_experts, transport='auto'):
   """Tokens gathered by place, answers added up by token: what sits, no more."""
   slot = seats.expert * capacity + seats.place
   by_slot = _by_slot(seats, slot, num_experts * capacity)
@@ -53,12 +53,19 @@ def index(x, seats: Seats, experts, *, capacity: int, num_experts: int):
   split = lambda a: a.reshape(len(x), num_experts, capacity).swapaxes(0, 1)
   token, weight = (split(a) for a in by_slot)
   return _combine(
-    _exchange(_take(x, token), experts), token, weight, x.shape[1]
+    _exchange(_take(x, token), experts, transport), token, weight, x.shape[1]
   )
 
 
 def grouped(
-  x, seats: Seats, experts, *, capacity: int, num_experts: int, block=BLOCK
+  x,
+  seats: Seats,
+  experts,
+  *,
+  capacity,
+  num_experts,
+  transport='auto',
+  block=BLOCK,
 ):
   """Rows sorted by expert, in blocks of one expert each: nothing need drop.
 
@@ -66,6 +73,33 @@ def grouped(
   capacity.
   """
   del capacity
+  if transport == 'gspmd' or shards('group') == 1:
+    return _in_blocks(x, seats, experts, num_experts, block)
+
+  def local(x, seats, experts):
+    # Tokens of all who share the experts meet on each of their devices.
+    x, seats = jax.lax.all_gather((x, seats), 'expert', tiled=True)
+    # Their gradients differ along `model`, and are summed there.
+    x, seats = jax.lax.pcast((x, seats), 'model', to='varying')
+    n = len(experts.wo)
+    first = jax.lax.axis_index('expert') * n
+    mine = (seats.expert >= first) & (seats.expert < first + n)
+    seats = seats.replace(
+      expert=jnp.where(mine, seats.expert - first, 0),
+      place=jnp.where(mine, seats.place, -1),
+      load=jax.lax.dynamic_slice_in_dim(seats.load, first, n, axis=1),
+    )
+    y = _in_blocks(x, seats, experts, n, block).astype(jnp.float32)
+    y = jax.lax.psum_scatter(y, 'expert', tiled=True)
+    return jax.lax.psum(y, 'model').astype(x.dtype)
+
+  by_group = lambda a: ('group', *(None,) * (a.ndim - 1))
+  axes = jax.tree.map(by_group, (x, seats))
+  run = on_shards(local, (*axes, experts.axes()), by_group(x))
+  return run(x, seats, experts)
+
+
+def _in_blocks(x, seats: Seats, experts, num_experts: int, block: int):
   g, s, d = x.shape
   rows = seats.expert.shape[1] * g
   block = min(block, rows)
@@ -93,9 +127,11 @@ def grouped(
   return _combine(ys, token, weight, g * s).reshape(g, s, d)
 
 
-def per_token(x, seats: Seats, experts, *, capacity: int, num_experts: int):
+def per_token(
+  x, seats: Seats, experts, *, capacity, num_experts, transport='auto'
+):
   """Each route through a copy of its expert's weights: for very few of them."""
-  del capacity, num_experts
+  del capacity, num_experts, transport
   g, n = seats.expert.shape
   d = x.shape[-1]
   token = seats.token[None]
@@ -113,13 +149,13 @@ DISPATCHERS = {
 }
 
 
-def _exchange(xs: jax.Array, experts) -> jax.Array:
+def _exchange(xs: jax.Array, experts, transport: str) -> jax.Array:
   """Experts on [e, g, c, d], moved between the layouts by two all-to-alls."""
-  xs = constrain(xs, None, 'group', 'slot', 'activation_embed')
-  xs = constrain(xs, 'expert', 'expert_replicas', 'slot', 'activation_embed')
+  here = (None, 'group', 'slot', 'activation_embed')
+  there = ('expert', 'expert_replicas', 'slot', 'activation_embed')
+  xs = move(xs, here, there, split=0, join=1, by=transport)
   ys = experts(checkpoint_name(xs, 'expert_inputs'), None)
-  ys = constrain(ys, 'expert', 'expert_replicas', 'slot', 'activation_embed')
-  ys = constrain(ys, None, 'group', 'slot', 'activation_embed')
+  ys = move(ys, there, here, split=1, join=0, by=transport)
   return checkpoint_name(ys, 'expert_outputs')
 
 

@@ -1,13 +1,53 @@
 """The bank of experts: feed-forward networks with a leading `expert` axis."""
 
 import functools
+import math
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from st_moe.model.layers import ACTIVATIONS, Kernel
 from st_moe.sharding import annotate
+
+
+@flax.struct.dataclass
+class Bank:
+  """Experts as a function of tokens, and as arrays that may be moved."""
+
+  wi: tuple[jax.Array, ...]  # [e, d, f] each; their outputs are multiplied.
+  wo: jax.Array  # [e, f, d].
+  bias: jax.Array | None  # [e, f], multiplied with the hidden units.
+  key: jax.Array | None  # Of dropout on the hidden units; None: none.
+  activation: str = flax.struct.field(pytree_node=False)
+  dropout: float = flax.struct.field(pytree_node=False)
+
+  def __call__(self, x: jax.Array, expert=None) -> jax.Array:
+    """Block b of `x` [b, ..., d] through expert `expert[b]` (None: b)."""
+    of_block = lambda w: w if expert is None else w[expert]
+    hidden = [jnp.einsum('b...d,bdf->b...f', x, of_block(w)) for w in self.wi]
+    functions = ACTIVATIONS[self.activation]
+    h = math.prod(f(a) for f, a in zip(functions, hidden, strict=True))
+    if self.bias is not None:
+      bias = of_block(self.bias)
+      h *= bias.reshape(-1, *(1,) * (h.ndim - 2), h.shape[-1])
+    if self.key is not None:
+      keep = 1 - self.dropout
+      stays = jax.random.bernoulli(self.key, keep, h.shape)
+      h = jnp.where(stays, h / keep, 0)
+    return jnp.einsum('b...f,bfd->b...d', h, of_block(self.wo))
+
+  def axes(self) -> 'Bank':
+    """The logical axes of its arrays, of weights that are whole along d."""
+    name = lambda *axes: lambda array: None if array is None else axes
+    inward = name('expert', None, 'expert_mlp')
+    return self.replace(
+      wi=tuple(inward(w) for w in self.wi),
+      wo=('expert', 'expert_mlp', None),
+      bias=name('expert', 'expert_mlp')(self.bias),
+      key=name()(self.key),
+    )
 
 
 class Experts(nn.Module):
@@ -22,27 +62,27 @@ class Experts(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x, expert=None, *, deterministic: bool) -> jax.Array:
-    """Block b of `x` [b, ..., d] through expert `expert[b]` (None: b)."""
-    e, d, f = self.num_experts, x.shape[-1], self.hidden_dim
-    of_block = lambda w: w if expert is None else w[expert]
+  def __call__(self, d: int, *, deterministic: bool) -> Bank:
+    """The experts for tokens of width `d`."""
+    e, f = self.num_experts, self.hidden_dim
     kernel = functools.partial(
       Kernel, scale=self.init_scale, dtype=self.dtype, fan_in=(1,), batch=(0,)
     )
-    functions = ACTIVATIONS[self.activation]
-    h = 1
-    for i, fn in enumerate(functions):
-      name = 'wi' if len(functions) == 1 else f'wi_{i}'
-      wi = kernel((e, d, f), ('expert', 'embed', 'expert_mlp'), name=name)()
-      h *= fn(jnp.einsum('b...d,bdf->b...f', x, of_block(wi)))
+    n = len(ACTIVATIONS[self.activation])
+    names = ['wi'] if n == 1 else [f'wi_{i}' for i in range(n)]
+    into, out = (
+      ('expert', 'embed', 'expert_mlp'),
+      ('expert', 'expert_mlp', 'embed'),
+    )
+    wi = tuple(kernel((e, d, f), into, name=name)() for name in names)
+    bias = None
     if self.multiplicative_bias:  # arXiv:2202.08906, Table 17.
       bias = self.param(
         'multiplicative_bias',
         annotate(nn.initializers.ones, ('expert', 'expert_mlp')),
         (e, f),
-      )
-      bias = of_block(bias.astype(self.dtype))
-      h *= bias.reshape(-1, *(1,) * (h.ndim - 2), f)
-    h = nn.Dropout(self.dropout)(h, deterministic=deterministic)
-    wo = kernel((e, f, d), ('expert', 'expert_mlp', 'embed'), name='wo')()
-    return jnp.einsum('b...f,bfd->b...d', h, of_block(wo))
+      ).astype(self.dtype)
+    wo = kernel((e, f, d), out, name='wo')()
+    drops = self.dropout and not deterministic
+    key = self.make_rng('dropout') if drops else None
+    return Bank(wi, wo, bias, key, self.activation, self.dropout)

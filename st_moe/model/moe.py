@@ -58,14 +58,15 @@ class MoE(nn.Module):
       init_scale=cfg.init_scale,
       dtype=activation_dtype(cfg.dtype),
       name='experts',
-    )
+    )(x.shape[-1], deterministic=ctx.deterministic)
     dispatch = self._dispatcher(seats, ctx).choose('dispatcher', DISPATCHERS)
     y = dispatch(
       xg,
       seats,
-      functools.partial(experts, deterministic=ctx.deterministic),
+      experts,
       capacity=capacity,
       num_experts=moe.num_experts,
+      transport=moe.transport,
     )
     y = sharding.constrain(y, 'group', 'length', 'activation_embed')
     self._record(scores, seats, ctx)

@@ -254,8 +254,10 @@ def _claim(workdir: epath.Path, config: Config) -> int:
   path, done = workdir / 'config.json', checkpoint.last_step(workdir)
   if not path.exists():
     return done
-  theirs = json.loads(path.read_text())
-  lines = config_file.diff(theirs, config_file.to_dict(config))
+  # By way of a Config, which knows the fields that have come since.
+  theirs = config_file.from_dict(json.loads(path.read_text()))
+  ours = config_file.to_dict(config)
+  lines = config_file.diff(config_file.to_dict(theirs), ours)
   lines = [line for line in lines if not line.startswith(_FREE)]
   if lines and not done:
     # Nothing is lost, and the advice of an error may be followed on the spot.

@@ -162,6 +162,22 @@ def test_noise_of_the_router_does_not_know_the_mesh(dispatcher, group_size):
   assert_trees_close(eight[1], one[1])
 
 
+@pytest.mark.parametrize('name', ['data 8', 'fsdp 2 x expert 2 x model 2'])
+@pytest.mark.parametrize('transport', ['gspmd', 'shard_map'])
+@pytest.mark.parametrize('dispatcher', ['index', 'grouped'])
+def test_every_transport_brings_the_same(dispatcher, transport, name):
+  calm = Part.of('top_k', k=2, train_policy='all')
+  config = with_moe(LAYER, selector=calm, dispatcher=dispatcher)
+  params, (x, ctx) = _layer_params(config), _layer_inputs()
+  one = jit(functools.partial(_slope, config, 8))(params, x, ctx)
+  config = with_moe(config, transport=transport)
+  with _use(name) as mesh:
+    x8 = jax.device_put(x, sharding.batch_sharding(mesh))
+    eight = jit(functools.partial(_slope, config, 8))(params, x8, ctx)
+  np.testing.assert_allclose(eight[0], one[0], rtol=2e-5)
+  assert_trees_close(eight[1], one[1])
+
+
 def test_noise_of_the_router_is_there():
   # Or the test above would show nothing.
   params, (x, ctx) = _layer_params(LAYER), _layer_inputs()
@@ -199,7 +215,7 @@ def test_constraints_are_in_the_program():
   # Tokens in, tokens to experts (as they lie, as they should), answers back
   # (likewise), tokens out.
   assert _count(_lowered('data 2 x expert 4', _answer)) == 6
-  grouped = with_moe(LAYER, dispatcher='grouped')
+  grouped = with_moe(LAYER, dispatcher='grouped', transport='gspmd')
   assert _count(_lowered('data 2 x expert 4', _answer, grouped)) == 2
 
 
@@ -220,9 +236,12 @@ def test_a_bare_mesh_has_no_constraints():
     assert _count(lower()) == 6
 
 
-@pytest.mark.parametrize('dispatcher', ['index', 'mask'])
-def test_two_all_to_alls_there_and_two_back(dispatcher):
-  config = with_moe(LAYER, dispatcher=dispatcher)
+@pytest.mark.parametrize(
+  ('dispatcher', 'transport'),
+  [('index', 'gspmd'), ('index', 'shard_map'), ('mask', 'gspmd')],
+)
+def test_two_all_to_alls_there_and_two_back(dispatcher, transport):
+  config = with_moe(LAYER, dispatcher=dispatcher, transport=transport)
   both = _lowered('data 2 x expert 4', _slope, config).compile()
   assert _all_to_alls(both) == 4
   if dispatcher == 'index':

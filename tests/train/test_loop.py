@@ -257,6 +257,16 @@ def test_a_finished_run_is_left_alone(run, written, capsys):
   assert {p: p.stat().st_mtime_ns for p in run.rglob('*')} == before
 
 
+def test_a_config_without_the_fields_of_today(run, written, tmp_path, capsys):
+  # A run of older code goes on: what it did not know has its default.
+  older = shutil.copytree(run, tmp_path / 'older')
+  config = json.loads((older / 'config.json').read_text())
+  del config['model']['moe']['transport']
+  (older / 'config.json').write_text(json.dumps(config))
+  loop.train(_load(written), older)
+  assert 'is finished: 6 steps.' in capsys.readouterr().out
+
+
 def test_another_config_is_refused_by_its_fields(run, written):
   other = _load(written, seed='1', model__embed_dim='32', checkpoint__every='5')
   with pytest.raises(ValueError) as e:
