@@ -238,9 +238,10 @@ def check_sizes(config: Config, mesh) -> None:
   for stack, size, tokens in _groups(config) if parts > 1 else ():
     if tokens % size:
       raise ValueError(
-        f'A microbatch of {tokens} {stack} tokens is no whole number of groups'
-        f' of {size}; the nearest group sizes that divide are'
-        f' {sharding.divisors_near(tokens, size)} (model.{stack}.group_size).'
+        f'A microbatch of {batch // parts} x {tokens * parts // batch} tokens'
+        f' is no whole number of {stack} groups of {size}; the nearest group'
+        f' sizes that divide are {sharding.divisors_near(tokens, size)}'
+        f' (model.{stack}.group_size).'
       )
 
 
