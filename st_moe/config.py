@@ -391,6 +391,10 @@ class DataConfig:
   data_dir: str = ''  # Where tasks find their files; '': $ST_MOE_DATA.
   workers: int = 1
 
+  def length(self, stack: str) -> int:
+    """Tokens of a row of 'encoder' or 'decoder'."""
+    return self.inputs_length if stack == 'encoder' else self.targets_length
+
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:

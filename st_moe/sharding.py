@@ -53,8 +53,8 @@ def rules(mesh: Mesh):
   Dense weights then lie along `expert` too: to gather them from more devices
   moves no more bytes, and each holds less.
   """
-  whole = [('embed', None)] if mesh.shape['fsdp'] == 1 else []
-  return (*whole, *(r for r in RULES if not whole or r[0] != 'embed'))
+  whole = () if mesh.shape['fsdp'] > 1 else ('embed',)
+  return tuple((n, None if n in whole else axes) for n, axes in RULES)
 
 
 annotate = nn.with_logical_partitioning

@@ -103,8 +103,7 @@ def _mesh(path, overrides: dict):
     return None
   config = _set(convert.open_source(path).config, overrides)
   return sharding.make_mesh(
-    **dataclasses.asdict(config.mesh),
-    num_experts=config.model.moe.num_experts,
+    **dataclasses.asdict(config.mesh), num_experts=config.model.num_experts
   )
 
 

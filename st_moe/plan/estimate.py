@@ -137,22 +137,18 @@ def _exchanges(config: Config, mesh, weights) -> list[Exchange]:
     add('all-gather', weight.gathered, held, 2 * config.microbatches)
     add('reduce-scatter', weight.gathered, whole, config.microbatches)
     add('all-reduce', weight.summed, held, config.microbatches)
-  for stack in config.model.stacks:
-    sparse = config.model.plan(stack).num_sparse
-    moved = _places(config, mesh, stack) * config.model.embed_dim * item
-    times = 4 * sparse * config.microbatches
+  for stack, size, tokens in step.groups(config):
+    places = _places(config, mesh, size, tokens)
+    times = 4 * config.model.plan(stack).num_sparse * config.microbatches
+    moved = places * config.model.embed_dim * item
     add('all-to-all', ('expert',), moved, times)
   found = [Exchange(*key, n, sent[key]) for key, n in count.items()]
   return sorted(found, key=lambda e: -e.sent)
 
 
-def _places(config: Config, mesh, stack: str) -> int:
+def _places(config: Config, mesh, size: int, tokens: int) -> int:
   """Places in the buffers of all experts that one device fills."""
-  model, data = config.model, config.data
-  length = data.inputs_length if stack == 'encoder' else data.targets_length
-  tokens = data.batch_size // config.microbatches * length
-  size = min(model.stack(stack).group_size, tokens)
   groups = -(-tokens // size)
   groups = -(-groups // sharding.batch_shards(mesh))
-  slots = model.moe.slots(size, deterministic=False)
-  return groups * model.moe.num_experts * slots
+  moe = config.model.moe
+  return groups * moe.num_experts * moe.slots(size, deterministic=False)

@@ -61,8 +61,8 @@ def _prepare() -> None:
   found = importlib.util.find_spec('libtpu')
   if not found:
     raise ValueError(
-      'To compile for a TPU takes its compiler: pip install "jax[tpu]". The'
-      ' arithmetic needs none: --chip and --devices instead of --topology.'
+      'To compile for a TPU takes its compiler: pip install "jax[tpu]". To'
+      ' count parameters and FLOPs takes none: --count instead of --topology.'
     )
   library = pathlib.Path(found.submodule_search_locations[0]) / 'libtpu.so'
   os.environ.update(

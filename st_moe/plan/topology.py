@@ -107,10 +107,9 @@ def lower(config: Config, mesh):
   tx = optimizer.make(config.optimizer, step.parameter_axes(model))
   plan = step.plan_init(model, tx, mesh)
   split = sharding.batch_sharding(mesh)
-  lengths = {'encoder': data.inputs_length, 'decoder': data.targets_length}
 
   def array(stack, dtype=jnp.int32):
-    shape = data.batch_size, lengths[stack]
+    shape = data.batch_size, data.length(stack)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=split)
 
   last = config.model.stacks[-1]

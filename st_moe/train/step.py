@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import flax.struct
 import jax
@@ -235,7 +235,7 @@ def check_sizes(config: Config, mesh) -> None:
       f' {shards} devices; the nearest that do are'
       f' {_nearest(batch, parts * shards)}.'
     )
-  for stack, size, tokens in _groups(config) if parts > 1 else ():
+  for stack, size, tokens in groups(config) if parts > 1 else ():
     if tokens % size:
       raise ValueError(
         f'A microbatch of {batch // parts} x {tokens * parts // batch} tokens'
@@ -253,18 +253,16 @@ def astride(config: Config, mesh) -> list[str]:
     f' tokens each, which pass them on in every sparse layer; with'
     f' model.{stack}.group_size={tokens // shards}, or a divisor of it, they'
     ' would not.'
-    for stack, size, tokens in _groups(config)
+    for stack, size, tokens in groups(config)
     if shards > 1 and tokens // shards % size
   ]
 
 
-def _groups(config: Config):
+def groups(config: Config) -> Iterator[tuple[str, int, int]]:
   """(sparse stack, tokens of a group, tokens of a microbatch)."""
-  data = config.data
-  lengths = {'encoder': data.inputs_length, 'decoder': data.targets_length}
   for stack in config.model.stacks:
     if config.model.plan(stack).num_sparse:
-      whole = data.batch_size * lengths[stack]
+      whole = config.data.batch_size * config.data.length(stack)
       size = min(config.model.stack(stack).group_size, whole)
       yield stack, size, whole // config.microbatches
 

@@ -12,7 +12,9 @@ CONFIG = '--config=configs/st_moe_tiny.py'
 
 def test_without_the_compiler(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-  with pytest.raises(ValueError, match=r'pip install "jax\[tpu\]".*--chip'):
+  with pytest.raises(
+    ValueError, match=r'pip install "jax\[tpu\]".*--count instead'
+  ):
     cli.run(['plan', CONFIG, '--topology=v5e:2x2'])
 
 
