@@ -1,14 +1,13 @@
 """The bank of experts: feed-forward networks with a leading `expert` axis."""
 
 import functools
-import math
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from st_moe.model.layers import ACTIVATIONS, Kernel
+from st_moe.model.layers import ACTIVATIONS, Kernel, activate
 from st_moe.sharding import annotate
 
 
@@ -27,8 +26,7 @@ class Bank:
     """Block b of `x` [b, ..., d] through expert `expert[b]` (None: b)."""
     of_block = lambda w: w if expert is None else w[expert]
     hidden = [jnp.einsum('b...d,bdf->b...f', x, of_block(w)) for w in self.wi]
-    functions = ACTIVATIONS[self.activation]
-    h = math.prod(f(a) for f, a in zip(functions, hidden, strict=True))
+    h = activate(self.activation, hidden)
     if self.bias is not None:
       bias = of_block(self.bias)
       h *= bias.reshape(-1, *(1,) * (h.ndim - 2), h.shape[-1])

@@ -1,6 +1,7 @@
 """Norm, embedding, feed-forward: T5 1.1's parts, as T5X names them."""
 
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -16,11 +17,29 @@ ACTIVATIONS = {
 }
 
 
+def activate(name: str, hidden) -> jax.Array:
+  """Hidden units from the outputs of the input matrices, in their order."""
+  functions = ACTIVATIONS[name]
+  product = lambda *hidden: math.prod(
+    f(h) for f, h in zip(functions, hidden, strict=True)
+  )
+  return light(product)(*hidden)
+
+
 def activation_dtype(name: str) -> jnp.dtype:
   """'auto': bfloat16 where it is fast, else float32."""
   if name == 'auto':
     name = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
   return jnp.dtype(name)
+
+
+def light(function):
+  """`function`, of which the backward pass keeps the arguments alone.
+
+  For what is cheap to compute again: else every step of it would be kept.
+  """
+  # A scan keeps the compiler from merging the two passes by itself.
+  return jax.checkpoint(function, prevent_cse=False)
 
 
 class Kernel(nn.Module):
@@ -63,9 +82,15 @@ class RMSNorm(nn.Module):
     scale = self.param(
       'scale', annotate(nn.initializers.ones, ('embed',)), (x.shape[-1],)
     )
-    x = x.astype(jnp.float32)
-    x *= jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
-    return (x * scale).astype(self.dtype)
+    return _normed(x, scale).astype(self.dtype)
+
+
+@light
+def _normed(x, scale):
+  x = x.astype(jnp.float32)
+  return (
+    x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * scale
+  )
 
 
 class Embed(nn.Module):
@@ -106,12 +131,10 @@ class Mlp(nn.Module):
   def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
     d, f = x.shape[-1], self.hidden_dim
     kernel = functools.partial(Kernel, scale=self.init_scale, dtype=self.dtype)
-    functions = ACTIVATIONS[self.activation]
-    h = 1
-    for i, fn in enumerate(functions):
-      name = 'wi' if len(functions) == 1 else f'wi_{i}'
-      wi = kernel((d, f), ('embed', 'mlp'), name=name)()
-      h *= fn(jnp.einsum('bld,df->blf', x, wi))
+    n = len(ACTIVATIONS[self.activation])
+    names = ['wi'] if n == 1 else [f'wi_{i}' for i in range(n)]
+    wi = [kernel((d, f), ('embed', 'mlp'), name=name)() for name in names]
+    h = activate(self.activation, [jnp.einsum('bld,df->blf', x, w) for w in wi])
     h = nn.Dropout(self.dropout, broadcast_dims=(-2,))(
       h, deterministic=deterministic
     )

@@ -146,18 +146,17 @@ class Period(nn.Module):
   def __call__(self, x: jax.Array, around: Surroundings, override=None):
     around = around.replace(ctx=around.ctx.replace(override=override))
     for i, sublayers in enumerate(self.layers):
-      layer = _layer(
-        self.config, sublayers, self.group_size, f'layer_{i}', scanned=True
-      )
+      layer = _layer(self.config, sublayers, self.group_size, f'layer_{i}')
       x = layer(x, around.at_layer(LayerPlan(self.layers[:i]).num_sparse))
     return x, None
 
 
-def _layer(config, sublayers, group_size, name, *, scanned=False) -> Layer:
+def _layer(config, sublayers, group_size, name) -> Layer:
   cls = Layer
   if config.remat != 'none':
-    # A scan keeps the compiler from merging the two passes by itself.
-    cls = nn.remat(Layer, policy=REMAT[config.remat], prevent_cse=not scanned)
+    # With its barrier in a scan too, or all layers of a period are computed
+    # again at once.
+    cls = nn.remat(Layer, policy=REMAT[config.remat])
   return cls(config, sublayers, group_size, name=name)
 
 
