@@ -71,6 +71,10 @@ class Computation:
   name: str
   instructions: dict[str, Instruction]
 
+  @property
+  def root(self) -> Instruction:
+    return list(self.instructions.values())[-1]
+
   def operands(self, instruction: Instruction) -> list[Instruction]:
     known = self.instructions
     return [known[name] for name in instruction.operands if name in known]
@@ -97,21 +101,16 @@ class Program:
   def _trips(self, loop: Instruction) -> int:
     if known := re.search(r'known_trip_count\D*(\d+)', loop.rest):
       return int(known[1])
-    # `i < constant`, as `scan` has it.
-    bounds = [
-      int(i.operands[0])
-      for i in self._reached(_named('condition', loop.rest))
-      if i.op == 'constant' and i.type[:5] in ('s32[]', 'u32[]')
-    ]
-    if len(bounds) != 1:
+    # `i < bound` with `i + step`: XLA unrolls some loops in steps of two.
+    condition = self._computations[_named('condition', loop.rest)]
+    body = self._computations[_named('body', loop.rest)]
+    counter, *bound = condition.operands(condition.root)
+    if m := re.search(r'index=(\d+)', counter.rest):
+      bound += body.operands(body.operands(body.root)[int(m[1])])
+    numbers = [int(i.operands[0]) for i in bound if i.op == 'constant']
+    if len(numbers) != 2:
       raise ValueError(f'A loop of unknown length: {loop.rest[:120]}')
-    return bounds[0]
-
-  def _reached(self, name: str) -> Iterator[Instruction]:
-    for instruction in self._computations[name].instructions.values():
-      yield instruction
-      for callee in _callees(instruction):
-        yield from self._reached(callee)
+    return -(-numbers[0] // numbers[1])
 
   def _each(self, *, once: bool = False):
     """(how often it runs, its computation, instruction)."""
@@ -147,10 +146,8 @@ class Program:
       mesh_shape: mesh axis -> size, as the devices are numbered.
     """
     count, sent = collections.Counter(), collections.Counter()
-    for times, computation, instruction in self._each():
+    for times, computation, instruction in self._exchanges():
       kind = instruction.op.removesuffix('-start')
-      if kind not in _EXCHANGES:
-        continue
       if computation.name.startswith('all-reduce-scatter'):
         kind = 'reduce-scatter'  # A TPU has it as a fusion.
       group = _group(instruction.rest, math.prod(mesh_shape.values()))
@@ -162,6 +159,21 @@ class Program:
       sent[key] += times * given * sent_per_byte(kind, len(group))
     found = [Exchange(*key, n, sent[key]) for key, n in count.items()]
     return sorted(found, key=lambda e: -e.sent)
+
+  def _exchanges(self):
+    """As `_each`, of collectives: once for each channel.
+
+    A TPU carries one out in steps, each beside other work and each with the
+    whole instruction in it; the first is not in a loop of that work.
+    """
+    found = {}
+    for times, computation, instruction in self._each():
+      if instruction.op.removesuffix('-start') in _EXCHANGES:
+        m = re.search(r'channel_id=(\d+)', instruction.rest)
+        channel = m[1] if m else len(found)
+        if channel not in found or times < found[channel][0]:
+          found[channel] = times, computation, instruction
+    return found.values()
 
 
 def _computations(text: str) -> Iterator[Computation]:
