@@ -2,7 +2,9 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterator
+import functools
+import types
+from collections.abc import Iterator, Mapping
 
 from st_moe.config import ModelConfig, Sublayer
 
@@ -46,6 +48,7 @@ class Product:
 
   part: str  # 'attention', 'mlp', 'experts', 'router', 'dispatch', 'logits'.
   flops: int
+  moved: int  # Numbers of activations read and written, float32 ones twice.
   # Of one weight for all tokens, and not of two activations or of a bank.
   plain: bool = True
   backward: int = 2  # Products of this size in the backward pass.
@@ -76,8 +79,11 @@ def products(
         yield from rest
         # The last sum of a layer is kept, and nothing else asks for its parts.
         yield dataclasses.replace(out, again=out.again and not last)
-  logits = 2 * lengths[model.stacks[-1]] * model.embed_dim * model.vocab_size
-  yield Product('logits', logits, again=False)
+  n, d = lengths[model.stacks[-1]], model.embed_dim
+  logits = 2 * n * d * model.vocab_size
+  # Written, and read for the loss.
+  moved = 2 * (n * d + 2 * n * model.vocab_size)
+  yield Product('logits', logits, moved, again=False)
 
 
 def forward_flops(
@@ -94,31 +100,39 @@ def _matrices(model: ModelConfig) -> int:
 
 def _attention(model, stack, sublayer: Sublayer, n: int, keys: int):
   d, joined = model.embed_dim, model.num_heads * model.head_dim
-  project = 2 * d * joined
-  yield Product('attention', project * (n + 2 * keys))
-  yield Product('attention', 4 * n * keys * joined, plain=False)
-  yield Product('attention', project * n)
+  one, rows = 2 * d * joined, n + 2 * keys
+  yield Product('attention', one * rows, rows * joined + n * d)
+  # Scores are written in float32, and read; weights likewise as they are.
+  between = rows * joined + 6 * n * keys * model.num_heads + n * joined
+  yield Product('attention', 4 * n * keys * joined, between, plain=False)
+  yield Product('attention', one * n, n * joined + n * d)
 
 
 def _mlp(model, stack, sublayer: Sublayer, n: int, keys: int):
-  one = 2 * n * model.embed_dim * sublayer.mlp_dim
-  yield Product('mlp', one * (_matrices(model) - 1))
-  yield Product('mlp', one)
+  d, f, into = model.embed_dim, sublayer.mlp_dim, _matrices(model) - 1
+  yield Product('mlp', 2 * n * d * f * into, n * d + into * n * f)
+  yield Product('mlp', 2 * n * d * f, n * f + n * d)
 
 
 def _moe(model, stack, sublayer: Sublayer, n: int, keys: int):
-  d, moe = model.embed_dim, model.moe
-  yield Product('router', 2 * n * d * moe.num_experts)
-  one = 2 * n * d * model.executed_dim(stack)
-  yield Product('experts', one * (_matrices(model) - 1), plain=False)
+  d, moe, into = model.embed_dim, model.moe, _matrices(model) - 1
+  hidden, size = n * model.executed_dim(stack), model.stack(stack).group_size
+  router = n * moe.num_experts
+  yield Product('router', 2 * router * d, 2 * (n * d + router))
+  places = round(n * moe.executed_experts(size))  # Filled by the n tokens.
+  one = 2 * hidden * d
+  moved = places * d + into * hidden, hidden + places * d
+  yield Product('experts', one * into, moved[0], plain=False)
   # What travelled is kept.
-  yield Product('experts', one, plain=False, again=False)
-  size = model.stack(stack).group_size
-  places = moe.num_experts * moe.slots(size, deterministic=False)
-  move = 2 * n * places * d if moe.dispatcher == 'mask' else 0
+  yield Product('experts', one, moved[1], plain=False, again=False)
+  # To the experts and back; `mask` by products with an entry for every place.
+  masks = n * moe.num_experts * moe.slots(size, deterministic=False)
+  masks *= moe.dispatcher == 'mask'
+  moved = n * d + places * d + 2 * masks
+  kind = dict(flops=2 * masks * d, moved=moved, plain=False)
   # Nobody asks for the slope of who goes where.
-  yield Product('dispatch', move, plain=False, backward=1, again=False)
-  yield Product('dispatch', move, plain=False)
+  yield Product('dispatch', **kind, backward=1, again=False)
+  yield Product('dispatch', **kind)
 
 
 _SUBLAYERS = {
@@ -129,20 +143,39 @@ _SUBLAYERS = {
 }
 
 
+@functools.lru_cache
 def train_flops(
   model: ModelConfig, inputs_length: int, targets_length: int
-) -> dict[str, int]:
+) -> Mapping[str, int]:
   """Of one training step on one sequence, by part.
 
   'recomputed' is what the backward pass computes again (`model.remat`).
   """
-  again = {
-    'none': lambda p: False,
-    'full': lambda p: p.again,
-    'dots': lambda p: p.again and not p.plain,
-  }[model.remat]
   found = collections.Counter()
   for p in products(model, inputs_length, targets_length):
     found[p.part] += p.flops * (1 + p.backward)
-    found['recomputed'] += p.flops * again(p)
-  return dict(found)
+    found['recomputed'] += p.flops * _again(model, p)
+  return types.MappingProxyType(found)
+
+
+@functools.lru_cache
+def train_moved(
+  model: ModelConfig, inputs_length: int, targets_length: int
+) -> int:
+  """Numbers that the products of one training step read and write.
+
+  Of activations, of one sequence; all that XLA does not fuse with a product
+  comes on top.
+  """
+  return sum(
+    p.moved * (1 + p.backward + _again(model, p))
+    for p in products(model, inputs_length, targets_length)
+  )
+
+
+def _again(model: ModelConfig, p: Product) -> bool:
+  return {
+    'none': False,
+    'full': p.again,
+    'dots': p.again and not p.plain,
+  }[model.remat]

@@ -70,15 +70,36 @@ def make_mesh(
   num_experts: int = 0,
   devices=None,
 ) -> Mesh:
-  """A mesh with the axes `AXES`; `data` 0 takes what the others leave.
+  """A mesh with the axes `AXES`, of the sizes that `mesh_sizes` settles.
+
+  Raises:
+    ValueError: also where an axis other than `data` would cross from slice to
+      slice.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = mesh_sizes(
+    len(devices), num_experts, data=data, fsdp=fsdp, expert=expert, model=model
+  )
+  arranged = _arrange(tuple(sizes.values()), devices, across_slices)
+  return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_sizes(
+  devices: int,
+  num_experts: int = 0,
+  *,
+  data: int = 0,
+  fsdp: int = 1,
+  expert: int = 1,
+  model: int = 1,
+) -> dict[str, int]:
+  """The size of every axis; `data` 0 takes what the others leave.
 
   An expert axis longer than the experts there are becomes data x experts.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices, or an axis
-      other than `data` would cross from slice to slice.
+    ValueError: the sizes do not multiply to the number of devices.
   """
-  devices = jax.devices() if devices is None else devices
   if num_experts and expert > num_experts:
     if expert % num_experts:
       raise ValueError(
@@ -99,20 +120,19 @@ def make_mesh(
       f' nearest sizes that divide are {divisors_near(num_experts, expert)}.'
     )
   rest = fsdp * expert * model
-  if not data and len(devices) % rest:
+  if not data and devices % rest:
     raise ValueError(
       f'A mesh of fsdp {fsdp} x expert {expert} x model {model} = {rest} does'
-      f' not divide {len(devices)} devices; the nearest products that do are'
-      f' {divisors_near(len(devices), rest)}.'
+      f' not divide {devices} devices; the nearest products that do are'
+      f' {divisors_near(devices, rest)}.'
     )
-  data = data or len(devices) // rest
-  if data * rest != len(devices):
+  data = data or devices // rest
+  if data * rest != devices:
     raise ValueError(
       f'A mesh of data {data} x fsdp {fsdp} x expert {expert} x model {model}'
-      f' needs {data * rest} devices; there are {len(devices)}.'
+      f' needs {data * rest} devices; there are {devices}.'
     )
-  arranged = _arrange((data, fsdp, expert, model), devices, across_slices)
-  return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return {'data': data, 'fsdp': fsdp, 'expert': expert, 'model': model}
 
 
 def _arrange(sizes: tuple[int, ...], devices, across_slices: bool):
@@ -258,8 +278,11 @@ def _fitting(names, shape, mesh, table) -> PartitionSpec:
     ways = [w for w in ways if size % _parts(mesh, w) == 0]
     if not ways:
       raise _undivided(name, size, mesh, axes)
-    whole = [w for w in ways if size // _parts(mesh, w) % _TILE == 0]
-    best = max(whole or ways, key=functools.partial(_parts, mesh))
+    parts_of = functools.partial(_parts, mesh)
+    whole = [w for w in ways if size // parts_of(w) % _TILE == 0]
+    best = max(whole or ways, key=parts_of)
+    if parts_of(best) == 1:  # Asked to split, rather do it in part tiles.
+      best = max(ways, key=parts_of)
     taken.update(best)
     parts.append(best if len(best) > 1 else best[0] if best else None)
   return PartitionSpec(*parts)

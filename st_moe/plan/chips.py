@@ -1,6 +1,7 @@
 """The machines a plan may be for."""
 
 import dataclasses
+import math
 
 from st_moe.config import unknown
 
@@ -20,6 +21,17 @@ class Chip:
   link: float
   network: float
   machine: int = 0
+
+  def rate(self, axes: tuple[str, ...], sizes: dict[str, int]) -> float:
+    """What a chip sends along mesh axes: past its machine, by the network.
+
+    Args:
+      sizes: of all mesh axes, neighbours along the last.
+    """
+    order = list(sizes)
+    first = min(order.index(axis) for axis in axes)
+    reach = math.prod(sizes[axis] for axis in order[first:])
+    return self.network if 0 < self.machine < reach else self.link
 
 
 _G = 1e9

@@ -1,15 +1,19 @@
-"""What a model costs, from shapes and arithmetic: nothing is allocated."""
+"""What a train step costs on a mesh, by arithmetic: no compiler, no devices."""
 
 import collections
+import dataclasses
 import math
 
-from rich.console import Console
-from rich.table import Table
+import jax
 
 from st_moe import counts
 from st_moe.config import Config
 from st_moe.model import layout
 from st_moe.model.transformer import Transformer
+from st_moe.plan import memory
+from st_moe.plan.chips import Chip
+from st_moe.plan.exchanges import exchanges
+from st_moe.plan.hlo import Exchange
 from st_moe.train import step
 
 
@@ -22,29 +26,111 @@ def count_params(config: Config) -> dict[str, int]:
   return {role: found[role] for role, _ in layout.ROLES if found[role]}
 
 
-def report_count(config: Config) -> None:
-  """Prints parameters by role, those a token meets, and forward FLOPs."""
-  roles = count_params(config)
-  total = sum(roles.values())
-  table = Table('parameters', 'count', 'share', title=config.name)
-  for column in table.columns[1:]:
-    column.justify = 'right'
-  for role, n in sorted(roles.items(), key=lambda item: -item[1]):
-    table.add_row(role, f'{n:,}', f'{n / total:.1%}')
-  table.add_section()
-  table.add_row('all', f'{total:,}', f'{total / 1e9:,.3f}B')
-  active = counts.active_params(config.model)
-  table.add_row('met by a token', f'{active:,}', f'{active / total:.1%}')
-  if config.paper_params:
-    paper = config.paper_params
-    table.add_row('its paper', f'{paper:,.0f}', f'{total / paper - 1:+.2%}')
-  console = Console()
-  console.print(table)
-  data = config.data
-  flops = counts.forward_flops(
-    config.model, data.inputs_length, data.targets_length
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """What a train step does on each device."""
+
+  flops: dict[str, float]  # By part; 'recomputed' apart.
+  traffic: float  # Bytes that products read and write.
+  exchanges: list[Exchange]
+
+  @property
+  def ideal(self) -> float:
+    """FLOPs that no dispatcher and no recomputation adds to."""
+    spare = 'dispatch', 'recomputed'
+    return sum(n for part, n in self.flops.items() if part not in spare)
+
+
+def work(config: Config, sizes: dict[str, int]) -> Work:
+  """Arithmetic for `config` on a mesh of `sizes`, all of `sharding.AXES`.
+
+  Raises:
+    ValueError: a dimension does not divide.
+  """
+  mesh = abstract_mesh(sizes)
+  step.check_sizes(config, mesh)
+  data, model = config.data, config.model
+  share = data.batch_size / math.prod(sizes.values())
+  lengths = data.inputs_length, data.targets_length
+  item = memory.ITEM[model.dtype]
+  passes = {'none': 3, 'dots': 3, 'full': 4}[model.remat]
+  held = memory.state(config, mesh)
+  weights = sum(
+    p.size * math.prod(sizes[a] for a in p.gathered)
+    for p in memory.parameters(config, mesh)
   )
-  console.print(
-    f'{flops:.4g} forward FLOPs for {data.inputs_length} input and'
-    f' {data.targets_length} target tokens, {3 * flops:.4g} in training'
+  flops = counts.train_flops(model, *lengths)
+  return Work(
+    flops={part: n * share for part, n in flops.items()},
+    traffic=counts.train_moved(model, *lengths) * share * item
+    + weights * item * passes * config.microbatches
+    # Read and written by the optimizer, gradients once more.
+    + 2 * sum(held.values())
+    + 2 * held['parameters'],
+    exchanges=exchanges(config, mesh),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """What a train step does on each device, and what it holds: bytes."""
+
+  work: Work
+  state: dict[str, float]  # From step to step.
+  step: dict[str, float]  # Beside it, at the worst moment of a step.
+
+  @property
+  def peak(self) -> float:
+    return sum(self.state.values()) + sum(self.step.values())
+
+
+def cost(config: Config, sizes: dict[str, int]) -> Cost:
+  """As `work`, which takes milliseconds; with memory, which takes seconds."""
+  found, mesh = work(config, sizes), abstract_mesh(sizes)
+  return Cost(found, memory.state(config, mesh), memory.of_step(config, mesh))
+
+
+def fitting(config: Config, sizes: dict[str, int], chip: Chip) -> Cost | None:
+  """The cost of `config`, or None where it does not fit on `chip`."""
+  mesh = abstract_mesh(sizes)
+  if memory.at_least(config, mesh) > chip.memory:
+    return None
+  found = cost(config, sizes)
+  return found if found.peak <= chip.memory else None
+
+
+def abstract_mesh(sizes: dict[str, int]):
+  return jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Seconds:
+  """A step on a chip at its peak rates."""
+
+  products: float
+  memory: float
+  weights: float  # Exchanged; beside products, if all goes well.
+  tokens: float  # Exchanged, while all else waits.
+
+  @property
+  def step(self) -> float:
+    return max(self.products, self.memory, self.weights) + self.tokens
+
+  @property
+  def worst(self) -> float:
+    """Where nothing goes on beside anything else."""
+    return self.products + self.memory + self.weights + self.tokens
+
+
+def seconds(found: Work, chip: Chip, sizes: dict[str, int]) -> Seconds:
+  """The roofline of `found` on a mesh of such chips."""
+  sent = collections.Counter()
+  for e in found.exchanges:
+    tokens = e.kind == 'all-to-all' or e.axes == ('model',)
+    sent[tokens] += e.sent / chip.rate(e.axes, sizes)
+  return Seconds(
+    products=sum(found.flops.values()) / chip.flops,
+    memory=found.traffic / chip.bandwidth,
+    weights=sent[False],
+    tokens=sent[True],
   )

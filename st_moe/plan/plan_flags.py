@@ -14,6 +14,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     '--count', action='store_true', help='parameters by role, and FLOPs'
   )
   parser.add_argument(
+    '--chip', default='', help='by arithmetic, for v4, v5e, v5p, v6e, h100, ...'
+  )
+  parser.add_argument('--devices', type=int, default=0, help='how many of them')
+  parser.add_argument(
+    '--search', action='store_true', help='rank all meshes of --devices'
+  )
+  parser.add_argument(
     '--topology',
     metavar='CHIP:SHAPE',
     default='',
@@ -29,27 +36,127 @@ def run(flags, load: Callable) -> int:
 
   Args:
     load: makes the config, once the environment is set.
+
+  Raises:
+    ValueError: flags that say too little, or what cannot be.
   """
-  if not (flags.count or flags.topology):
+  asked = [flags.count, bool(flags.chip), bool(flags.topology)]
+  if sum(asked) != 1:
     raise ValueError(
-      'What of the plan? --count for parameters and FLOPs, --topology=v5p:4x4x8'
-      ' to compile the train step for so many chips.'
+      'What of the plan? One of --count for parameters and FLOPs, --chip=v5p'
+      ' --devices=128 for what a step costs by arithmetic (--search ranks all'
+      ' meshes), --topology=v5p:4x4x8 to compile the step for so many chips.'
     )
+  if flags.chip and flags.devices < 1:
+    raise ValueError(
+      f'--devices={flags.devices}: of how many chips is the plan?'
+    )
+  if flags.search and not flags.chip:
+    raise ValueError('--search needs --chip and --devices.')
   # No accelerator is needed, and none should be waited for.
   os.environ['JAX_PLATFORMS'] = 'cpu'
   if flags.count:
-    from st_moe.plan import cost
+    from st_moe.plan import tables
 
-    cost.report_count(load())
+    tables.count(load())
     return 0
-  _prepare()
-  from st_moe.plan import topology
+  output = pathlib.Path(flags.output)
+  if not output.parent.is_dir():
+    raise ValueError(f'--output={output}: there is no {output.parent}.')
+  make = (
+    _compiled if flags.topology else _searched if flags.search else _reckoned
+  )
+  found, fits = make(flags, load)
+  output.write_text(json.dumps(found, indent=2))
+  return 0 if fits else 1
 
-  compiled = topology.compile_step(load(), flags.topology)
-  topology.report(compiled, flags.topology)
-  found = {'topology': flags.topology, 'compiled': dataclasses.asdict(compiled)}
-  pathlib.Path(flags.output).write_text(json.dumps(found, indent=2))
-  return 0
+
+def _reckoned(flags, load):
+  from st_moe import sharding
+  from st_moe.plan import chips, cost, tables, topology
+
+  config, chip = topology.resolved(load()), chips.named(flags.chip)
+  mesh = dataclasses.asdict(config.mesh)
+  mesh.pop('across_slices')
+  sizes = sharding.mesh_sizes(flags.devices, config.model.num_experts, **mesh)
+  found = cost.cost(config, sizes)
+  title = f'{flags.devices} {flags.chip}: {tables.mesh_name(sizes)}'
+  tables.estimated(found, chip, sizes, title)
+  fits = found.peak <= chip.memory
+  if not fits:
+    print(
+      f'The step does not fit: a device would hold {found.peak / 2**30:.1f} GiB'
+      f' and has {chip.memory / 2**30:.1f}. {topology.WAYS_OUT} --search tries'
+      ' them all.'
+    )
+  seconds = cost.seconds(found.work, chip, sizes)
+  return {
+    'chip': flags.chip,
+    'sizes': sizes,
+    'fits': fits,
+    'peak': found.peak,
+    'cost': dataclasses.asdict(found),
+    'seconds': dataclasses.asdict(seconds) | {'step': seconds.step},
+  }, fits
+
+
+def _searched(flags, load):
+  from rich.console import Console
+
+  from st_moe.plan import chips, search, tables, topology
+
+  config, chip = topology.resolved(load()), chips.named(flags.chip)
+  with Console(stderr=True).status('every mesh, dispatcher and batch ...'):
+    ranked = search.candidates(config, flags.devices, chip)
+    found = list(search.fitting(ranked, chip, count=10))
+  if not found:
+    print(
+      f'Nothing fits on {flags.devices} {flags.chip}: of {len(ranked)} ways to'
+      f' run this, every one needs more than {chip.memory / 2**30:.1f} GiB a'
+      ' device. Take more devices, or less of a model.'
+    )
+  else:
+    tables.ranked(found, chip)
+  return {
+    'chip': flags.chip,
+    'devices': flags.devices,
+    'tried': len(ranked),
+    'ranked': [
+      {
+        'sizes': candidate.sizes,
+        'dispatcher': candidate.config.model.moe.dispatcher,
+        'groups': {
+          s: candidate.config.model.stack(s).group_size
+          for s in candidate.config.model.stacks
+        },
+        'microbatches': candidate.config.microbatches,
+        'remat': candidate.config.model.remat,
+        'seconds': dataclasses.asdict(candidate.seconds)
+        | {'step': candidate.seconds.step},
+        'peak': held.peak,
+      }
+      for candidate, held in found
+    ],
+  }, bool(found)
+
+
+def _compiled(flags, load):
+  _prepare()
+  from st_moe.plan import chips, tables, topology
+
+  chip = chips.named(flags.topology.partition(':')[0])
+  try:
+    found = topology.compile_step(load(), flags.topology)
+  except topology.DoesNotFit as e:
+    print(e)
+    return {'topology': flags.topology, 'fits': False, 'why': str(e)}, False
+  tables.compiled(found, chip, f'train step on {flags.topology}, a device')
+  fits = found.memory['peak'] <= chip.memory
+  return {
+    'topology': flags.topology,
+    'fits': fits,
+    'compiled': dataclasses.asdict(found),
+  }, fits
 
 
 def _prepare() -> None:

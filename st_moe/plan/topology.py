@@ -10,13 +10,11 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.table import Table
 
 from st_moe import sharding
 from st_moe.config import Config
 from st_moe.model.transformer import Transformer
-from st_moe.plan import chips, estimate, hlo
+from st_moe.plan import cost, hlo
 from st_moe.train import loop, optimizer, step
 
 
@@ -28,13 +26,20 @@ class Compiled:
   flops: float  # Of matrix products, loops in full.
   bytes: float  # Read and written, loops in full (estimated).
   exchanges: list[hlo.Exchange]
-  expected: estimate.Estimate  # By arithmetic.
+  expected: cost.Cost  # By arithmetic.
   warnings: list[str]  # Of tokens and copies that travel without need.
   seconds: float  # To compile.
 
 
 class DoesNotFit(ValueError):
   """The compiler found no room for the step."""
+
+
+WAYS_OUT = (
+  'Split it over more devices (mesh.fsdp, mesh.model), keep less'
+  ' (model.remat=full), or take fewer examples at a time (microbatches,'
+  ' data.batch_size).'
+)
 
 
 def devices(topology: str) -> list:
@@ -86,7 +91,7 @@ def compile_step(config: Config, topology: str) -> Compiled:
     flops=program.flops(),
     bytes=costs['bytes accessed'] * in_full,
     exchanges=program.exchanges(dict(mesh.shape)),
-    expected=estimate.estimate(config, dict(mesh.shape)),
+    expected=cost.cost(config, dict(mesh.shape)),
     warnings=[*step.astride(config, mesh), *_warnings(said)],
     seconds=time.monotonic() - began,
   )
@@ -126,55 +131,6 @@ def lower(config: Config, mesh):
   return run.lower(sharding.placed(plan.shapes, plan.shardings), batch)
 
 
-def report(found: Compiled, topology: str) -> None:
-  """Prints what the compiler said, what arithmetic, and what the chip can."""
-  chip = chips.named(topology.partition(':')[0])
-  console = Console()
-  expected = found.expected
-  state = sum(expected.memory[k] for k in ('parameters', 'optimizer'))
-  table = Table(title=f'train step on {topology}, a device')
-  for head in ('', 'compiler', 'arithmetic', 'difference', 'at best'):
-    table.add_column(head, justify='right' if head else 'left')
-  for name, size in found.memory.items():
-    share = f'{size / chip.memory:.0%} of the chip' if name == 'peak' else ''
-    beside = (
-      _beside(size, state, 2**30, 'GiB') if name == 'arguments' else ('',) * 2
-    )
-    table.add_row(name, f'{size / 2**30:,.2f} GiB', *beside, share)
-  table.add_section()
-  sent = sum(e.sent for e in found.exchanges)
-  for name, amount, sum_, unit, rate in (
-    (
-      'matrix products',
-      found.flops,
-      sum(expected.flops.values()),
-      'GFLOP',
-      chip.flops,
-    ),
-    ('read and written', found.bytes, 0, 'GB', chip.bandwidth),
-    ('sent', sent, sum(e.sent for e in expected.exchanges), 'GB', chip.link),
-  ):
-    best = f'{amount / rate * 1e3:,.1f} ms'
-    beside = _beside(amount, sum_, 1e9, unit) if sum_ else ('',) * 2
-    table.add_row(name, f'{amount / 1e9:,.1f} {unit}', *beside, best)
-  console.print(table)
-  table = Table('exchange', 'mesh axes', 'times', 'GB sent', 'by arithmetic')
-  known = {(e.kind, e.axes): e.sent for e in expected.exchanges}
-  for e in found.exchanges:
-    axes, by = ' x '.join(e.axes), known.get((e.kind, e.axes), 0)
-    row = f'{e.count}', f'{e.sent / 1e9:.3f}', f'{by / 1e9:.3f}'
-    table.add_row(e.kind, axes, *row)
-  console.print(table)
-  for warning in found.warnings:
-    console.print(warning)
-  console.print(f'compiled in {found.seconds:.0f} s')
-
-
-def _beside(measured: float, expected: float, unit: float, name: str):
-  """('1.2 GB', '+3.4%')."""
-  return f'{expected / unit:,.2f} {name}', f'{expected / measured - 1:+.1%}'
-
-
 def _memory(stats) -> dict[str, int]:
   found = {
     'arguments': stats.argument_size_in_bytes,
@@ -190,9 +146,7 @@ def _plainly(e: Exception, topology: str) -> ValueError:
   if 'RESOURCE_EXHAUSTED' not in line:
     return ValueError(f'The compiler for {topology} refused the step: {line}')
   return DoesNotFit(
-    f'The step does not fit on {topology}: {line.partition(": ")[2]} Split it'
-    ' over more devices (mesh.fsdp, mesh.model), keep less (model.remat=full),'
-    ' or take fewer examples at a time (microbatches, data.batch_size).'
+    f'The step does not fit on {topology}: {line.partition(": ")[2]} {WAYS_OUT}'
   )
 
 

@@ -30,16 +30,9 @@ def part(tree, train: str, is_leaf=None):
   Raises:
     ValueError: nothing is of this role, or the expression is none.
   """
-  try:
-    pattern = re.compile(ROLES.get(train, train))
-  except re.error as e:
-    raise ValueError(
-      f'optimizer.train={train!r} is none of {", ".join(ROLES)} and no regular'
-      f' expression: {e}.'
-    ) from None
   name = lambda path: jax.tree_util.keystr(path, simple=True, separator='/')
   flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
-  mine = [bool(pattern.search(name(path))) for path, _ in flat]
+  mine = [trains(train, name(path)) for path, _ in flat]
   if not any(mine):
     raise ValueError(
       f'optimizer.train={train!r} trains nothing: it is none of'
@@ -53,6 +46,17 @@ def part(tree, train: str, is_leaf=None):
     ]
   )
   return pick(True), pick(False)
+
+
+def trains(train: str, path: str) -> bool:
+  """Whether what `part` calls `train` has the parameter at `path`."""
+  try:
+    return bool(re.search(ROLES.get(train, train), path))
+  except re.error as e:
+    raise ValueError(
+      f'optimizer.train={train!r} is none of {", ".join(ROLES)} and no regular'
+      f' expression: {e}.'
+    ) from None
 
 
 def join(mine, rest):

@@ -116,9 +116,9 @@ def make_train_step(model, optimizer, config: Config):
   def train_step(state: TrainState, batch: dict):
     rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
     trained, frozen = roles.part(state.params, config.optimizer.train)
-    objective = functools.partial(_objective, model, config, frozen)
+    of_trained = functools.partial(objective, model, config, frozen)
     grads, terms, by_stack = _gradients(
-      objective, trained, state.step, batch, rng, config.microbatches
+      of_trained, trained, state.step, batch, rng, config.microbatches
     )
     updates, opt_state = optimizer.update(grads, state.opt_state, trained)
     params = roles.join(optax.apply_updates(trained, updates), frozen)
@@ -155,7 +155,7 @@ def _is_pair(x) -> bool:
   return isinstance(x, tuple)
 
 
-def _objective(model, config, frozen, trained, batch, rng, step, weights=None):
+def objective(model, config, frozen, trained, batch, rng, step, weights=None):
   params = roles.join(trained, frozen)
   terms, by_stack = forward(model, config, params, batch, rng=rng, step=step)
   own = jax.tree.map(lambda t: t[1], terms, is_leaf=_is_pair)

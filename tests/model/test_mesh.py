@@ -345,6 +345,7 @@ def test_what_cannot_be_split_by_both_is_split_by_one():
   # Whole tiles of 16 rows before more parts.
   assert tuple(place(embed=128, mlp=3)) == (('fsdp', 'expert'), 'model')
   assert tuple(place(embed=64, mlp=3)) == ('expert', 'model')
+  assert tuple(place(embed=8, mlp=3)) == (('fsdp', 'expert'), 'model')
   assert tuple(place(layers=2, embed=16)) == ()  # A vector a layer: whole.
   with pytest.raises(ValueError, match="'embed' of size 5 .* mesh.fsdp"):
     place(embed=5, mlp=3)

@@ -1,0 +1,99 @@
+"""Which mesh is fastest among those a step fits on: every one is tried."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+
+from st_moe import sharding
+from st_moe.config import Config
+from st_moe.plan import cost
+from st_moe.plan.chips import Chip
+from st_moe.train import step
+
+DISPATCHERS = ('index', 'mask')
+MICROBATCHES = (1, 2, 4, 8, 16)
+REMAT = ('none', 'dots', 'full')
+SHARES = (1, 2, 4, 8)  # Of the groups of a config.
+SMALLEST = 64  # Tokens in a share.
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+  """A way to run a config on so many chips."""
+
+  config: Config
+  sizes: dict[str, int]
+  work: cost.Work
+  seconds: cost.Seconds
+
+
+def candidates(config: Config, devices: int, chip: Chip) -> list[Candidate]:
+  """All ways there are, the fastest first; whether they fit is not asked."""
+  found = []
+  for sizes in meshes(config, devices):
+    for changed in variants(config, sizes):
+      try:
+        work = cost.work(changed, sizes)
+      except ValueError:  # Something does not divide.
+        continue
+      seconds = cost.seconds(work, chip, sizes)
+      found.append(Candidate(changed, sizes, work, seconds))
+  return sorted(
+    found, key=lambda c: (round(c.seconds.step, 2), c.seconds.worst)
+  )
+
+
+def meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
+  """Sizes of all axes: every factorisation, experts never repeated in one."""
+  divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+  experts = config.model.num_experts or 1
+  for fsdp, expert, model in itertools.product(divisors, repeat=3):
+    if devices % (fsdp * expert * model) == 0 and experts % expert == 0:
+      yield sharding.mesh_sizes(
+        devices, experts, fsdp=fsdp, expert=expert, model=model
+      )
+
+
+def variants(config: Config, sizes: dict[str, int]) -> Iterator[Config]:
+  """Dispatchers, group sizes, microbatches and what to compute again."""
+  for dispatcher, parts, remat in itertools.product(
+    DISPATCHERS, MICROBATCHES, REMAT
+  ):
+    moe = dataclasses.replace(config.model.moe, dispatcher=dispatcher)
+    model = dataclasses.replace(config.model, moe=moe, remat=remat)
+    changed = dataclasses.replace(config, model=model, microbatches=parts)
+    yield from _grouped(changed, sizes)
+
+
+def _grouped(config: Config, sizes: dict[str, int]) -> Iterator[Config]:
+  """Its own groups where they lie within a device, and shares of them.
+
+  Smaller ones drop more tokens, and only `mask` pays for large ones.
+  """
+  shards = math.prod(n for axis, n in sizes.items() if axis != 'model')
+  shares = SHARES if config.model.moe.dispatcher == 'mask' else (1,)
+  for share in shares:
+    stacks = {}
+    for stack, size, tokens in step.groups(config):
+      size = max(1, math.gcd(size, tokens // shards) // share)
+      of_stack = dataclasses.replace(config.model.stack(stack), group_size=size)
+      stacks[stack] = of_stack
+    if share == 1 or all(s.group_size >= SMALLEST for s in stacks.values()):
+      model = dataclasses.replace(config.model, **stacks)
+      yield dataclasses.replace(config, model=model)
+
+
+def fitting(
+  ranked: list[Candidate], chip: Chip, count: int
+) -> Iterator[tuple[Candidate, cost.Cost]]:
+  """The first `count` that fit the memory of `chip`, one for each mesh."""
+  seen = set()
+  for candidate in ranked:
+    mesh = tuple(candidate.sizes.values())
+    if mesh in seen or len(seen) == count:
+      continue
+    found = cost.fitting(candidate.config, candidate.sizes, chip)
+    if found:
+      seen.add(mesh)
+      yield candidate, found

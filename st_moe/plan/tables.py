@@ -1,0 +1,202 @@
+"""A plan for people: tables of what it costs, and what of that decides."""
+
+from collections.abc import Iterable, Mapping
+
+from rich.console import Console
+from rich.table import Table
+
+from st_moe import counts
+from st_moe.config import Config
+from st_moe.plan import cost, search
+from st_moe.plan.chips import Chip
+from st_moe.plan.topology import Compiled
+
+_GIB, _G = 2**30, 1e9
+
+
+def count(config: Config) -> None:
+  """Parameters by role, those a token meets, and forward FLOPs."""
+  roles = cost.count_params(config)
+  total = sum(roles.values())
+  table = _table('parameters', 'count', 'share', title=config.name)
+  for role, n in sorted(roles.items(), key=lambda item: -item[1]):
+    table.add_row(role, f'{n:,}', f'{n / total:.1%}')
+  table.add_section()
+  table.add_row('all', f'{total:,}', f'{total / 1e9:,.3f}B')
+  active = counts.active_params(config.model)
+  table.add_row('met by a token', f'{active:,}', f'{active / total:.1%}')
+  if config.paper_params:
+    paper = config.paper_params
+    table.add_row('its paper', f'{paper:,.0f}', f'{total / paper - 1:+.2%}')
+  console = Console()
+  console.print(table)
+  data = config.data
+  flops = counts.forward_flops(
+    config.model, data.inputs_length, data.targets_length
+  )
+  console.print(
+    f'{flops:.4g} forward FLOPs for {data.inputs_length} input and'
+    f' {data.targets_length} target tokens, {3 * flops:.4g} in training'
+  )
+
+
+def estimated(
+  found: cost.Cost, chip: Chip, sizes: Mapping[str, int], title: str
+) -> None:
+  """What arithmetic says of one mesh, for each device."""
+  console = Console()
+  table = _table(
+    'held by a device', 'GiB', f'of {_gib(chip.memory)}', title=title
+  )
+  for name, size in {**found.state, **found.step}.items():
+    if size:
+      table.add_row(name, _gib(size), f'{size / chip.memory:.0%}')
+  table.add_section()
+  table.add_row('at once', _gib(found.peak), f'{found.peak / chip.memory:.0%}')
+  console.print(table)
+  table = _table('done by a device in a step', 'amount', 'ms at best')
+  seconds = cost.seconds(found.work, chip, sizes)
+  for part, flops in found.work.flops.items():
+    if flops:
+      table.add_row(part, f'{flops / _G:,.1f} GFLOP', _ms(flops / chip.flops))
+  table.add_section()
+  flops = sum(found.work.flops.values())
+  table.add_row(
+    'all products', f'{flops / _G:,.1f} GFLOP', _ms(seconds.products)
+  )
+  traffic = f'{found.work.traffic / _G:,.1f} GB'
+  table.add_row('memory read and written', traffic, _ms(seconds.memory))
+  for e in found.work.exchanges:
+    rate = chip.rate(e.axes, sizes)
+    name = f'{e.kind} along {" x ".join(e.axes)}, {e.count:g} times'
+    table.add_row(name, f'{e.sent / _G:,.2f} GB', _ms(e.sent / rate))
+  console.print(table)
+  console.print(said(found.work, chip, sizes))
+
+
+def said(work: cost.Work, chip: Chip, sizes: Mapping[str, int]) -> str:
+  """The roofline of a step in a sentence."""
+  seconds = cost.seconds(work, chip, sizes)
+  return (
+    f'A step takes at best {_ms(seconds.step)} ms'
+    f' ({work.ideal / chip.flops / seconds.step:.0%} of the peak FLOPs, not'
+    ' counting what is computed again), and'
+    f' {_ms(seconds.worst)} ms where nothing goes on beside anything else.'
+  )
+
+
+def ranked(
+  found: Iterable[tuple[search.Candidate, cost.Cost]], chip: Chip
+) -> None:
+  """Meshes, the fastest first, with the numbers that decide."""
+  table = _table(
+    'mesh',
+    'dispatcher',
+    'groups',
+    'microbatches',
+    'remat',
+    'ms at best',
+    'products',
+    'memory',
+    'weights',
+    'tokens',
+    'alone',
+    'MFU',
+    f'GiB of {_gib(chip.memory)}',
+  )
+  for candidate, held in found:
+    config, seconds = candidate.config, candidate.seconds
+    model = config.model
+    times = (seconds.step, seconds.products, seconds.memory)
+    times += seconds.weights, seconds.tokens, seconds.worst
+    ideal = candidate.work.ideal / chip.flops
+    table.add_row(
+      mesh_name(candidate.sizes),
+      model.moe.dispatcher,
+      ' '.join(str(model.stack(s).group_size) for s in model.stacks),
+      str(config.microbatches),
+      model.remat,
+      *map(_ms, times),
+      f'{ideal / seconds.step:.0%}',
+      _gib(held.peak),
+    )
+  console = Console()
+  console.print(table)
+  console.print(
+    'ms at best: the longest of products, memory and exchanged weights, and'
+    ' tokens on their way to experts and heads; alone: nothing beside anything.'
+  )
+
+
+def mesh_name(sizes: Mapping[str, int]) -> str:
+  """'fsdp=2 expert=64'."""
+  big = (f'{axis}={n}' for axis, n in sizes.items() if n > 1)
+  return ' '.join(big) or 'one device'
+
+
+def compiled(found: Compiled, chip: Chip, title: str) -> None:
+  """What the compiler says beside what arithmetic does, for each device."""
+  console, by = Console(), found.expected
+  table = _table(
+    '', 'compiler', 'arithmetic', 'difference', 'ms at best', title=title
+  )
+  state, step = sum(by.state.values()), sum(by.step.values())
+  memory = found.memory
+  for name, size, expected in (
+    ('arguments', memory['arguments'], state),
+    ('beside them', memory['peak'] - memory['arguments'], step),
+    ('peak memory', memory['peak'], by.peak),
+  ):
+    row = _beside(size, expected, _GIB, 'GiB')
+    table.add_row(name, *row, f'{size / chip.memory:.0%} of the chip')
+  table.add_section()
+  sent = sum(e.sent for e in found.exchanges)
+  sums = by.work
+  for name, amount, expected, unit, rate in (
+    ('products', found.flops, sum(sums.flops.values()), 'GFLOP', chip.flops),
+    ('read and written', found.bytes, sums.traffic, 'GB', chip.bandwidth),
+    ('sent', sent, sum(e.sent for e in sums.exchanges), 'GB', chip.link),
+  ):
+    table.add_row(
+      name, *_beside(amount, expected, _G, unit), _ms(amount / rate)
+    )
+  console.print(table)
+  table = _table('exchange', 'along', 'times', 'GB sent', 'by arithmetic')
+  table.columns[1].justify = 'left'
+  known = {(e.kind, e.axes): e for e in sums.exchanges}
+  for e in found.exchanges:
+    expected = known.pop((e.kind, e.axes), None)
+    row = f'{e.count}', f'{e.sent / _G:.3f}'
+    expected = f'{expected.sent / _G:.3f}' if expected else ''
+    table.add_row(e.kind, ' x '.join(e.axes), *row, expected)
+  for e in known.values():
+    row = e.kind, ' x '.join(e.axes), '', '', f'{e.sent / _G:.3f}'
+    table.add_row(*row)
+  console.print(table)
+  for warning in found.warnings:
+    console.print(warning)
+  console.print(f'compiled in {found.seconds:.0f} s')
+
+
+def _table(*heads: str, title: str | None = None) -> Table:
+  table = Table(title=title)
+  for i, head in enumerate(heads):
+    table.add_column(head, justify='right' if i else 'left')
+  return table
+
+
+def _gib(size: float) -> str:
+  return f'{size / _GIB:,.2f}'
+
+
+def _ms(seconds: float) -> str:
+  return f'{seconds * 1e3:,.1f}'
+
+
+def _beside(measured: float, expected: float, unit: float, name: str):
+  """('1.25 GB', '1.20 GB', '-4.0%')."""
+  return (
+    f'{measured / unit:,.2f} {name}',
+    f'{expected / unit:,.2f} {name}',
+    f'{expected / measured - 1:+.1%}' if measured else '',
+  )
