@@ -333,13 +333,13 @@ def test_what_lies_where():
   assert spec(bare['step']) == ()
 
 
+def _place(mesh, **shape):
+  box = nn.Partitioned(jnp.zeros(tuple(shape.values())), tuple(shape))
+  return sharding.of_boxed(box, mesh).spec
+
+
 def test_what_cannot_be_split_by_both_is_split_by_one():
-  place = lambda **shape: (
-    sharding.of_boxed(
-      nn.Partitioned(jnp.zeros(tuple(shape.values())), tuple(shape)),
-      sharding.make_mesh(fsdp=2, expert=4),
-    ).spec
-  )
+  place = functools.partial(_place, sharding.make_mesh(fsdp=2, expert=4))
   assert tuple(place(embed=16, mlp=3)) == (('fsdp', 'expert'), 'model')
   assert tuple(place(embed=6, mlp=3)) == ('fsdp', 'model')
   # Whole tiles of 16 rows before more parts.
@@ -348,6 +348,15 @@ def test_what_cannot_be_split_by_both_is_split_by_one():
   assert tuple(place(layers=2, embed=16)) == ()  # A vector a layer: whole.
   with pytest.raises(ValueError, match="'embed' of size 5 .* mesh.fsdp"):
     place(embed=5, mlp=3)
+
+
+def test_fsdp_alone_splits_what_is_less_than_whole_tiles():
+  # And does not take `expert`, one device long, for a way to split.
+  place = functools.partial(_place, sharding.make_mesh(fsdp=8))
+  assert tuple(place(embed=64, mlp=3)) == ('fsdp', 'model')
+  assert tuple(place(embed=128, mlp=3)) == ('fsdp', 'model')
+  with pytest.raises(ValueError, match="'embed' of size 20 .*mesh.fsdp, only"):
+    place(embed=20, mlp=3)
 
 
 @pytest.mark.parametrize(
