@@ -274,6 +274,8 @@ def _fitting(names, shape, mesh, table) -> PartitionSpec:
   for name, size, entry in zip(names, shape, _spec(names, table), strict=True):
     axes = [entry] if isinstance(entry, str) else list(entry or ())
     axes = [a for a in axes if a not in taken]
+    # An axis of one device is no way to split, though whole tiles come of it.
+    axes = [a for a in axes if mesh.shape[a] > 1] or axes
     ways = [tuple(axes), *((a,) for a in axes)] if axes else [()]
     ways = [w for w in ways if size % _parts(mesh, w) == 0]
     if not ways:
