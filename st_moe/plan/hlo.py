@@ -147,10 +147,16 @@ class Program:
       mesh_shape: mesh axis -> size, as the devices are numbered.
     """
     count, sent = collections.Counter(), collections.Counter()
+    chains = set()
     for times, computation, instruction in self._each():
       kind = instruction.op.removesuffix('-start')
       if kind not in _EXCHANGES:
         continue
+      # One that runs beside other work is in all of its fusions, by one number.
+      if chain := re.search(r'\bchain_id="(\d+)"', instruction.rest):
+        if chain[1] in chains:
+          continue
+        chains.add(chain[1])
       if computation.name.startswith('all-reduce-scatter'):
         kind = 'reduce-scatter'  # A TPU has it as a fusion.
       group = _group(instruction.rest, math.prod(mesh_shape.values()))

@@ -107,6 +107,34 @@ def test_a_group_of_one_exchanges_nothing():
   assert _tpu(line).exchanges(MESH) == []
 
 
+def test_what_runs_beside_other_work_is_one():
+  # From start to done, every fusion of a TPU names the same exchange.
+  chains = {'start': 3, 'beside': 3, 'done': 3, 'another': 4}
+  pieces = ''.join(
+    f"""
+%{name} (given: bf16[6,64]) -> bf16[12,64] {{
+  %given = bf16[6,64]{{1,0}} parameter(0)
+  ROOT %g = bf16[12,64]{{1,0}} all-gather(%given), channel_id={n},\
+ replica_groups=[4,2]<=[2,4]T(1,0), frontend_attributes={{chain_id="{n}"}}
+}}
+"""
+    for name, n in chains.items()
+  )
+  calls = ''.join(
+    f'  %f.{n} = bf16[12,64]{{1,0}} fusion(%flat), kind=kCustom, calls=%{n}\n'
+    for n in chains
+  )
+  program = hlo.Program(f"""HloModule jit_f
+{pieces}
+ENTRY %main.1 (flat: bf16[6,64]) -> bf16[12,64] {{
+  %flat = bf16[6,64]{{1,0}} parameter(0)
+{calls}}}
+""")
+  (found,) = program.exchanges(MESH)
+  assert (found.kind, found.axes, found.count) == ('all-gather', ('fsdp',), 2)
+  assert found.sent == 2 * 6 * 64 * 2
+
+
 def _moved(body, x, before, after):
   """Exchanges of a program that turns `x` from one layout into another."""
   mesh = sharding.make_mesh(fsdp=2, expert=4)
