@@ -42,7 +42,7 @@ def run(flags, load: Callable) -> int:
 
     cost.report_count(load())
     return 0
-  _prepare()
+  prepare()
   from st_moe.plan import topology
 
   compiled = topology.compile_step(load(), flags.topology)
@@ -52,7 +52,7 @@ def run(flags, load: Callable) -> int:
   return 0
 
 
-def _prepare() -> None:
+def prepare() -> None:
   """Sets what libtpu looks for where there is no TPU, before JAX reads it.
 
   Raises:
