@@ -35,6 +35,18 @@ def test_a_loop_counts_as_often_as_it_runs():
   assert more >= 4 * 4 * (16 * 16 + 8 * 16)
 
 
+def test_a_turn_counts_its_own_layer_alone():
+  def run(x, ws):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), x), x, ws)
+
+  def per_turn(n):
+    compiled = jax.jit(run).lower(jnp.zeros((8, 16)), jnp.zeros((n, 16, 16)))
+    return hlo.Program(compiled.compile().as_text()).traffic() / n
+
+  # Not the weights of all layers, nor all that came out before.
+  assert per_turn(500) == pytest.approx(per_turn(5), rel=0.1)
+
+
 def _tpu(line: str) -> hlo.Program:
   """A program of one product, as the compiler for TPUs writes it."""
   return hlo.Program(f"""HloModule jit_f
