@@ -280,11 +280,8 @@ def _fitting(names, shape, mesh, table) -> PartitionSpec:
     ways = [w for w in ways if size % _parts(mesh, w) == 0]
     if not ways:
       raise _undivided(name, size, mesh, axes)
-    parts_of = functools.partial(_parts, mesh)
-    whole = [w for w in ways if size // parts_of(w) % _TILE == 0]
-    best = max(whole or ways, key=parts_of)
-    if parts_of(best) == 1:  # Asked to split, rather do it in part tiles.
-      best = max(ways, key=parts_of)
+    whole = [w for w in ways if size // _parts(mesh, w) % _TILE == 0]
+    best = max(whole or ways, key=functools.partial(_parts, mesh))
     taken.update(best)
     parts.append(best if len(best) > 1 else best[0] if best else None)
   return PartitionSpec(*parts)

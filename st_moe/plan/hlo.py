@@ -24,7 +24,14 @@ _EXCHANGES = (
   'reduce-scatter',
   'collective-permute',
 )
-_FREE = ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast')
+_FREE = (
+  'parameter',
+  'constant',
+  'tuple',
+  'get-tuple-element',
+  'bitcast',
+  'while',  # What its body does counts.
+)
 _SHAPE = re.compile(r'\b([a-z]+\d*)\[([\d,]*)\]')
 _INSTRUCTION = re.compile(
   r'\s+(?:ROOT )?%(?P<name>\S+) = (?P<type>\(.*?\)|\S+) (?P<op>[\w-]+)\('
@@ -133,10 +140,30 @@ class Program:
     Rougher than XLA's own count: good for the share of loops in it.
     """
     return sum(
-      times
-      * sum(i.size for i in [instruction, *computation.operands(instruction)])
+      times * self._touched(computation, instruction)
       for times, computation, instruction in self._each(once=once)
       if computation.name not in self._fused and instruction.op not in _FREE
+    )
+
+  def _touched(self, computation: Computation, instruction) -> int:
+    """Bytes; of what is cut or changed in place, those of that part.
+
+    Or each turn of a scan would count the weights of all its layers.
+    """
+    if instruction.op == 'fusion':
+      inside = self._computations[_named('calls', instruction.rest)]
+      read = sum(
+        _read(inside, name)
+        for name, i in inside.instructions.items()
+        if i.op == 'parameter'
+      )
+      return read + _written(inside, list(inside.instructions.values())[-1])
+    if instruction.op == 'dynamic-slice':
+      return 2 * instruction.size
+    if instruction.op == 'dynamic-update-slice':
+      return 2 * _written(computation, instruction)
+    return sum(
+      i.size for i in [instruction, *computation.operands(instruction)]
     )
 
   def exchanges(self, mesh_shape: dict[str, int]) -> list[Exchange]:
@@ -218,6 +245,32 @@ def _callees(instruction: Instruction) -> list[str]:
 
 def _dims(text: str) -> list[int]:
   return [int(d) for d in text.split(',') if d]
+
+
+# Bytes.
+
+
+def _read(fused: Computation, name: str) -> int:
+  """Bytes of parameter `name` that a fusion looks at."""
+  whole, seen = fused.instructions[name].size, 0
+  for user in fused.instructions.values():
+    if name not in user.operands:
+      continue
+    cut = user.op.startswith('dynamic-') and name not in user.operands[1:]
+    if not cut:
+      return whole
+    seen += user.size if user.op == 'dynamic-slice' else 0
+  return min(whole, seen)
+
+
+def _written(computation: Computation, result: Instruction) -> int:
+  """Bytes of `result` that are new."""
+  operands = computation.operands(result)
+  if result.op == 'dynamic-update-slice':
+    return operands[1].size
+  if result.op in ('tuple', 'bitcast') and operands:
+    return sum(_written(computation, i) for i in operands)
+  return result.size
 
 
 # Products.

@@ -141,7 +141,7 @@ def _searched(flags, load):
 
 
 def _compiled(flags, load):
-  _prepare()
+  prepare()
   from st_moe.plan import chips, tables, topology
 
   chip = chips.named(flags.topology.partition(':')[0])
@@ -159,7 +159,7 @@ def _compiled(flags, load):
   }, fits
 
 
-def _prepare() -> None:
+def prepare() -> None:
   """Sets what libtpu looks for where there is no TPU, before JAX reads it.
 
   Raises:

@@ -83,17 +83,24 @@ def compile_step(config: Config, topology: str) -> Compiled:
         compiled = lowered.compile()
       except jax.errors.JaxRuntimeError as e:
         raise _plainly(e, topology) from None
+  return Compiled(
+    **figures(compiled, mesh),
+    expected=cost.cost(config, dict(mesh.shape)),
+    warnings=[*step.astride(config, mesh), *_warnings(said)],
+    seconds=time.monotonic() - began,
+  )
+
+
+def figures(compiled, mesh) -> dict:
+  """What each device does in a compiled program: fields of `Compiled`."""
   program = hlo.Program(compiled.as_text())
   costs, memory = compiled.cost_analysis(), compiled.memory_analysis()
   in_full = program.traffic() / program.traffic(once=True)
-  return Compiled(
+  return dict(
     memory=_memory(memory),
     flops=program.flops(),
     bytes=costs['bytes accessed'] * in_full,
     exchanges=program.exchanges(dict(mesh.shape)),
-    expected=cost.cost(config, dict(mesh.shape)),
-    warnings=[*step.astride(config, mesh), *_warnings(said)],
-    seconds=time.monotonic() - began,
   )
 
 

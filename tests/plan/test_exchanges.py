@@ -67,9 +67,9 @@ def test_gradients_are_summed_where_weights_are_repeated():
 
 def test_partial_sums_along_model():
   # A device has 2 x 16 and 2 x 8 tokens of 16 numbers, in 4 and 4 groups with
-  # 4 experts x 4 places each. Encoder: attention and extra MLP of 2 layers, there
-  # and back, and the embedding; decoder: one more attention, whose keys and
-  # values have slopes of the encoder's.
+  # 4 experts x 4 places each. Encoder: attention and extra MLP of 2 layers,
+  # there and back, and the embedding; decoder: one more attention, whose keys
+  # and values have slopes of the encoder's.
   _, expected = _expected(data=2, expert=2, model=2)
   encoder, decoder = 2 * 16 * 16 * 4, 2 * 8 * 16 * 4
   places = 4 * 4 * 4 * 16 * 4

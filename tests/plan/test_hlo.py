@@ -35,6 +35,18 @@ def test_a_loop_counts_as_often_as_it_runs():
   assert more >= 4 * 4 * (16 * 16 + 8 * 16)
 
 
+def test_a_turn_counts_its_own_layer_alone():
+  def run(x, ws):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), x), x, ws)
+
+  def per_turn(n):
+    compiled = jax.jit(run).lower(jnp.zeros((8, 16)), jnp.zeros((n, 16, 16)))
+    return hlo.Program(compiled.compile().as_text()).traffic() / n
+
+  # Not the weights of all layers, nor all that came out before.
+  assert per_turn(500) == pytest.approx(per_turn(5), rel=0.1)
+
+
 def _tpu(line: str) -> hlo.Program:
   """A program of one product, as the compiler for TPUs writes it."""
   return hlo.Program(f"""HloModule jit_f
@@ -105,6 +117,34 @@ def test_who_exchanges_with_whom(groups, axes):
 def test_a_group_of_one_exchanges_nothing():
   line = 'ROOT %a = bf16[6,64]{1,0} all-reduce(%flat), replica_groups={{0},{1}}'
   assert _tpu(line).exchanges(MESH) == []
+
+
+def test_what_runs_beside_other_work_is_one():
+  # From start to done, every fusion of a TPU names the same exchange.
+  chains = {'start': 3, 'beside': 3, 'done': 3, 'another': 4}
+  pieces = ''.join(
+    f"""
+%{name} (given: bf16[6,64]) -> bf16[12,64] {{
+  %given = bf16[6,64]{{1,0}} parameter(0)
+  ROOT %g = bf16[12,64]{{1,0}} all-gather(%given), channel_id={n},\
+ replica_groups=[4,2]<=[2,4]T(1,0), frontend_attributes={{chain_id="{n}"}}
+}}
+"""
+    for name, n in chains.items()
+  )
+  calls = ''.join(
+    f'  %f.{n} = bf16[12,64]{{1,0}} fusion(%flat), kind=kCustom, calls=%{n}\n'
+    for n in chains
+  )
+  program = hlo.Program(f"""HloModule jit_f
+{pieces}
+ENTRY %main.1 (flat: bf16[6,64]) -> bf16[12,64] {{
+  %flat = bf16[6,64]{{1,0}} parameter(0)
+{calls}}}
+""")
+  (found,) = program.exchanges(MESH)
+  assert (found.kind, found.axes, found.count) == ('all-gather', ('fsdp',), 2)
+  assert found.sent == 2 * 6 * 64 * 2
 
 
 def _moved(body, x, before, after):

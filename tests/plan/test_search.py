@@ -1,4 +1,4 @@
-"""A plan before the bill: what fits, what is fastest, and what the verb says."""
+"""A plan before the bill: what fits, what is fastest, what the verb says."""
 
 import dataclasses
 import json
