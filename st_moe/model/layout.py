@@ -38,6 +38,22 @@ def map_by_path(make, params):
   )
 
 
+def as_read(params, dtype):
+  """`params` with those that layers read in `dtype` already so."""
+  return map_by_path(
+    lambda path, leaf: leaf.astype(dtype) if is_cast(path) else leaf, params
+  )
+
+
+def is_cast(path: str) -> bool:
+  """Whether layers read it as they do activations.
+
+  Those of routers, norms, embeddings and positions are read in float32.
+  """
+  read = ('/kernel', '/multiplicative_bias')
+  return path.endswith(read) and role(path) in ('experts', 'attention', 'mlp')
+
+
 def unrolled_paths(path: str, config: ModelConfig):
   """Paths in the unrolled model of what `path` holds, with their index in it.
 

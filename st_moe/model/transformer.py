@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from st_moe.config import LayerPlan, ModelConfig, Sublayer
+from st_moe.model import layout
 from st_moe.model.attention import Attention, RelativePositionBias
 from st_moe.model.dispatch import SAVED_NAMES
 from st_moe.model.layers import (
@@ -286,6 +287,11 @@ class Transformer(nn.Module):
         cfg.init_scale,
         jnp.float32,
       )
+
+  @nn.nowrap
+  def as_read(self, params):
+    """`params` in the dtypes in which the layers read them: the same bits."""
+    return layout.as_read(params, activation_dtype(self.config.dtype))
 
   def _context(
     self, tokens, valid, segments, positions, step, dropout, override

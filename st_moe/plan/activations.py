@@ -21,7 +21,22 @@ def kept(config: Config, sizes: dict[str, int]) -> float:
   Args:
     sizes: of all mesh axes, which divide what they split.
   """
-  return _rows(config, sizes) * _per_row(*_on_one(config, sizes))
+  shards = math.prod(n for axis, n in sizes.items() if axis != 'model')
+  rows = config.data.batch_size / (config.microbatches * shards)
+  return rows * _share(config, sizes['model'])
+
+
+def _share(config: Config, parts: int) -> float:
+  """Bytes of a row on one of `parts` devices along `model`.
+
+  Some of it is the same on each, some is split: two traces tell, for any size.
+  """
+  whole = _per_row(*_part(config, 1))
+  if parts == 1:
+    return whole
+  few = next(n for n in range(2, parts + 1) if parts % n == 0)
+  split = (whole - _per_row(*_part(config, few))) * few / (few - 1)
+  return whole - split + split / parts
 
 
 def of_a_layer(config: Config, sizes: dict[str, int]) -> float:
@@ -47,14 +62,9 @@ def of_a_layer(config: Config, sizes: dict[str, int]) -> float:
   )
 
 
-def _rows(config: Config, sizes) -> int:
-  shards = math.prod(n for axis, n in sizes.items() if axis != 'model')
-  return config.data.batch_size // (config.microbatches * shards)
-
-
-def _on_one(config: Config, sizes):
-  """`config` with what is left on one device of heads, units and vocabulary."""
-  model, parts = config.model, sizes['model']
+def _part(config: Config, parts: int):
+  """`config` with what one of `parts` has of heads, units and vocabulary."""
+  model = config.model
   moe = dataclasses.replace(model.moe, hidden_dim=model.expert_dim // parts)
   model = dataclasses.replace(
     model,
@@ -68,12 +78,11 @@ def _on_one(config: Config, sizes):
     size // math.gcd(size, config.data.length(stack))
     for stack, size, _ in step.groups(config)
   ]
-  rows = min(math.lcm(*whole), _rows(config, sizes))
   lengths = tuple((s, config.data.length(s)) for s in model.stacks)
-  return model, config.optimizer.train, lengths, rows
+  return model, config.optimizer.train, lengths, math.lcm(*whole)
 
 
-@functools.lru_cache
+@functools.lru_cache(maxsize=1024)
 def _per_row(model: ModelConfig, train: str, lengths, rows: int) -> float:
   config = Config(model=model)
   bytes_of = lambda n: sum(

@@ -98,8 +98,7 @@ def _weight(found: _Sum, config: Config, p: memory.Parameter) -> None:
       found.add('all-reduce', summed, p.size * found.item, trained * times)
   else:
     whole = p.size * math.prod(mesh.shape[a] for a in p.gathered)
-    cast = {'mlp', 'heads', 'expert'} & set(p.axes) and len(p.axes) > 1
-    item = found.item if cast else _FLOAT32
+    item = found.item if p.cast else _FLOAT32
     # There for the forward pass, and again for the backward one.
     found.add('all-gather', p.gathered, p.size * found.item, 2 * times)
     found.add('reduce-scatter', p.gathered, whole * item, trained * times)

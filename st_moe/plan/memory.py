@@ -11,6 +11,7 @@ import jax
 
 from st_moe import sharding
 from st_moe.config import Config
+from st_moe.model import layout
 from st_moe.model.transformer import Transformer
 from st_moe.plan import activations
 from st_moe.train import optimizer, roles, step
@@ -48,14 +49,11 @@ def of_step(config: Config, mesh) -> dict[str, float]:
   and gradients have their places. With room to spare a compiler takes more: it
   computes several layers again at a time.
   """
-  item, remat = ITEM[config.model.dtype], config.model.remat != 'none'
-  cast = state(config, mesh)['parameters'] * item // 4 if item < 4 else 0
-  sizes = dict(mesh.shape)
+  remat, sizes = config.model.remat != 'none', dict(mesh.shape)
   found = {
-    'gradients': _gradients(config, mesh),
-    # At once for all layers; those that keep what they read keep it again.
-    'weights as activations': cast * (1 if remat else 2),
+    'weights as activations': _cast(config, mesh),
     'weights of one layer, gathered': _gathered(config, mesh),
+    'gradients': _gradients(config, mesh),
     'kept for the backward pass': activations.kept(config, sizes),
     'one layer, computed again': (
       activations.of_a_layer(config, sizes) if remat else 0
@@ -64,11 +62,18 @@ def of_step(config: Config, mesh) -> dict[str, float]:
   return found | {'gaps between them': GAPS * sum(found.values())}
 
 
+def _cast(config: Config, mesh) -> int:
+  item = ITEM[config.model.dtype]
+  every = parameters(config, mesh)
+  return item * sum(p.size for p in every if p.cast) if item < 4 else 0
+
+
 def _gradients(config: Config, mesh) -> int:
-  train = config.optimizer.train
-  mine = (p for p in parameters(config, mesh) if roles.trains(train, p.path))
-  # Beside those of a microbatch, the sum so far.
-  return 4 * sum(p.size for p in mine) * (2 if config.microbatches > 1 else 1)
+  """As they arise; beside those of a microbatch, the sum so far in float32."""
+  item, train = ITEM[config.model.dtype], config.optimizer.train
+  mine = [p for p in parameters(config, mesh) if roles.trains(train, p.path)]
+  arise = sum(p.size * (item if p.cast else 4) for p in mine)
+  return arise + 4 * sum(p.size for p in mine) * (config.microbatches > 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +84,11 @@ class Parameter:
   shape: tuple[int, ...]
   axes: dict[str, tuple[str, ...]]  # Its own -> those of the mesh, in order.
   size: int  # Numbers on one device.
+
+  @property
+  def cast(self) -> bool:
+    """Whether layers read it in the dtype of activations."""
+    return layout.is_cast(self.path)
 
   @property
   def gathered(self) -> tuple[str, ...]:

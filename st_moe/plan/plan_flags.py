@@ -108,7 +108,7 @@ def _searched(flags, load):
   config, chip = topology.resolved(load()), chips.named(flags.chip)
   with Console(stderr=True).status('every mesh, dispatcher and batch ...'):
     ranked = search.candidates(config, flags.devices, chip)
-    found = list(search.fitting(ranked, chip, count=10))
+    found = list(search.fitting(config, ranked, chip, count=10))
   if not found:
     print(
       f'Nothing fits on {flags.devices} {flags.chip}: of {len(ranked)} ways to'

@@ -85,15 +85,28 @@ def _grouped(config: Config, sizes: dict[str, int]) -> Iterator[Config]:
 
 
 def fitting(
-  ranked: list[Candidate], chip: Chip, count: int
+  given: Config, ranked: list[Candidate], chip: Chip, count: int
 ) -> Iterator[tuple[Candidate, cost.Cost]]:
   """The first `count` that fit the memory of `chip`, one for each mesh."""
-  seen = set()
+  seen, too_large = set(), set()
   for candidate in ranked:
-    mesh = tuple(candidate.sizes.values())
-    if mesh in seen or len(seen) == count:
+    mesh, config = tuple(candidate.sizes.values()), candidate.config
+    way = mesh, config.microbatches, config.model.remat
+    # `index` comes before what needs more.
+    if mesh in seen or way in too_large:
       continue
-    found = cost.fitting(candidate.config, candidate.sizes, chip)
-    if found:
+    if config.model.moe.dispatcher != 'mask':
+      # Only its memory depends on groups, and each group is to be traced.
+      config = dataclasses.replace(config, model=_groups_of(given, config))
+    if found := cost.fitting(config, candidate.sizes, chip):
       seen.add(mesh)
       yield candidate, found
+      if len(seen) == count:
+        return
+    else:
+      too_large.add(way)
+
+
+def _groups_of(given: Config, config: Config):
+  stacks = {name: given.model.stack(name) for name in given.model.stacks}
+  return dataclasses.replace(config.model, **stacks)

@@ -50,9 +50,11 @@ def devices(topology: str) -> list:
   """
   from jax.experimental import topologies
 
+  # Both cores of a chip as one device, as JAX has them on the chip itself.
+  v4 = {'chip_config_name': 'megacore'} if topology.startswith('v4:') else {}
   try:
     return topologies.get_topology_desc(
-      platform='tpu', topology_name=topology
+      platform='tpu', topology_name=topology, **v4
     ).devices
   except Exception as e:
     raise ValueError(

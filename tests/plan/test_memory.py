@@ -92,10 +92,16 @@ def test_gradients_are_those_of_what_is_trained():
   of = lambda **changes: memory.of_step(
     dataclasses.replace(sparse, **changes), mesh
   )['gradients']
-  everything = memory.state(sparse, mesh)['parameters']
-  assert of() == everything
+  # Of two layers: attention, an extra MLP and 4 experts, in bfloat16.
+  layers = 2 * (4 * 16 * 16 + 3 * 16 * 24 + 4 * 3 * 16 * 24)
+  # Vocabulary in and out, positions, routers and norms, in float32.
+  rest = 2 * 32 * 16 + 32 * 2 + 2 * 16 * 4 + (2 * 3 + 1) * 16
+  assert memory.state(sparse, mesh)['parameters'] == 4 * (layers + rest)
+  assert of() == 2 * layers + 4 * rest
+  # And the sum of all microbatches.
+  assert of(microbatches=2) == 6 * layers + 8 * rest
   router = OptimizerConfig(train='router')
-  assert of(optimizer=router) == 2 * 16 * 4 * 4  # Two layers of 16 x 4 experts.
+  assert of(optimizer=router) == 2 * 16 * 4 * 4
 
 
 def test_what_fsdp_gathers_of_a_layer():

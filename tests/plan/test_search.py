@@ -53,13 +53,13 @@ def test_what_is_too_large_for_one_is_split():
   whole = cost.cost(CONFIG, dict(data=8, fsdp=1, expert=1, model=1))
   small = dataclasses.replace(V5E, memory=whole.peak * 0.6)
   ranked = search.candidates(CONFIG, 8, small)
-  fits = list(search.fitting(ranked, small, count=3))
+  fits = list(search.fitting(CONFIG, ranked, small, count=3))
   assert len(fits) == 3
   assert all(held.peak <= small.memory for _, held in fits)
   meshes = [tuple(c.sizes.values()) for c, _ in fits]
   assert len(set(meshes)) == 3
   none = dataclasses.replace(V5E, memory=1000.0)
-  assert not list(search.fitting(ranked, none, count=3))
+  assert not list(search.fitting(CONFIG, ranked, none, count=3))
 
 
 def test_the_network_between_machines_is_slow():

@@ -20,6 +20,7 @@ from st_moe.config import (
   Part,
   StackConfig,
 )
+from st_moe.model import layout
 from st_moe.model.transformer import Transformer
 from st_moe.train import optimizer, step
 from tests.helpers import (
@@ -152,6 +153,37 @@ def test_four_microbatches_are_one_batch():
   start = _parts()[1].params
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), whole[0].params, start)
   assert min(jax.tree.leaves(moved)) > 0
+
+
+def test_gradients_stay_as_they_arise():
+  # Layers read their weights in bfloat16, routers and embeddings theirs in
+  # float32; to cast before the gradient is taken changes no bit of it.
+  model = dataclasses.replace(MODEL, dtype='bfloat16')
+  (module, _, config), state = _parts(model)
+  batch = _batch(model)
+
+  def grads(params):
+    objective = functools.partial(step.objective, module, config)
+    frozen = jax.tree.map(lambda _: None, params)
+    loss = lambda p: objective(
+      frozen, p, batch, jax.random.key(0), jnp.int32(0)
+    )[0]
+    return jax.grad(loss)(params)
+
+  late, early = jax.jit(lambda p: (grads(p), grads(module.as_read(p))))(
+    state.params
+  )
+  dtypes = {
+    layout.role(path): leaf.dtype
+    for path, leaf in layout.by_path(early).items()
+  }
+  assert dtypes == {
+    **dict.fromkeys(('embedding', 'norms', 'router'), jnp.float32),
+    **dict.fromkeys(('attention', 'experts'), jnp.bfloat16),
+  }
+  jax.tree.map(
+    lambda a, b: np.testing.assert_array_equal(a, b.astype('f4')), late, early
+  )
 
 
 def test_the_weighing_pass_costs_nothing():
