@@ -99,6 +99,24 @@ def fitting(config: Config, sizes: dict[str, int], chip: Chip) -> Cost | None:
   return found if found.peak <= chip.memory else None
 
 
+class DoesNotFit(ValueError):
+  """There is no room for a step."""
+
+
+def check_room(config: Config, devices: int, chip: Chip) -> None:
+  """Raises DoesNotFit where no mesh of so many chips has room."""
+  held = memory.split_evenly(config, devices)
+  if sum(held.values()) > chip.memory:
+    gib = lambda size: f'{size / 2**30:.1f}'
+    parts = ', '.join(f'{name} {gib(size)}' for name, size in held.items())
+    raise DoesNotFit(
+      f'A step does not fit on {devices} devices of {gib(chip.memory)} GiB,'
+      f' however it is split. Each would hold {gib(sum(held.values()))} GiB at'
+      f' least: {parts} (parameters in float32). Take more devices, or keep'
+      ' less: model.remat=full, microbatches, a smaller data.batch_size.'
+    )
+
+
 def abstract_mesh(sizes: dict[str, int]):
   return jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
 

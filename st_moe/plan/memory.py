@@ -37,9 +37,22 @@ def _held(model, optimizer_config, mesh):
 
 
 def at_least(config: Config, mesh) -> int:
-  """Bytes that need no tracing to tell: `state` and gradients."""
-  held = state(config, mesh)
-  return sum(held.values()) + _gradients(config, mesh)
+  """Bytes that need no tracing to tell: `state`, gradients and casts."""
+  held = sum(state(config, mesh).values())
+  return held + _gradients(config, mesh) + _cast(config, mesh)
+
+
+def split_evenly(config: Config, devices: int) -> dict[str, float]:
+  """Bytes on one of so many devices, at the least, whatever the mesh."""
+  sizes = dict.fromkeys(sharding.AXES, 1)
+  one = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
+  found = {
+    **state(config, one),
+    'weights as activations': _cast(config, one),
+    'gradients': _gradients(config, one),
+    'kept for the backward pass': activations.kept(config, sizes),
+  }
+  return {name: size / devices for name, size in found.items()}
 
 
 def of_step(config: Config, mesh) -> dict[str, float]:

@@ -60,13 +60,21 @@ def run(flags, load: Callable) -> int:
 
     tables.count(load())
     return 0
+  if flags.topology:
+    prepare()
   output = pathlib.Path(flags.output)
   if not output.parent.is_dir():
     raise ValueError(f'--output={output}: there is no {output.parent}.')
   make = (
     _compiled if flags.topology else _searched if flags.search else _reckoned
   )
-  found, fits = make(flags, load)
+  from st_moe.plan import cost
+
+  try:
+    found, fits = make(flags, load)
+  except cost.DoesNotFit as e:
+    print(e)
+    found, fits = {'fits': False, 'why': str(e)}, False
   output.write_text(json.dumps(found, indent=2))
   return 0 if fits else 1
 
@@ -76,6 +84,7 @@ def _reckoned(flags, load):
   from st_moe.plan import chips, cost, tables, topology
 
   config, chip = topology.resolved(load()), chips.named(flags.chip)
+  cost.check_room(config, flags.devices, chip)
   mesh = dataclasses.asdict(config.mesh)
   mesh.pop('across_slices')
   sizes = sharding.mesh_sizes(flags.devices, config.model.num_experts, **mesh)
@@ -141,15 +150,10 @@ def _searched(flags, load):
 
 
 def _compiled(flags, load):
-  prepare()
   from st_moe.plan import chips, tables, topology
 
   chip = chips.named(flags.topology.partition(':')[0])
-  try:
-    found = topology.compile_step(load(), flags.topology)
-  except topology.DoesNotFit as e:
-    print(e)
-    return {'topology': flags.topology, 'fits': False, 'why': str(e)}, False
+  found = topology.compile_step(load(), flags.topology)
   tables.compiled(found, chip, f'train step on {flags.topology}, a device')
   fits = found.memory['peak'] <= chip.memory
   return {

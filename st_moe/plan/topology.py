@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from st_moe import sharding
 from st_moe.config import Config
 from st_moe.model.transformer import Transformer
-from st_moe.plan import cost, hlo
+from st_moe.plan import chips, cost, hlo
 from st_moe.train import loop, optimizer, step
 
 
@@ -29,10 +29,6 @@ class Compiled:
   expected: cost.Cost  # By arithmetic.
   warnings: list[str]  # Of tokens and copies that travel without need.
   seconds: float  # To compile.
-
-
-class DoesNotFit(ValueError):
-  """The compiler found no room for the step."""
 
 
 WAYS_OUT = (
@@ -68,15 +64,17 @@ def compile_step(config: Config, topology: str) -> Compiled:
 
   Raises:
     ValueError: the mesh does not fit the slice, or a dimension the mesh.
-    DoesNotFit: the compiler found no room.
+    cost.DoesNotFit: there is no room.
   """
-  config = resolved(config)
+  config, chips_ = resolved(config), devices(topology)
+  chip = chips.named(topology.partition(':')[0])
+  cost.check_room(config, len(chips_), chip)
   began = time.monotonic()
   with _stderr() as said:
     mesh = sharding.make_mesh(
       **dataclasses.asdict(config.mesh),
       num_experts=config.model.num_experts,
-      devices=devices(topology),
+      devices=chips_,
     )
     step.check_sizes(config, mesh)
     with sharding.use(mesh):
@@ -154,7 +152,7 @@ def _plainly(e: Exception, topology: str) -> ValueError:
   line = str(e).splitlines()[0]
   if 'RESOURCE_EXHAUSTED' not in line:
     return ValueError(f'The compiler for {topology} refused the step: {line}')
-  return DoesNotFit(
+  return cost.DoesNotFit(
     f'The step does not fit on {topology}: {line.partition(": ")[2]} {WAYS_OUT}'
   )
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 
@@ -104,7 +105,17 @@ def test_a_plan_that_does_not_fit(tmp_path, capsys, monkeypatch):
   monkeypatch.setitem(chips.CHIPS, 'v5e', tight)
   code, found = run(tmp_path, '--chip=v5e', '--devices=8')
   assert code == 1 and not found['fits']
-  assert 'does not fit' in capsys.readouterr().out
+  said = ' '.join(capsys.readouterr().out.split())
+  assert re.search('does not fit on 8 devices .*float32', said)
+  # And one with room for what is split, but not for what is whole.
+  tight = dataclasses.replace(V5E, memory=12 * 2.0**20)
+  monkeypatch.setitem(chips.CHIPS, 'v5e', tight)
+  code, found = run(tmp_path, '--chip=v5e', '--devices=8')
+  assert code == 1 and not found['fits']
+  said = ' '.join(capsys.readouterr().out.split())
+  assert 'The step does not fit: a device would hold' in said
+  tight = dataclasses.replace(V5E, memory=2.0**20)
+  monkeypatch.setitem(chips.CHIPS, 'v5e', tight)
   code, found = run(tmp_path, '--chip=v5e', '--devices=8', '--search')
   assert code == 1 and found['ranked'] == [] and found['tried'] > 0
   assert 'Nothing fits on 8 v5e' in capsys.readouterr().out
