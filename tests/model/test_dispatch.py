@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
 from st_moe.model.dispatch import (
   DISPATCHERS,
@@ -182,12 +183,12 @@ def _three_answers(kind, dtype):
   )
   seen = []
 
-  def experts(xs, expert):
+  def answer(says, xs, expert):
     seen.append(xs.dtype)
-    says = jnp.array([256, 1, 1], xs.dtype)
     says = says if expert is None else says[expert]
     return xs * says.reshape(-1, *(1,) * (xs.ndim - 1))
 
+  experts = Partial(answer, jnp.array([256, 1, 1], dtype))
   x = jnp.ones((1, 1, 2), dtype)
   run = functools.partial(KINDS[kind], experts=experts)
   y = jit(functools.partial(run, capacity=1, num_experts=3))(x, seats)
@@ -218,7 +219,7 @@ def test_weights_are_not_rounded_to_bfloat16(kind):
     k=2,
   )
   x = jnp.full((1, 1, 1), 1024, jnp.bfloat16)
-  same = lambda xs, expert: xs
+  same = Partial(lambda xs, expert: xs)
   run = functools.partial(KINDS[kind], experts=same, capacity=1, num_experts=2)
   y = jit(run)(x, seats)
   assert y.item() == 1023 - 1024
@@ -229,7 +230,8 @@ def test_nobody_hears_empty_places(kind):
   # Experts that answer with their bias, places left empty included: a token
   # hears it as often as it sits, and so does the bias in the way back.
   _, seats, _, _ = _case(0, 2, 3)
-  biased = lambda bias: lambda xs, expert: jnp.full(xs.shape, bias)
+  says = lambda bias, xs, expert: jnp.full(xs.shape, bias[0])
+  biased = lambda bias: Partial(says, jnp.full(E, bias))
   run = functools.partial(KINDS[kind], capacity=3, num_experts=E)
   answer = lambda bias: run(jnp.ones((G, S, D)), seats, biased(bias))
   y = jit(answer)(7.0)
