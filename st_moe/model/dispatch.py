@@ -205,9 +205,7 @@ def _loop(turns: int, n: jax.Array, turn, start):
 
 
 def _at(arrays, i):
-  return jax.tree.map(
-    lambda a: jax.lax.dynamic_slice_in_dim(a, i, 1), arrays
-  )
+  return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i, 1), arrays)
 
 
 def _one(experts, e, block):

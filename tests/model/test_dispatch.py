@@ -243,3 +243,60 @@ def test_nobody_hears_empty_places(kind):
 
 def test_the_table():
   assert set(DISPATCHERS) == {'mask', 'index', 'grouped', 'per_token'}
+
+
+# The loop of `grouped`.
+
+
+def _one_expert(routes):
+  """Of one group, whose every token sits at the only expert, weighing 1."""
+  number = np.arange(routes, dtype=np.int32)[None]
+  return Seats(
+    token=number,
+    expert=np.zeros_like(number),
+    weight=np.ones(number.shape, np.float32),
+    asked=np.full(number.shape, True),
+    place=number,
+    load=np.array([[routes]], np.int32),
+    k=1,
+  )
+
+
+def test_gradients_of_weights_add_up_in_float32():
+  # In bfloat16 256 + 1 is 256, and so would be the sum of 1024 ones.
+  scaled = lambda w: Partial(lambda w, xs, expert: xs * w, w)
+  run = functools.partial(grouped, capacity=1024, num_experts=1, block=1)
+  x, w = jnp.ones((1, 1024, 1), jnp.bfloat16), jnp.ones(1, jnp.bfloat16)
+  answers = lambda w: run(x, _one_expert(1024), scaled(w)).sum()
+  assert jit(jax.grad(answers))(w).item() == 1024
+
+
+def test_nothing_is_made_for_every_block():
+  # 512 blocks: with a copy of the weights for each, 32 MiB.
+  n, d, f = 512, 64, 128
+  x, bank = (
+    jnp.zeros((1, n, d)),
+    Bank(jnp.zeros((1, d, f)), jnp.zeros((1, f, d))),
+  )
+
+  def temporaries(function):
+    memory = jit(function).lower(x, bank).compile().memory_analysis()
+    return memory.temp_size_in_bytes
+
+  def answers(x, bank):
+    return grouped(x, _one_expert(n), bank, capacity=n, num_experts=1, block=1)
+
+  slope = jax.grad(lambda *of: (answers(*of) ** 2).sum(), argnums=(0, 1))
+  weights = 2 * d * f * 4
+  assert temporaries(answers) < 2 * x.nbytes + 2 * weights
+  assert temporaries(slope) < 4 * x.nbytes + 4 * weights
+
+
+def test_many_at_once():
+  x, seats, bank, _ = _case(0, 2, 2)
+  run = functools.partial(grouped, capacity=2, num_experts=E, block=4)
+  many = np.stack([x, 2 * x, -x])
+  at_once = jit(jax.vmap(lambda x: run(x, seats, bank)))(many)
+  one = jit(run)
+  for x, y in zip(many, at_once, strict=True):
+    np.testing.assert_allclose(y, one(x, seats, bank), rtol=1e-6, atol=1e-6)
