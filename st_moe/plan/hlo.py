@@ -205,8 +205,10 @@ class Program:
       if instruction.op.removesuffix('-start') in _EXCHANGES:
         m = re.search(r'channel_id=(\d+)', instruction.rest)
         channel = m[1] if m else len(found)
-        # By size too: what one line gathers shares its channel.
-        key = channel, sum(i.size for i in computation.operands(instruction))
+        # Inside `shard_map` many have the same one: by line and size too.
+        line = re.search(r'metadata=\{.*?\}', instruction.rest)
+        given = sum(i.size for i in computation.operands(instruction))
+        key = channel, line and line[0], given
         if key not in found or times < found[key][0]:
           found[key] = times, computation, instruction
     return found.values()
