@@ -4,7 +4,8 @@ One contract, equal results:
 
   x [g, s, d], seats    who sits where
   experts(xs, expert)   block b of xs [b, ..., d] through expert `expert[b]`
-                        (None: expert b); see `experts.Bank`
+                        (None: expert b); a tree of arrays [e, ...] and of
+                        keys for dropout: `experts.Bank`
   y [g, s, d]           each token's answers, summed with their weights in
                         float32 and returned in the dtype of x
 """
@@ -175,23 +176,23 @@ def _answers_backward(turns, kept, dy):
     d, dxs = back((heard * w[..., None]).astype(ys.dtype))
     dw = (heard * ys.astype(jnp.float32)).sum(-1)
 
-    def add(sum, d, at):
+    def add(total, d, at):
       if d.dtype == jax.dtypes.float0:  # Of a key.
-        return sum
-      new = jax.lax.dynamic_slice_in_dim(sum, at, 1) + d.astype(sum.dtype)
-      return jax.lax.dynamic_update_slice_in_dim(sum, new, at, 0)
+        return total
+      new = _at(total, at) + d.astype(total.dtype)
+      return jax.lax.dynamic_update_slice_in_dim(total, new, at, 0)
 
     dx, dexperts, dweight = sums
     return (
       _add(dx, dxs.astype(jnp.float32), t),
-      jax.tree.map(lambda sum, d: add(sum, d, e[0]), dexperts, d),
+      jax.tree.map(lambda total, d: add(total, d, e[0]), dexperts, d),
       add(dweight, dw, i),
     )
 
   primals = x, experts, weight
   zeros = lambda a: jnp.zeros_like(a, jnp.float32)
   sums = _loop(turns, n, turn, jax.tree.map(zeros, primals))
-  like = lambda sum, a: sum.astype(a.dtype) if _is_number(a) else None
+  like = lambda total, a: total.astype(a.dtype) if _is_number(a) else None
   return *jax.tree.map(like, sums, primals), None, None, None
 
 
