@@ -152,9 +152,11 @@ def _answers(turns: int, x, experts, weight, token, expert, n) -> jax.Array:
     expert: [blocks].
   """
 
+  rows = _tiled(x)  # Once: it may be a copy.
+
   def turn(i, y):
     w, t, e = _at((weight, token, expert), i)
-    ys = _one(experts, e[0], i)(_take(x, t), None)
+    ys = _one(experts, e[0], i)(_picked(rows, t), None)
     return _add(y, ys.astype(jnp.float32) * w[..., None], t)
 
   return _loop(turns, n, turn, jnp.zeros_like(x, jnp.float32)).astype(x.dtype)
@@ -167,12 +169,13 @@ def _answers_forward(turns, *args):
 def _answers_backward(turns, kept, dy):
   """Another loop, which computes every block again."""
   x, experts, weight, token, expert, n = kept
+  rows, slopes = _tiled(x), _tiled(dy)
 
   def turn(i, sums):
     w, t, e = _at((weight, token, expert), i)
     answer = lambda one, xs: one(xs, None)
-    ys, back = jax.vjp(answer, _one(experts, e[0], i), _take(x, t))
-    heard = _take(dy, t).astype(jnp.float32)
+    ys, back = jax.vjp(answer, _one(experts, e[0], i), _picked(rows, t))
+    heard = _picked(slopes, t).astype(jnp.float32)
     d, dxs = back((heard * w[..., None]).astype(ys.dtype))
     dw = (heard * ys.astype(jnp.float32)).sum(-1)
 
@@ -298,6 +301,17 @@ def _take(x: jax.Array, token: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _taken(x, token, s):
+  return _picked(_tiled(x), token)
+
+
+def _tiled(x: jax.Array) -> jax.Array:
+  """x [g, s, d] for `_picked`."""
+  # In two dimensions a TPU would read 16 rows for the sake of one.
+  *shape, d = x.shape
+  return x.reshape(*shape, -1, 128 if d % 128 == 0 else d)
+
+
+def _picked(x: jax.Array, token: jax.Array) -> jax.Array:
   numbers = jax.lax.GatherDimensionNumbers(
     offset_dims=(3, 4),
     collapsed_slice_dims=(1,),
@@ -305,12 +319,9 @@ def _taken(x, token, s):
     operand_batching_dims=(0,),
     start_indices_batching_dims=(1,),
   )
-  *_, d = x.shape
-  # In two dimensions a TPU would read 16 rows for the sake of one.
-  x = x.reshape(len(x), s, -1, 128 if d % 128 == 0 else d)
   one = (1, 1, *x.shape[2:])
   xs = jax.lax.gather(x, token[..., None], numbers, one, mode='clip')
-  return xs.reshape(*token.shape, d)
+  return xs.reshape(*token.shape, -1)
 
 
 def _add(y: jax.Array, xs: jax.Array, token: jax.Array) -> jax.Array:
