@@ -127,7 +127,7 @@ class MoEConfig:
   # How tokens reach the devices of their experts: 'gspmd', as the compiler
   # finds best, or 'shard_map', to the letter: by all-to-alls, or for `grouped`
   # gathered by all who share the experts. 'auto': the latter for `grouped`
-  # alone, where the compiler would gather the whole batch.
+  # alone, where the compiler would gather in every turn of its loop.
   transport: str = 'auto'
   multiplicative_bias: bool = False  # On the expert's hidden units, Table 17.
   expert_dropout: float | None = None  # None: the model's dropout.

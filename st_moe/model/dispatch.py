@@ -4,7 +4,8 @@ One contract, equal results:
 
   x [g, s, d], seats    who sits where
   experts(xs, expert)   block b of xs [b, ..., d] through expert `expert[b]`
-                        (None: expert b); see `experts.Bank`
+                        (None: expert b); a tree of arrays [e, ...] and of
+                        keys for dropout: `experts.Bank`
   y [g, s, d]           each token's answers, summed with their weights in
                         float32 and returned in the dtype of x
 """
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from st_moe.routing.types import Seats
-from st_moe.sharding import move, on_shards, shards
+from st_moe.sharding import AXES, move, on_shards, shards
 
 # Remat policies save these, so that no backward pass repeats the exchange.
 SAVED_NAMES = ('expert_inputs', 'expert_outputs')
@@ -67,20 +68,28 @@ def grouped(
   transport='auto',
   block=BLOCK,
 ):
-  """Rows sorted by expert, in blocks of one expert each: nothing need drop.
+  """Rows sorted by expert, in blocks of one expert each, one after another.
 
   Costs the rows that sit, rounded up to whole blocks per expert, whatever the
-  capacity.
+  capacity: a loop of as many turns as there are blocks, which only its loads
+  tell. Nothing is prepared for the worst of them but two tables of numbers, no
+  weight is copied, and gradients add up in float32.
   """
-  del capacity
-  if transport == 'gspmd' or shards('group') == 1:
-    return _in_blocks(x, seats, experts, num_experts, block)
+  blocks = functools.partial(
+    _in_blocks, capacity=capacity, num_experts=num_experts, block=block
+  )
+  if transport == 'gspmd' or shards('group') * shards('expert_mlp') == 1:
+    return checkpoint_name(blocks(x, seats, experts), 'expert_outputs')
+
+  def own(a):
+    if _is_number(a):
+      return jax.lax.pcast(a, ('data', 'fsdp'), to='varying')
+    return jax.random.fold_in(a, jax.lax.axis_index(AXES))
 
   def local(x, seats, experts):
     # Tokens of all who share the experts meet on each of their devices.
     x, seats = jax.lax.all_gather((x, seats), 'expert', tiled=True)
-    # Their gradients differ along `model`, and are summed there.
-    x, seats = jax.lax.pcast((x, seats), 'model', to='varying')
+    x = checkpoint_name(x, 'expert_inputs')
     n = len(experts.wo)
     first = jax.lax.axis_index('expert') * n
     mine = (seats.expert >= first) & (seats.expert < first + n)
@@ -89,29 +98,32 @@ def grouped(
       place=jnp.where(mine, seats.place, -1),
       load=jax.lax.dynamic_slice_in_dim(seats.load, first, n, axis=1),
     )
-    y = _in_blocks(x, seats, experts, n, block).astype(jnp.float32)
+    # Gradients differ where the arrays do not, and are summed there.
+    x, seats = jax.lax.pcast((x, seats), 'model', to='varying')
+    experts = jax.tree.map(own, experts)
+    y = blocks(x, seats, experts).astype(jnp.float32)
     y = jax.lax.psum_scatter(y, 'expert', tiled=True)
     return jax.lax.psum(y, 'model').astype(x.dtype)
 
   by_group = lambda a: ('group', *(None,) * (a.ndim - 1))
   axes = jax.tree.map(by_group, (x, seats))
   run = on_shards(local, (*axes, experts.axes()), by_group(x))
-  return run(x, seats, experts)
+  return checkpoint_name(run(x, seats, experts), 'expert_outputs')
 
 
-def _in_blocks(x, seats: Seats, experts, num_experts: int, block: int):
+def _in_blocks(x, seats: Seats, experts, *, capacity, num_experts, block):
   g, s, d = x.shape
-  rows = seats.expert.shape[1] * g
-  block = min(block, rows)
-  num_blocks = -(-rows // block) + num_experts
+  (_, n), (_, here) = seats.expert.shape, seats.load.shape
+  block = min(block, g * n)
+  most = -(-g * n // block) + here
   # All groups share one sequence of rows: each expert's segment starts at a
   # whole block, and inside it the groups follow one another.
-  ends = (-(-seats.load.sum(0) // block)).cumsum()  # [e], in blocks.
-  starts = (ends - (-(-seats.load.sum(0) // block))) * block
+  per_expert = -(-seats.load.sum(0) // block)
+  ends = per_expert.cumsum()  # [e], in blocks.
   before = seats.load.cumsum(0) - seats.load  # [g, e]
-  row = jnp.take_along_axis(starts + before, seats.expert, 1) + seats.place
-  expert = (ends <= jnp.arange(num_blocks)[:, None]).sum(-1)
-  expert = jnp.minimum(expert, num_experts - 1)
+  starts = (ends - per_expert) * block + before
+  row = jnp.take_along_axis(starts, seats.expert, 1) + seats.place
+  expert = (ends <= jnp.arange(most)[:, None]).sum(-1)
 
   one = lambda a: a.reshape(1, -1)
   flat = seats.replace(
@@ -119,12 +131,96 @@ def _in_blocks(x, seats: Seats, experts, num_experts: int, block: int):
     place=one(seats.place),
     weight=one(seats.weight),
   )
-  x = x.reshape(1, g * s, d)
-  by_slot = _by_slot(flat, one(row), num_blocks * block)
-  token, weight = (a.reshape(num_blocks, 1, block) for a in by_slot)
-  xs = checkpoint_name(_take(x, token), 'expert_inputs')
-  ys = checkpoint_name(experts(xs, expert), 'expert_outputs')
-  return _combine(ys, token, weight, g * s).reshape(g, s, d)
+  by_slot = _by_slot(flat, one(row), most * block)
+  token, weight = (a.reshape(most, 1, block) for a in by_slot)
+  load = g * min(n / num_experts, capacity)  # Of an expert, were all alike.
+  turns = round(here * max(1, load / block + 0.5))
+  y = _answers(
+    turns, x.reshape(1, g * s, d), experts, weight, token, expert, ends[-1]
+  )
+  return y.reshape(g, s, d)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _answers(turns: int, x, experts, weight, token, expert, n) -> jax.Array:
+  """Answers of blocks 0 to n, weighted and added up by token: [1, s, d].
+
+  Args:
+    turns: about how many blocks there are, for who reads the program.
+    x: [1, s, d].
+    weight, token: [blocks, 1, rows].
+    expert: [blocks].
+  """
+
+  rows = _tiled(x)  # Once: it may be a copy.
+
+  def turn(i, y):
+    w, t, e = _at((weight, token, expert), i)
+    ys = _one(experts, e[0], i)(_picked(rows, t), None)
+    return _add(y, ys.astype(jnp.float32) * w[..., None], t)
+
+  return _loop(turns, n, turn, jnp.zeros_like(x, jnp.float32)).astype(x.dtype)
+
+
+def _answers_forward(turns, *args):
+  return _answers(turns, *args), args
+
+
+def _answers_backward(turns, kept, dy):
+  """Another loop, which computes every block again."""
+  x, experts, weight, token, expert, n = kept
+  rows, slopes = _tiled(x), _tiled(dy)
+
+  def turn(i, sums):
+    w, t, e = _at((weight, token, expert), i)
+    answer = lambda one, xs: one(xs, None)
+    ys, back = jax.vjp(answer, _one(experts, e[0], i), _picked(rows, t))
+    heard = _picked(slopes, t).astype(jnp.float32)
+    d, dxs = back((heard * w[..., None]).astype(ys.dtype))
+    dw = (heard * ys.astype(jnp.float32)).sum(-1)
+
+    def add(total, d, at):
+      if d.dtype == jax.dtypes.float0:  # Of a key.
+        return total
+      new = _at(total, at) + d.astype(total.dtype)
+      return jax.lax.dynamic_update_slice_in_dim(total, new, at, 0)
+
+    dx, dexperts, dweight = sums
+    return (
+      _add(dx, dxs.astype(jnp.float32), t),
+      jax.tree.map(lambda total, d: add(total, d, e[0]), dexperts, d),
+      add(dweight, dw, i),
+    )
+
+  primals = x, experts, weight
+  zeros = lambda a: jnp.zeros_like(a, jnp.float32)
+  sums = _loop(turns, n, turn, jax.tree.map(zeros, primals))
+  like = lambda total, a: total.astype(a.dtype) if _is_number(a) else None
+  return *jax.tree.map(like, sums, primals), None, None, None
+
+
+_answers.defvjp(_answers_forward, _answers_backward)
+
+
+def _loop(turns: int, n: jax.Array, turn, start):
+  """`turn` n times; `plan.hlo` reads from the name how often to expect."""
+  with jax.named_scope(f'about_{turns}_turns'):
+    return jax.lax.fori_loop(0, n, turn, start)
+
+
+def _at(arrays, i):
+  return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i, 1), arrays)
+
+
+def _one(experts, e, block):
+  """The bank of expert `e` alone; its dropout is that of the block."""
+  of = lambda a: _at(a, e) if _is_number(a) else jax.random.fold_in(a, block)
+  return jax.tree.map(of, experts)
+
+
+def _is_number(a: jax.Array) -> bool:
+  """Or a key of dropout."""
+  return jnp.issubdtype(a.dtype, jnp.floating)
 
 
 def per_token(
@@ -205,6 +301,17 @@ def _take(x: jax.Array, token: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _taken(x, token, s):
+  return _picked(_tiled(x), token)
+
+
+def _tiled(x: jax.Array) -> jax.Array:
+  """x [g, s, d] for `_picked`."""
+  # In two dimensions a TPU would read 16 rows for the sake of one.
+  *shape, d = x.shape
+  return x.reshape(*shape, -1, 128 if d % 128 == 0 else d)
+
+
+def _picked(x: jax.Array, token: jax.Array) -> jax.Array:
   numbers = jax.lax.GatherDimensionNumbers(
     offset_dims=(3, 4),
     collapsed_slice_dims=(1,),
@@ -212,16 +319,13 @@ def _taken(x, token, s):
     operand_batching_dims=(0,),
     start_indices_batching_dims=(1,),
   )
-  *_, d = x.shape
-  # In two dimensions a TPU would read 16 rows for the sake of one.
-  x = x.reshape(len(x), s, -1, 128 if d % 128 == 0 else d)
   one = (1, 1, *x.shape[2:])
   xs = jax.lax.gather(x, token[..., None], numbers, one, mode='clip')
-  return xs.reshape(*token.shape, d)
+  return xs.reshape(*token.shape, -1)
 
 
-def _add(xs: jax.Array, token: jax.Array, s: int) -> jax.Array:
-  """The transpose of `_take`: rows [b, g, n, d] added up as [g, s, d]."""
+def _add(y: jax.Array, xs: jax.Array, token: jax.Array) -> jax.Array:
+  """The transpose of `_take`: rows [b, g, n, d] added to y [g, s, d]."""
   numbers = jax.lax.ScatterDimensionNumbers(
     update_window_dims=(3,),
     inserted_window_dims=(1,),
@@ -229,14 +333,17 @@ def _add(xs: jax.Array, token: jax.Array, s: int) -> jax.Array:
     operand_batching_dims=(0,),
     scatter_indices_batching_dims=(1,),
   )
-  _, g, _, d = xs.shape
-  y = jnp.zeros((g, s, d), xs.dtype)
   return jax.lax.scatter_add(y, token[..., None], xs, numbers, mode='drop')
+
+
+def _added(xs: jax.Array, token: jax.Array, s: int) -> jax.Array:
+  _, g, _, d = xs.shape
+  return _add(jnp.zeros((g, s, d), xs.dtype), xs, token)
 
 
 _taken.defvjp(
   lambda x, token, s: (_taken(x, token, s), token),
-  lambda s, token, dxs: (_add(dxs, token, s), None),
+  lambda s, token, dxs: (_added(dxs, token, s), None),
 )
 
 
@@ -250,7 +357,7 @@ def _combine(ys, token, weight, s: int) -> jax.Array:
   # Or XLA converts first and copies twice the bytes.
   ys = jax.lax.optimization_barrier(ys)
   heard = ys.astype(jnp.float32) * weight[..., None]
-  return _add(heard, token, s).astype(ys.dtype)
+  return _added(heard, token, s).astype(ys.dtype)
 
 
 def _combine_forward(ys, token, weight, s):

@@ -25,7 +25,7 @@ class Bank:
   def __call__(self, x: jax.Array, expert=None) -> jax.Array:
     """Block b of `x` [b, ..., d] through expert `expert[b]` (None: b)."""
     of_block = lambda w: w if expert is None else w[expert]
-    hidden = [jnp.einsum('b...d,bdf->b...f', x, of_block(w)) for w in self.wi]
+    hidden = [_product(x, of_block(w)) for w in self.wi]
     h = activate(self.activation, hidden)
     if self.bias is not None:
       bias = of_block(self.bias)
@@ -34,7 +34,7 @@ class Bank:
       keep = 1 - self.dropout
       stays = jax.random.bernoulli(self.key, keep, h.shape)
       h = jnp.where(stays, h / keep, 0)
-    return jnp.einsum('b...f,bfd->b...d', h, of_block(self.wo))
+    return _product(h, of_block(self.wo))
 
   def axes(self) -> 'Bank':
     """The logical axes of its arrays, of weights that are whole along d."""
@@ -46,6 +46,15 @@ class Bank:
       bias=name('expert', 'expert_mlp')(self.bias),
       key=name()(self.key),
     )
+
+
+def _product(x: jax.Array, w: jax.Array) -> jax.Array:
+  """Block b of x [b, ..., d] by w[b] [d, f]."""
+  if len(w) > 1:
+    return jnp.einsum('b...d,bdf->b...f', x, w)
+  # As a plain product: else XLA transposes first, and slowly, on a CPU.
+  y = x.reshape(-1, x.shape[-1]) @ w[0]
+  return y.reshape(*x.shape[:-1], -1)
 
 
 class Experts(nn.Module):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
 from st_moe.model.dispatch import (
   DISPATCHERS,
@@ -182,12 +183,12 @@ def _three_answers(kind, dtype):
   )
   seen = []
 
-  def experts(xs, expert):
+  def answer(says, xs, expert):
     seen.append(xs.dtype)
-    says = jnp.array([256, 1, 1], xs.dtype)
     says = says if expert is None else says[expert]
     return xs * says.reshape(-1, *(1,) * (xs.ndim - 1))
 
+  experts = Partial(answer, jnp.array([256, 1, 1], dtype))
   x = jnp.ones((1, 1, 2), dtype)
   run = functools.partial(KINDS[kind], experts=experts)
   y = jit(functools.partial(run, capacity=1, num_experts=3))(x, seats)
@@ -218,7 +219,7 @@ def test_weights_are_not_rounded_to_bfloat16(kind):
     k=2,
   )
   x = jnp.full((1, 1, 1), 1024, jnp.bfloat16)
-  same = lambda xs, expert: xs
+  same = Partial(lambda xs, expert: xs)
   run = functools.partial(KINDS[kind], experts=same, capacity=1, num_experts=2)
   y = jit(run)(x, seats)
   assert y.item() == 1023 - 1024
@@ -229,7 +230,8 @@ def test_nobody_hears_empty_places(kind):
   # Experts that answer with their bias, places left empty included: a token
   # hears it as often as it sits, and so does the bias in the way back.
   _, seats, _, _ = _case(0, 2, 3)
-  biased = lambda bias: lambda xs, expert: jnp.full(xs.shape, bias)
+  says = lambda bias, xs, expert: jnp.full(xs.shape, bias[0])
+  biased = lambda bias: Partial(says, jnp.full(E, bias))
   run = functools.partial(KINDS[kind], capacity=3, num_experts=E)
   answer = lambda bias: run(jnp.ones((G, S, D)), seats, biased(bias))
   y = jit(answer)(7.0)
@@ -241,3 +243,60 @@ def test_nobody_hears_empty_places(kind):
 
 def test_the_table():
   assert set(DISPATCHERS) == {'mask', 'index', 'grouped', 'per_token'}
+
+
+# The loop of `grouped`.
+
+
+def _one_expert(routes):
+  """Of one group, whose every token sits at the only expert, weighing 1."""
+  number = np.arange(routes, dtype=np.int32)[None]
+  return Seats(
+    token=number,
+    expert=np.zeros_like(number),
+    weight=np.ones(number.shape, np.float32),
+    asked=np.full(number.shape, True),
+    place=number,
+    load=np.array([[routes]], np.int32),
+    k=1,
+  )
+
+
+def test_gradients_of_weights_add_up_in_float32():
+  # In bfloat16 256 + 1 is 256, and so would be the sum of 1024 ones.
+  scaled = lambda w: Partial(lambda w, xs, expert: xs * w, w)
+  run = functools.partial(grouped, capacity=1024, num_experts=1, block=1)
+  x, w = jnp.ones((1, 1024, 1), jnp.bfloat16), jnp.ones(1, jnp.bfloat16)
+  answers = lambda w: run(x, _one_expert(1024), scaled(w)).sum()
+  assert jit(jax.grad(answers))(w).item() == 1024
+
+
+def test_nothing_is_made_for_every_block():
+  # 512 blocks: with a copy of the weights for each, 32 MiB.
+  n, d, f = 512, 64, 128
+  x, bank = (
+    jnp.zeros((1, n, d)),
+    Bank(jnp.zeros((1, d, f)), jnp.zeros((1, f, d))),
+  )
+
+  def temporaries(function):
+    memory = jit(function).lower(x, bank).compile().memory_analysis()
+    return memory.temp_size_in_bytes
+
+  def answers(x, bank):
+    return grouped(x, _one_expert(n), bank, capacity=n, num_experts=1, block=1)
+
+  slope = jax.grad(lambda *of: (answers(*of) ** 2).sum(), argnums=(0, 1))
+  weights = 2 * d * f * 4
+  assert temporaries(answers) < 2 * x.nbytes + 2 * weights
+  assert temporaries(slope) < 4 * x.nbytes + 4 * weights
+
+
+def test_many_at_once():
+  x, seats, bank, _ = _case(0, 2, 2)
+  run = functools.partial(grouped, capacity=2, num_experts=E, block=4)
+  many = np.stack([x, 2 * x, -x])
+  at_once = jit(jax.vmap(lambda x: run(x, seats, bank)))(many)
+  one = jit(run)
+  for x, y in zip(many, at_once, strict=True):
+    np.testing.assert_allclose(y, one(x, seats, bank), rtol=1e-6, atol=1e-6)

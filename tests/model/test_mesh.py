@@ -3,9 +3,11 @@
 That whole models train there as on one: `tests/covering.py`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
+import re
 import warnings
 
 import flax.linen as nn
@@ -13,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from st_moe import sharding
 from st_moe.config import Capacity, Part, StackConfig
@@ -37,10 +40,11 @@ MESHES = {
   'data 2 x expert 4': dict(data=2, expert=4),
   'fsdp 2 x expert 2 x model 2': dict(fsdp=2, expert=2, model=2),
 }
+ALL_MESHES = {**MESHES, 'model 8': dict(model=8)}
 
 
 def _mesh(name):
-  return sharding.make_mesh(**MESHES[name], num_experts=4)
+  return sharding.make_mesh(**ALL_MESHES[name], num_experts=4)
 
 
 def _use(name):
@@ -118,6 +122,58 @@ def test_every_transport_brings_the_same(dispatcher, transport, name):
     eight = jit(functools.partial(_slope, config, 8))(params, x8, ctx)
   np.testing.assert_allclose(eight[0], one[0], rtol=2e-5)
   assert_trees_close(eight[1], one[1])
+
+
+@pytest.mark.parametrize('name', [None, *ALL_MESHES])
+def test_the_loop_knows_the_slope_of_what_it_drops(name):
+  # Against finite differences: the way back drops the same hidden units.
+  config = dataclasses.replace(
+    _every_option(LAYER, expert_dropout=0.3), activation='gelu'
+  )
+  params, (x, ctx) = _layer_params(config), _layer_inputs()
+
+  def answer(experts):
+    both = {**params, 'experts': experts}
+    return _answer(config, 8, both, x, ctx)
+
+  with _use(name) if name else contextlib.nullcontext():
+    check_grads(
+      jax.jit(answer), (params['experts'],), 1, ['rev'], atol=0.02, rtol=0.02
+    )
+
+
+def _every_option(config, **moe):
+  calm = Part.of('top_k', k=2, train_policy='all')
+  return with_moe(
+    config,
+    selector=calm,
+    dispatcher='grouped',
+    multiplicative_bias=True,
+    **moe,
+  )
+
+
+@pytest.mark.parametrize('name', ALL_MESHES)
+def test_gradients_of_the_loop_are_summed_where_weights_are_shared(name):
+  config = _every_option(LAYER)
+  params, (x, ctx) = _layer_params(config), _layer_inputs()
+  one = jit(functools.partial(_slope, config, 8))(params, x, ctx)
+  with _use(name) as mesh:
+    x8 = jax.device_put(x, sharding.batch_sharding(mesh))
+    eight = jit(functools.partial(_slope, config, 8))(params, x8, ctx)
+  assert_trees_close(eight[1], one[1])
+  assert np.abs(one[1][0]['experts']['multiplicative_bias']).min() > 0
+
+
+def test_each_device_drops_units_of_its_own():
+  config = _every_option(LAYER, expert_dropout=0.5)
+  params, (x, ctx) = _layer_params(config), _layer_inputs()
+  x = jnp.broadcast_to(x[:1, :1], x.shape)
+  ctx = ctx.replace(valid=jnp.full(ctx.valid.shape, True))
+  with _use('data 8') as mesh:
+    x8 = jax.device_put(x, sharding.batch_sharding(mesh))
+    y = jit(functools.partial(_answer, config, 8))(params, x8, ctx)
+  assert len(np.unique(np.reshape(y, (8, -1)), axis=0)) == 8
 
 
 def test_noise_of_the_router_is_there():
@@ -198,8 +254,23 @@ def test_experts_on_one_device_travel_nowhere():
 @pytest.mark.parametrize('remat', ['full', 'dots'])
 def test_remat_replays_no_exchange(remat):
   # Two sparse layers in a scan: the program holds one of them, twice two.
+  assert _all_to_alls(_two_layers(MODEL, remat)) == 4
+
+
+@pytest.mark.parametrize('remat', ['full', 'dots'])
+def test_remat_gathers_no_tokens_again(remat):
+  config = with_moe(MODEL, dispatcher='grouped')
+  text = _two_layers(config, remat).as_text()
+  # There, and the gradient back; numbers of seats are gathered for less than
+  # it would take to keep them.
+  assert len(re.findall(r'f32\[4,8,16\]\S* all-gather\(', text)) == 2
+
+
+@functools.cache
+def _two_layers(config, remat):
+  """The gradient of an encoder, compiled."""
   config = dataclasses.replace(
-    MODEL, decoder=None, encoder=StackConfig(2, 1, 0, 8), remat=remat
+    config, decoder=None, encoder=StackConfig(2, 1, 0, 8), remat=remat
   )
   batch = padded_batch(config, examples(config, [(8, 0)] * 8))
   model = Transformer(config)
@@ -217,8 +288,7 @@ def test_remat_replays_no_exchange(remat):
       sharding.unbox(boxed),
       sharding.of_boxed(boxed, mesh),
     )
-    compiled = jit(jax.grad(loss)).lower(params).compile()
-  assert _all_to_alls(compiled) == 4
+    return jit(jax.grad(loss)).lower(params).compile()
 
 
 # Rules.

@@ -35,6 +35,19 @@ def test_a_loop_counts_as_often_as_it_runs():
   assert more >= 4 * 4 * (16 * 16 + 8 * 16)
 
 
+def test_a_loop_whose_length_the_data_tell():
+  def run(x, w, n):
+    turn = lambda _, x: jnp.tanh(x @ w)
+    with jax.named_scope('about_7_turns'):
+      return jax.lax.fori_loop(0, n, turn, x)
+
+  of = jnp.zeros((8, 16)), jnp.zeros((16, 16)), 3
+  text = jax.jit(run).lower(*of).compile().as_text()
+  assert hlo.Program(text).flops() == 7 * 2 * 8 * 16 * 16
+  with pytest.raises(ValueError, match='unknown length'):
+    hlo.Program(text.replace('about_7_turns', 'some_turns'))
+
+
 def test_a_turn_counts_its_own_layer_alone():
   def run(x, ws):
     return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), x), x, ws)

@@ -12,6 +12,7 @@ import pytest
 
 from st_moe import cli, sharding
 from st_moe.config import Part
+from st_moe.model.dispatch import BLOCK
 from st_moe.model.moe import MoE
 from st_moe.plan import plan_flags, topology
 from st_moe.routing.types import RouteContext
@@ -109,6 +110,32 @@ def test_two_there_and_two_back(group_size, transport):
     # And the router's gradient, which all devices share.
     both = {('all-to-all', 'expert'): 4, ('all-reduce', 'expert'): 1}
     assert exchanges(gradient, params, x, x) == both
+
+
+def test_a_loop_counts_the_rows_that_sit_here():
+  pytest.importorskip('libtpu', reason='jax[tpu] is not installed')
+  plan_flags.prepare()
+  calm = Part.of('top_k', k=2, train_policy='all')
+  moe = {'selector': calm, 'dispatcher': 'grouped', 'num_experts': 16}
+  model = tiny(moe=moe, activation='relu')
+  layer = MoE(model, 128)
+  mesh = sharding.make_mesh(expert=16, devices=topology.devices('v5e:4x4'))
+  x = jnp.zeros((128, 128, 16))
+  ctx = RouteContext(valid=jnp.ones(x.shape[:2], bool), deterministic=False)
+  boxed = boxed_shapes(layer, x, ctx)
+  with sharding.use(mesh):
+    params = sharding.placed(
+      sharding.unbox(boxed), sharding.of_boxed(boxed, mesh)
+    )
+    x = sharding.placed(x, sharding.batch_sharding(mesh))
+    forward = lambda params, x: layer.apply({'params': params}, x, ctx)
+    compiled = jax.jit(forward).lower(params, x).compile()
+  flops = topology.figures(compiled, mesh)['flops']
+  # Ten places for 128 tokens, and one expert here: of 128 groups, 1280 rows in
+  # 10 blocks and half a one. The router sees 8 groups of tokens.
+  router = 2 * 8 * 128 * 16 * 16
+  rows = round(1280 / BLOCK + 0.5) * BLOCK
+  assert flops == pytest.approx(router + rows * 2 * 2 * 16 * 24, rel=1e-3)
 
 
 def test_fsdp_gathers_weights_but_no_expert_from_another():
