@@ -13,7 +13,13 @@ import math
 import flax.linen as nn
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+  AbstractMesh,
+  AxisType,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+)
 
 AXES = ('data', 'fsdp', 'expert', 'model')
 _BATCH = ('data', 'fsdp', 'expert')
@@ -133,6 +139,11 @@ def mesh_sizes(
       f' needs {data * rest} devices; there are {devices}.'
     )
   return {'data': data, 'fsdp': fsdp, 'expert': expert, 'model': model}
+
+
+def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
+  """A mesh of no devices, for arithmetic; `sizes` of all `AXES`."""
+  return AbstractMesh(tuple(sizes.values()), tuple(sizes))
 
 
 def _arrange(sizes: tuple[int, ...], devices, across_slices: bool):

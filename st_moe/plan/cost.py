@@ -4,9 +4,7 @@ import collections
 import dataclasses
 import math
 
-import jax
-
-from st_moe import counts
+from st_moe import counts, sharding
 from st_moe.config import Config
 from st_moe.model import layout
 from st_moe.model.transformer import Transformer
@@ -47,7 +45,7 @@ def work(config: Config, sizes: dict[str, int]) -> Work:
   Raises:
     ValueError: a dimension does not divide.
   """
-  mesh = abstract_mesh(sizes)
+  mesh = sharding.abstract_mesh(sizes)
   step.check_sizes(config, mesh)
   data, model = config.data, config.model
   share = data.batch_size / math.prod(sizes.values())
@@ -86,17 +84,24 @@ class Cost:
 
 def cost(config: Config, sizes: dict[str, int]) -> Cost:
   """As `work`, which takes milliseconds; with memory, which takes seconds."""
-  found, mesh = work(config, sizes), abstract_mesh(sizes)
+  found, mesh = work(config, sizes), sharding.abstract_mesh(sizes)
   return Cost(found, memory.state(config, mesh), memory.of_step(config, mesh))
 
 
 def fitting(config: Config, sizes: dict[str, int], chip: Chip) -> Cost | None:
   """The cost of `config`, or None where it does not fit on `chip`."""
-  mesh = abstract_mesh(sizes)
+  mesh = sharding.abstract_mesh(sizes)
   if memory.at_least(config, mesh) > chip.memory:
     return None
   found = cost(config, sizes)
   return found if found.peak <= chip.memory else None
+
+
+WAYS_OUT = (
+  'Split it over more devices (mesh.fsdp, mesh.model), keep less'
+  ' (model.remat=full), or take fewer examples at a time (microbatches,'
+  ' data.batch_size).'
+)
 
 
 class DoesNotFit(ValueError):
@@ -115,10 +120,6 @@ def check_room(config: Config, devices: int, chip: Chip) -> None:
       f' least: {parts} (parameters in float32). Take more devices, or keep'
       ' less: model.remat=full, microbatches, a smaller data.batch_size.'
     )
-
-
-def abstract_mesh(sizes: dict[str, int]):
-  return jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
 
 
 @dataclasses.dataclass(frozen=True)

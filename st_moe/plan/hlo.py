@@ -164,7 +164,7 @@ class Program:
         for name, i in inside.instructions.items()
         if i.op == 'parameter'
       )
-      return read + _written(inside, list(inside.instructions.values())[-1])
+      return read + _written(inside, inside.root)
     if instruction.op in _CUT:
       return 2 * instruction.size
     if instruction.op in _CHANGED:

@@ -45,7 +45,7 @@ def at_least(config: Config, mesh) -> int:
 def split_evenly(config: Config, devices: int) -> dict[str, float]:
   """Bytes on one of so many devices, at the least, whatever the mesh."""
   sizes = dict.fromkeys(sharding.AXES, 1)
-  one = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
+  one = sharding.abstract_mesh(sizes)
   found = {
     **state(config, one),
     'weights as activations': _cast(config, one),

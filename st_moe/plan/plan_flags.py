@@ -95,7 +95,7 @@ def _reckoned(flags, load):
   if not fits:
     print(
       f'The step does not fit: a device would hold {found.peak / 2**30:.1f} GiB'
-      f' and has {chip.memory / 2**30:.1f}. {topology.WAYS_OUT} --search tries'
+      f' and has {chip.memory / 2**30:.1f}. {cost.WAYS_OUT} --search tries'
       ' them all.'
     )
   seconds = cost.seconds(found.work, chip, sizes)

@@ -29,16 +29,23 @@ class Candidate:
 
 
 def candidates(config: Config, devices: int, chip: Chip) -> list[Candidate]:
-  """All ways there are, the fastest first; whether they fit is not asked."""
-  found = []
+  """All ways there are, the fastest first; whether they fit is not asked.
+
+  Raises:
+    ValueError: none divides; what is said is of the last one.
+  """
+  found, refused = [], None
   for sizes in meshes(config, devices):
     for changed in variants(config, sizes):
       try:
         work = cost.work(changed, sizes)
-      except ValueError:  # Something does not divide.
+      except ValueError as e:  # Something does not divide.
+        refused = e
         continue
       seconds = cost.seconds(work, chip, sizes)
       found.append(Candidate(changed, sizes, work, seconds))
+  if not found:
+    raise refused
   return sorted(
     found, key=lambda c: (round(c.seconds.step, 2), c.seconds.worst)
   )
@@ -63,10 +70,10 @@ def variants(config: Config, sizes: dict[str, int]) -> Iterator[Config]:
     moe = dataclasses.replace(config.model.moe, dispatcher=dispatcher)
     model = dataclasses.replace(config.model, moe=moe, remat=remat)
     changed = dataclasses.replace(config, model=model, microbatches=parts)
-    yield from _grouped(changed, sizes)
+    yield from _with_groups(changed, sizes)
 
 
-def _grouped(config: Config, sizes: dict[str, int]) -> Iterator[Config]:
+def _with_groups(config: Config, sizes: dict[str, int]) -> Iterator[Config]:
   """Its own groups where they lie within a device, and shares of them.
 
   Smaller ones drop more tokens, and only `mask` pays for large ones.

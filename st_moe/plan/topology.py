@@ -31,13 +31,6 @@ class Compiled:
   seconds: float  # To compile.
 
 
-WAYS_OUT = (
-  'Split it over more devices (mesh.fsdp, mesh.model), keep less'
-  ' (model.remat=full), or take fewer examples at a time (microbatches,'
-  ' data.batch_size).'
-)
-
-
 def devices(topology: str) -> list:
   """The chips of 'v5p:4x4x8', none of them there.
 
@@ -66,15 +59,15 @@ def compile_step(config: Config, topology: str) -> Compiled:
     ValueError: the mesh does not fit the slice, or a dimension the mesh.
     cost.DoesNotFit: there is no room.
   """
-  config, chips_ = resolved(config), devices(topology)
+  config, slice_ = resolved(config), devices(topology)
   chip = chips.named(topology.partition(':')[0])
-  cost.check_room(config, len(chips_), chip)
+  cost.check_room(config, len(slice_), chip)
   began = time.monotonic()
   with _stderr() as said:
     mesh = sharding.make_mesh(
       **dataclasses.asdict(config.mesh),
       num_experts=config.model.num_experts,
-      devices=chips_,
+      devices=slice_,
     )
     step.check_sizes(config, mesh)
     with sharding.use(mesh):
@@ -153,7 +146,8 @@ def _plainly(e: Exception, topology: str) -> ValueError:
   if 'RESOURCE_EXHAUSTED' not in line:
     return ValueError(f'The compiler for {topology} refused the step: {line}')
   return cost.DoesNotFit(
-    f'The step does not fit on {topology}: {line.partition(": ")[2]} {WAYS_OUT}'
+    f'The step does not fit on {topology}: {line.partition(": ")[2]}'
+    f' {cost.WAYS_OUT}'
   )
 
 

@@ -8,7 +8,7 @@ import pytest
 from st_moe import sharding
 from st_moe.config import Config, DataConfig, OptimizerConfig, StackConfig
 from st_moe.model.transformer import Transformer
-from st_moe.plan import activations, cost, memory
+from st_moe.plan import activations, memory
 from st_moe.train import optimizer, step
 from tests.helpers import tiny
 
@@ -81,13 +81,13 @@ def test_state_to_the_byte(sizes):
     tx = optimizer.make(sparse.optimizer, step.parameter_axes(model))
     plan = step.plan_init(model, tx, mesh)
     state = plan.begin(plan.random_params(jax.random.key(0)))
-  found = memory.state(sparse, cost.abstract_mesh(ONE | sizes))
+  found = memory.state(sparse, sharding.abstract_mesh(ONE | sizes))
   assert found['parameters'] == held(state.params)
   assert found['optimizer'] == held(state.opt_state)
 
 
 def test_gradients_are_those_of_what_is_trained():
-  mesh = cost.abstract_mesh(ONE | dict(data=8))
+  mesh = sharding.abstract_mesh(ONE | dict(data=8))
   sparse = config(encoder=StackConfig(2, 1, 0, group_size=8))
   of = lambda **changes: memory.of_step(
     dataclasses.replace(sparse, **changes), mesh
@@ -107,8 +107,8 @@ def test_gradients_are_those_of_what_is_trained():
 def test_what_fsdp_gathers_of_a_layer():
   # Queries to values and out: 4 x 16 x 16; three matrices of 16 x 24: in
   # bfloat16, and as many gradients.
-  mesh = cost.abstract_mesh(ONE | dict(fsdp=8))
+  mesh = sharding.abstract_mesh(ONE | dict(fsdp=8))
   found = memory.of_step(config(), mesh)['weights of one layer, gathered']
   assert found == 2 * 2 * (4 * 16 * 16 + 3 * 16 * 24)
-  alone = memory.of_step(config(), cost.abstract_mesh(ONE | dict(data=8)))
+  alone = memory.of_step(config(), sharding.abstract_mesh(ONE | dict(data=8)))
   assert alone['weights of one layer, gathered'] == 0

@@ -142,6 +142,10 @@ def test_a_search(tmp_path, capsys):
       'model 3 = 3 does not divide 8 devices',
     ),
     (
+      ['--chip=v5e', '--devices=7', '--search'],
+      'does not divide',
+    ),
+    (
       ['--chip=v5e', '--devices=8', '--output=nowhere/plan.json'],
       'there is no nowhere',
     ),
