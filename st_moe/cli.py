@@ -5,6 +5,7 @@ import contextlib
 import os
 import sys
 
+from st_moe import backend
 from st_moe.infer import generate_flags
 from st_moe.plan import plan_flags
 
@@ -130,6 +131,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     several.add_argument('--processes', metavar='N', type=int)
     several.add_argument('--process', metavar='I', type=int, help='from 0')
+  made['train'].add_argument(
+    '--profile',
+    metavar='START:STOP',
+    default='',
+    help='steps to trace into WORKDIR/profile: 10:13 are 11, 12 and 13',
+  )
   made['grid'].add_argument(
     '--vary',
     metavar='FIELD=A,B',
@@ -234,13 +241,13 @@ def _start(flags) -> None:
   os.environ.setdefault(
     'JAX_COMPILATION_CACHE_DIR', os.path.expanduser('~/.cache/st_moe/compiled')
   )
-  import glob
   import importlib
   import logging
 
-  if not glob.glob('/dev/accel*') + glob.glob('/dev/vfio/[0-9]*'):
+  if not backend.has_tpu():
     # Else libtpu, where it is installed, asks the network for one.
     os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+  backend.prepare(os.environ)
   # Orbax logs what it raises, with a trace; `main` says it in one line.
   if not os.environ.get('ST_MOE_TRACEBACK'):
     logging.getLogger('absl').setLevel(logging.CRITICAL)
@@ -274,7 +281,12 @@ def _train(flags, overrides):
     config = _load(flags, overrides)
     from st_moe.train import loop
 
-    loop.train(config, flags.workdir, config_path=flags.config)
+    loop.train(
+      config,
+      flags.workdir,
+      config_path=flags.config,
+      profile=flags.profile,
+    )
 
 
 def _grid(flags, overrides):

@@ -8,7 +8,6 @@ import contextlib
 import itertools
 import json
 import os
-import pathlib
 import selectors
 import signal
 import socket
@@ -23,6 +22,8 @@ import jax
 import numpy as np
 from jax._src import distributed  # No public door to its key-value store.
 from jax.experimental import multihost_utils
+
+from st_moe import backend
 
 # Exit status of a run that was told to stop and can go on: EX_TEMPFAIL.
 PREEMPTED = 75
@@ -137,18 +138,12 @@ def several(env: Mapping[str, str]) -> bool:
     return int(env['SLURM_NTASKS']) > 1
   if int(env.get('OMPI_COMM_WORLD_SIZE', 1)) > 1:
     return True
-  if env.get('JAX_PLATFORMS', '').startswith('cpu') or not _has_tpu():
+  if env.get('JAX_PLATFORMS', '').startswith('cpu') or not backend.has_tpu():
     return False
   if int(env.get('MEGASCALE_NUM_SLICES', 1)) > 1:
     return True
   workers = env.get('TPU_PROCESS_ADDRESSES', env.get('TPU_WORKER_HOSTNAMES'))
   return ',' in (_metadata() if workers is None else workers)
-
-
-def _has_tpu() -> bool:
-  """Whether there is a TPU to be seen, without touching it."""
-  dev = pathlib.Path('/dev')
-  return any(dev.glob('accel*')) or any(dev.glob('vfio/[0-9]*'))
 
 
 def _metadata() -> str:

@@ -11,6 +11,8 @@ os.environ['XLA_FLAGS'] = (
 )
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+# All tests share one process, whose allocator stays as it is.
+os.environ.setdefault('GLIBC_TUNABLES', '')
 
 import pytest  # noqa: E402
 from etils import epath  # noqa: E402

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import st_moe
-from st_moe import hosts, sharding
+from st_moe import backend, hosts, sharding
 from st_moe.train.report import read_rows
 
 # Half of each expert's copies, and of each batch, on either of two processes.
@@ -87,7 +87,7 @@ _SLURM = {
 )
 def test_what_the_environment_says(monkeypatch, env, tpu, several):
   asked = []
-  monkeypatch.setattr(hosts, '_has_tpu', lambda: tpu)
+  monkeypatch.setattr(backend, 'has_tpu', lambda: tpu)
   monkeypatch.setattr(hosts, '_metadata', lambda: asked.append(1) or 'a,b')
   assert hosts.several(env) == several
   assert bool(asked) == (tpu and env == {})  # Nobody else waits for an answer.

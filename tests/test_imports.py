@@ -14,7 +14,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 LINES = (
-  ('config', 'counts', 'config_file', 'schedules'),
+  ('config', 'counts', 'config_file', 'schedules', 'backend'),
   ('routing',),
   ('sharding', 'hosts'),
   ('model',),
@@ -30,7 +30,7 @@ LINES = (
     'train.stability',
   ),
   ('data',),
-  ('train.checkpoint', 'train.report', 'interop'),
+  ('train.checkpoint', 'train.report', 'train.profile', 'interop'),
   (
     'infer.load',
     'infer.generate',
@@ -61,6 +61,7 @@ NEVER = {
 PACKAGES = {
   'config': ('numpy',),
   'counts': (),
+  'backend': (),
   'config_file': ('numpy',),
   'schedules': ('numpy', 'jax'),
   'routing': ('numpy', 'jax', 'flax.struct'),
@@ -73,6 +74,7 @@ PACKAGES = {
 HEAVY = ('seqio', 'tensorflow', 'tensorflow_datasets', 'tensorflow_text')
 # Modules that must not even need jax to be imported; the verbs import on use.
 LIGHT = (
+  'backend',
   'cli',
   'infer.generate_flags',
   'plan.plan_flags',

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import fnmatch
 import json
+import os
 import pathlib
 import subprocess
 
@@ -11,13 +12,14 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from st_moe import config_file, counts, hosts, sharding
+from st_moe import backend, config_file, counts, hosts, sharding
 from st_moe.config import Config, unknown
 from st_moe.data import files, pipeline, vocabulary
 from st_moe.infer.evaluator import Evaluator
 from st_moe.interop import convert, links, rules
 from st_moe.model.transformer import Transformer
 from st_moe.train import checkpoint, loss, optimizer, step
+from st_moe.train import profile as profiles
 from st_moe.train.report import Clock, Report, Silence, read_rows
 
 # A run may go on with other values of these: they change none of its numbers.
@@ -35,13 +37,16 @@ _FREE = (
 )
 
 
-def train(config: Config, workdir, *, config_path: str = '') -> dict:
+def train(
+  config: Config, workdir, *, config_path: str = '', profile: str = ''
+) -> dict:
   """Runs `config` in `workdir` to its end, from wherever it had come to.
 
   The batch of step n follows from the seed and n alone, so a run that was
   killed and started again ends with the bits of one that was not.
 
   Of several processes each calls this; `workdir` is one that all of them see.
+  `profile` names steps to trace, as 'START:STOP'.
 
   Returns:
     The last row of metrics.
@@ -60,6 +65,7 @@ def train(config: Config, workdir, *, config_path: str = '') -> dict:
       'Inputs and targets take an encoder and a decoder to train on, but this'
       f' model has only its {config.model.stacks[0]}.'
     )
+  traced = profiles.steps(profile, config.total_steps)
   if hosts.agreed(lambda: _claim(workdir, config)) >= config.total_steps:
     hosts.tell(f'{workdir} is finished: {config.total_steps} steps.')
     return (read_rows(workdir) or [{}])[-1]
@@ -127,6 +133,8 @@ def train(config: Config, workdir, *, config_path: str = '') -> dict:
     row, pending, measured, scores = {}, None, {}, None
     done, stop = start, False
     clock = Clock()
+    traced = traced if hosts.first() else range(0)
+    trace = profiles.Profile(traced, workdir, report.note, start=start)
 
     def describe():
       return checkpoint.describe_run(
@@ -138,11 +146,16 @@ def train(config: Config, workdir, *, config_path: str = '') -> dict:
         stops = ending.enter_context(hosts.preemption())
         ending.callback(report.close)
         ending.push(checkpoints.leave)
+        ending.callback(trace.close)
         for n, batch in zip(
           range(start, config.total_steps), data.iterate(start), strict=False
         ):
+          trace.before(n, state)
           batch = hosts.spread(batch, split, rows, size)
-          state, *found = train_step(state, batch)
+          with jax.profiler.StepTraceAnnotation('step', step_num=n + 1):
+            state, *found = train_step(state, batch)
+          if n == start:
+            backend.keep_freed_memory(os.environ)
           # The numbers of the step before are read while this one runs.
           if pending:
             row = _look(pending, seen, config, report, clock)
@@ -164,6 +177,7 @@ def train(config: Config, workdir, *, config_path: str = '') -> dict:
             checkpoints.save(done, state, describe(), scores)
           if stop:
             break
+        trace.before(done, state)
     except KeyboardInterrupt:
       hosts.tell(
         'Interrupted; the same command goes on from the last checkpoint.'
