@@ -407,8 +407,16 @@ class LossConfig:
     default_factory=lambda: {'load_balance': 1e-2, 'router_z': 1e-3}
   )
   layers: str = 'sum'  # Over sparse layers: 'sum' (Mesh-TF) or 'mean' (T5X).
+  # Targets of a row whose logits are there at once; 0: all. With few of them a
+  # large vocabulary takes little memory, and one more product with the output
+  # matrix time.
+  positions: int = 0
 
   def __post_init__(self):
+    if self.positions < 0:
+      raise ValueError(
+        f'loss.positions={self.positions} must be 0 (all) or more.'
+      )
     if self.layers not in ('sum', 'mean'):
       raise ValueError(f'loss.layers {self.layers!r} is neither sum nor mean.')
 

@@ -54,6 +54,8 @@ class Product:
   backward: int = 2  # Products of this size in the backward pass.
   # Whether a layer that is computed again computes this again (remat 'full').
   again: bool = True
+  # Whether the backward pass computes it again in any case.
+  afresh: bool = False
 
 
 def products(
@@ -103,8 +105,11 @@ def _attention(model, stack, sublayer: Sublayer, n: int, keys: int):
   one, rows = 2 * d * joined, n + 2 * keys
   yield Product('attention', one * rows, rows * joined + n * d)
   # Scores are written in float32, and read; weights likewise as they are.
-  between = rows * joined + 6 * n * keys * model.num_heads + n * joined
-  yield Product('attention', 4 * n * keys * joined, between, plain=False)
+  pairs = 2 * n * keys * joined
+  scores = 4 * n * keys * model.num_heads
+  moved = (n + keys) * joined + scores, scores // 2 + (n + keys) * joined
+  yield Product('attention', pairs, moved[0], plain=False, afresh=True)
+  yield Product('attention', pairs, moved[1], plain=False)
   yield Product('attention', one * n, n * joined + n * d)
 
 
@@ -154,7 +159,7 @@ def train_flops(
   found = collections.Counter()
   for p in products(model, inputs_length, targets_length):
     found[p.part] += p.flops * (1 + p.backward)
-    found['recomputed'] += p.flops * _again(model, p)
+    found['recomputed'] += p.flops * (_again(model, p) + p.afresh)
   return types.MappingProxyType(found)
 
 
@@ -168,7 +173,7 @@ def train_moved(
   comes on top.
   """
   return sum(
-    p.moved * (1 + p.backward + _again(model, p))
+    p.moved * (1 + p.backward + _again(model, p) + p.afresh)
     for p in products(model, inputs_length, targets_length)
   )
 

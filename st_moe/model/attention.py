@@ -7,33 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from st_moe.model.layers import Kernel
+from st_moe.model.attend import Sight, attend
+from st_moe.model.layers import Kernel, flat
 from st_moe.sharding import annotate, constrain
-
-
-def attend(query, key, value, bias, mask, *, dropout=None) -> jax.Array:
-  """softmax(q k^T + bias) v, softmax in float32 for stability.
-
-  T5 does not divide by sqrt(head_dim): its query kernels start that much
-  smaller.
-
-  Args:
-    query: [batch, heads, q, head_dim].
-    key, value: [batch, heads, k, head_dim].
-    bias: float32 [1, heads, q, k], or None.
-    mask: bool, broadcasts to [batch, heads, q, k]; False is not seen.
-    dropout: applied to the attention weights.
-  """
-  logits = jnp.einsum(
-    'bhqd,bhkd->bhqk', query, key, preferred_element_type=jnp.float32
-  )
-  if bias is not None:
-    logits += bias
-  # Finite, so that a row of padding that sees nothing stays finite too.
-  weights = jax.nn.softmax(jnp.where(mask, logits, -1e9)).astype(value.dtype)
-  if dropout is not None:
-    weights = dropout(weights)
-  return jnp.einsum('bhqk,bhkd->bhqd', weights, value)
 
 
 class Attention(nn.Module):
@@ -47,7 +23,15 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x, memory, bias, mask, *, deterministic: bool, index=None, room=0
+    self,
+    x,
+    memory,
+    bias,
+    sight: Sight,
+    *,
+    deterministic: bool,
+    index=None,
+    room=0,
   ) -> jax.Array:
     """Maps `x` [batch, q, embed] to the same.
 
@@ -61,8 +45,12 @@ class Attention(nn.Module):
     """
 
     d, joined = x.shape[-1], (self.num_heads, self.head_dim)
+    # Flat once, or the backward pass would keep it for each projection.
+    here = x, flat(x)
+    there = here if memory is None else (memory, flat(memory))
 
-    def project(x, name, scale=1.0):
+    def project(of, name, scale=1.0):
+      x, tokens = of
       kernel = Kernel(
         (d, *joined),
         ('embed', 'heads', 'kv'),
@@ -70,28 +58,24 @@ class Attention(nn.Module):
         self.dtype,
         name=name,
       )()
-      # Not 'bhlk' at once: XLA would transpose the kernel, in every step.
-      return jnp.einsum('bld,dhk->blhk', x, kernel).swapaxes(1, 2)
+      y = tokens @ kernel.reshape(d, -1)
+      return y.reshape(*x.shape[:2], *joined).swapaxes(1, 2)
 
-    query = project(x, 'query', scale=1 / self.head_dim)  # Of the variance.
+    query = project(here, 'query', scale=1 / self.head_dim)  # Of the variance.
     if memory is None:
-      key, value = project(x, 'key'), project(x, 'value')
+      key, value = project(here, 'key'), project(here, 'value')
       if index is not None:
         key, value = self._cached(key, value, index, room)
     else:
-      key, value = (self._kept(n, memory, project) for n in ('key', 'value'))
+      key, value = (self._kept(n, there, project) for n in ('key', 'value'))
       query = _by_memory(query, len(key))
     axes = ('batch', 'activation_heads', 'length', 'activation_kv')
     query, key, value = (constrain(a, *axes) for a in (query, key, value))
-    drop = nn.Dropout(self.dropout, broadcast_dims=(-2,))
-    y = attend(
-      query,
-      key,
-      value,
-      bias,
-      mask,
-      dropout=lambda w: drop(w, deterministic=deterministic),
-    )
+    # A weight is dropped for all queries at once, and so with what it weighs.
+    drop = nn.Dropout(self.dropout, broadcast_dims=(-1,))
+    value = drop(value, deterministic=deterministic)
+    with jax.named_scope('attention'):
+      y = attend(query, key, value, bias, sight)
     out = Kernel(
       (*joined, d),
       ('heads', 'kv', 'embed'),
@@ -100,8 +84,8 @@ class Attention(nn.Module):
       fan_in=(0, 1),
       name='out',
     )()
-    y = _by_row(y, len(x)).swapaxes(1, 2)
-    return jnp.einsum('blhk,hkd->bld', y, out)
+    y = _by_row(y, len(x)).swapaxes(1, 2).reshape(len(here[1]), -1)
+    return (y @ out.reshape(-1, d)).reshape(x.shape)
 
   def _kept(self, name, memory, project):
     if self.has_variable('memory', name):
@@ -174,7 +158,9 @@ class RelativePositionBias(nn.Module):
       num_buckets=self.num_buckets,
       max_distance=self.max_distance,
     )
-    return jnp.take(table, bucket, axis=1)[None]
+    # As a product: to look up single numbers is slow on every machine.
+    chosen = jax.nn.one_hot(bucket, self.num_buckets)
+    return jnp.einsum('hn,qkn->hqk', table, chosen, precision='highest')[None]
 
 
 def relative_bucket(distance, *, bidirectional, num_buckets, max_distance):

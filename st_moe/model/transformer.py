@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from st_moe.config import LayerPlan, ModelConfig, Sublayer
 from st_moe.model import layout
+from st_moe.model.attend import Sight
 from st_moe.model.attention import Attention, RelativePositionBias
 from st_moe.model.dispatch import SAVED_NAMES
 from st_moe.model.layers import (
@@ -18,6 +19,7 @@ from st_moe.model.layers import (
   Mlp,
   RMSNorm,
   activation_dtype,
+  flat,
 )
 from st_moe.model.moe import MoE
 from st_moe.routing.types import RouteContext, RouteOverride
@@ -41,9 +43,9 @@ class Surroundings:
 
   ctx: RouteContext
   bias: jax.Array  # float32 [1, heads, q, k].
-  mask: jax.Array  # bool [batch, 1, q, k].
+  sight: Sight
   encoded: jax.Array | None = None  # [batch, k, embed].
-  encoded_mask: jax.Array | None = None
+  encoded_sight: Sight | None = None
   index: jax.Array | None = None  # int32 [], the step when decoding.
   room: int = flax.struct.field(pytree_node=False, default=0)  # Of a cache.
 
@@ -94,7 +96,7 @@ def _self_attention(layer, sublayer, x, around):
     x,
     None,
     around.bias,
-    around.mask,
+    around.sight,
     deterministic=around.ctx.deterministic,
     index=around.index,
     room=around.room,
@@ -106,7 +108,7 @@ def _cross_attention(layer, sublayer, x, around):
     x,
     around.encoded,
     None,
-    around.encoded_mask,
+    around.encoded_sight,
     deterministic=around.ctx.deterministic,
   )
 
@@ -186,15 +188,12 @@ class Stack(nn.Module):
     cfg, dtype = self.config, activation_dtype(self.config.dtype)
     causal = self.kind == 'decoder'
     positions = keys = jnp.arange(x.shape[1])
-    mask = _sees(ctx, ctx) & (
-      (keys <= positions[:, None]) | jnp.bool_(not causal)
-    )
-    encoded_mask = None
+    sight = _sight(ctx, ctx, causal)
+    encoded_sight = None
     if encoded is not None:
-      # Several rows may share what is encoded; decoding, all of them are real.
-      whole = encoded_ctx.valid[:, None, None]
-      shared = decode or len(x) != len(encoded)
-      encoded_mask = whole if shared else _sees(ctx, encoded_ctx)
+      encoded_sight = _sight(ctx, encoded_ctx)
+      if decode or len(x) != len(encoded):  # Several rows may share what is.
+        encoded_sight = _of_all(encoded_ctx.valid)
     index, room = None, max_decode_length or x.shape[1]
     if decode:
       ready = self.has_variable('cache', 'cache_index')
@@ -205,7 +204,7 @@ class Stack(nn.Module):
       if ready:
         step.value = index + 1
         positions, keys = index[None], jnp.arange(room)
-        mask = (keys <= index)[None, None, None]
+        sight = _of_all((keys <= index)[None])
     around = Surroundings(
       ctx=ctx,
       bias=RelativePositionBias(
@@ -216,9 +215,9 @@ class Stack(nn.Module):
         init_scale=cfg.position_init_scale,
         name='relpos_bias',
       )(positions, keys),
-      mask=mask,
+      sight=sight,
       encoded=encoded,
-      encoded_mask=encoded_mask,
+      encoded_sight=encoded_sight,
       index=index,
       room=room,
     )
@@ -262,12 +261,18 @@ class Stack(nn.Module):
     return x
 
 
-def _sees(query: RouteContext, key: RouteContext) -> jax.Array:
-  """bool [batch, 1, q, k]: real tokens of the same packed example."""
-  sees = query.valid[:, :, None] & key.valid[:, None, :]
-  if query.segments is not None and key.segments is not None:
-    sees &= query.segments[:, :, None] == key.segments[:, None, :]
-  return sees[:, None]
+def _sight(query: RouteContext, key: RouteContext, causal=False) -> Sight:
+  """Real tokens of the same packed example see one another."""
+  packed = query.segments is not None and key.segments is not None
+  number = lambda of, no: jnp.where(
+    of.valid, of.segments + 1 if packed else 1, no
+  )
+  return Sight(number(query, -1), number(key, 0), causal)
+
+
+def _of_all(keys: jax.Array) -> Sight:
+  """Of any query, on the `keys` [batch or 1, k] that are there."""
+  return Sight(jnp.ones((1, 1), jnp.int32), keys.astype(jnp.int32))
 
 
 class Transformer(nn.Module):
@@ -346,10 +351,12 @@ class Transformer(nn.Module):
     max_decode_length: int | None = None,
     step=None,
     override: RouteOverride | None = None,
+    project: bool = True,
   ) -> jax.Array:
     """Logits float32 [batch, length, vocab] of the token after each input.
 
-    `encoded` [batch / r, ...] is shared by each r rows of the decoder.
+    `encoded` [batch / r, ...] is shared by each r rows of the decoder. Without
+    `project`, what logits are made of: [batch, length, embed].
     """
     tokens = decoder_input_tokens
     # Inputs begin with a 0 that is no padding; targets say what is.
@@ -378,15 +385,17 @@ class Transformer(nn.Module):
       decode=decode,
       max_decode_length=max_decode_length,
     )
-    return self._logits(x)
+    return self.project(x) if project else x
 
-  def _logits(self, x) -> jax.Array:
+  def project(self, x: jax.Array) -> jax.Array:
+    """Logits float32 [batch, length, vocab] of the last stack's output."""
     # Before the product: logits rounded to bfloat16 would lose near ties.
     x = x.astype(jnp.float32)
     if self.config.tie_embeddings:
       logits = self.token_embedder.attend(x)
     else:
-      logits = jnp.einsum('bld,dv->blv', x, self.logits_dense())
+      logits = flat(x) @ self.logits_dense()
+      logits = logits.reshape(*x.shape[:-1], -1)
     return constrain(logits, 'batch', 'length', 'activation_vocab')
 
   def __call__(
@@ -402,8 +411,9 @@ class Transformer(nn.Module):
     enable_dropout: bool = True,
     decode: bool = False,
     step=None,
+    project: bool = True,
   ) -> jax.Array:
-    """Logits of the last stack, for teacher forcing."""
+    """Logits of the last stack, for teacher forcing; or their input."""
     encoded = None
     if self.config.encoder:
       encoded = self.encode(
@@ -414,7 +424,7 @@ class Transformer(nn.Module):
         step=step,
       )
     if not self.config.decoder:
-      return self._logits(encoded)
+      return self.project(encoded) if project else encoded
     return self.decode(
       encoded,
       encoder_input_tokens,
@@ -426,4 +436,5 @@ class Transformer(nn.Module):
       enable_dropout=enable_dropout,
       decode=decode,
       step=step,
+      project=project,
     )

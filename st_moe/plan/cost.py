@@ -57,7 +57,9 @@ def work(config: Config, sizes: dict[str, int]) -> Work:
     p.size * math.prod(sizes[a] for a in p.gathered)
     for p in memory.parameters(config, mesh)
   )
-  flops = counts.train_flops(model, *lengths)
+  flops = dict(counts.train_flops(model, *lengths))
+  if config.loss.positions:  # Logits are made again.
+    flops['recomputed'] += flops['logits'] / 3
   return Work(
     flops={part: n * share for part, n in flops.items()},
     traffic=counts.train_moved(model, *lengths) * share * item

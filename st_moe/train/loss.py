@@ -5,6 +5,7 @@ Terms are added over microbatches before anything is divided, so cutting a batch
 into microbatches changes neither losses nor gradients.
 """
 
+import functools
 from collections.abc import Iterable, Mapping
 
 import jax
@@ -36,6 +37,39 @@ def token_terms(logits, targets, weights, *, label_smoothing: float = 0.0):
     'z_loss': over(z),
     'accuracy': over(hits),
   }
+
+
+def token_terms_of(
+  project, x, targets, weights, *, positions: int, label_smoothing: float = 0.0
+):
+  """`token_terms` of logits `project(x)`, which need not be there at once.
+
+  Args:
+    project: [batch, n, embed] -> logits [batch, n, vocab].
+    x: [batch, length, embed].
+    positions: n, at most; 0: the length. The backward pass projects again.
+  """
+  terms = functools.partial(token_terms, label_smoothing=label_smoothing)
+  batch, length, _ = x.shape
+  if not 0 < positions < length:
+    return terms(project(x), targets, weights)
+  parts = -(-length // positions)
+
+  def cut(a):  # [parts, batch, positions, ...]
+    rest = [(0, 0)] * (a.ndim - 2)
+    a = jnp.pad(a, [(0, 0), (0, parts * positions - length), *rest])
+    return a.reshape(batch, parts, positions, *a.shape[2:]).swapaxes(0, 1)
+
+  @jax.checkpoint
+  def add(total, part):
+    x, targets, weights = part
+    return jax.tree.map(jnp.add, total, terms(project(x), targets, weights))
+
+  cuts = jax.tree.map(cut, (x, targets, weights))
+  names = 'cross_entropy', 'z_loss', 'accuracy'
+  zeros = dict.fromkeys(names, (jnp.zeros(()), jnp.zeros(())))
+  total, _ = jax.lax.scan(lambda t, part: (add(t, part), None), zeros, cuts)
+  return total
 
 
 def records(intermediates: Mapping) -> dict[str, list]:

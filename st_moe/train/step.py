@@ -86,18 +86,22 @@ def forward(model, config: Config, params, batch, *, rng, step=None):
   Args:
     rng: of dropout and routing noise; None evaluates.
   """
-  logits, sown = model.apply(
-    {'params': params},
+  variables = {'params': params}
+  x, sown = model.apply(
+    variables,
     **inputs_of(batch, model.config),
     enable_dropout=rng is not None,
     step=step,
+    project=False,
     rngs=None if rng is None else {'dropout': rng},
     mutable=['intermediates'],
   )
   by_stack = losses.records(sown.get('intermediates', {}))
-  terms = losses.token_terms(
-    logits,
+  terms = losses.token_terms_of(
+    lambda x: model.apply(variables, x, method='project'),
+    x,
     *targets_of(batch, model.config),
+    positions=config.loss.positions,
     label_smoothing=config.loss.label_smoothing if rng is not None else 0.0,
   )
   return {

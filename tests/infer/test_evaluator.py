@@ -49,6 +49,8 @@ class Table:
   def apply(self, variables, *args, method='__call__', mutable=None, **kwargs):
     if method == 'encode':
       return self._encode(*args)
+    if method == 'project':
+      return args[0]  # They are logits already.
     if method == 'decode':
       encoded, _, inputs, _ = args
     else:

@@ -149,5 +149,7 @@ def test_flops_of_a_step_are_those_of_the_compiled_one(remat, dispatcher):
 
   compiled = jit(jax.grad(loss)).lower(step.abstract_params(Transformer(model)))
   program = hlo.Program(compiled.compile().as_text())
-  expected = 4 * sum(counts.train_flops(model, 16, 8).values())
+  # Position biases are chosen by a product, once for all rows.
+  chosen = 2 * 2 * model.num_heads * model.relpos_buckets * (16**2 + 8**2)
+  expected = chosen + 4 * sum(counts.train_flops(model, 16, 8).values())
   assert program.flops() == pytest.approx(expected, rel=1e-3)

@@ -94,6 +94,19 @@ ENTRY %main.1 (lhs: bf16[64,32,1], rhs: bf16[114,114,32]) -> f32[64,114,114] {{
       ' lhs_contracting_dims={1}, rhs_contracting_dims={0}',
       2 * 6 * 64 * 10,
     ),
+    # What a kernel says of itself; others, as of a layout, multiply nothing.
+    (
+      'ROOT %c = (f32[6,10]{1,0:T(8,128)}, f32[6]{0}) custom-call(%flat,'
+      ' /*index=1*/%table), custom_call_target="tpu_custom_call",'
+      ' backend_config={"custom_call_config":{"body":"TUz(v=","cost_estimate":'
+      '{"flops":"7680","transcendentals":"60"}}}',
+      2 * 6 * 64 * 10,
+    ),
+    (
+      'ROOT %c = bf16[6,64]{1,0} custom-call(%flat),'
+      ' custom_call_target="ConcatBitcast"',
+      0,
+    ),
   ],
 )
 def test_products_as_a_tpu_has_them(line, flops):

@@ -29,8 +29,8 @@ def config(layers=2, batch=8, **changes) -> Config:
 
 # In bytes of one token.
 NORMED = 2 * 16 * 2  # What a norm reads, and what it writes.
-HEADS = 4 * 2 * 8 * 2  # Queries, keys, values and what attention says.
-SCORES = 2 * (16 * (4 + 2) + 2 * 4)  # Float32 and not; a maximum and a sum.
+HEADS = 5 * 2 * 8 * 2  # Queries, keys, values; answers, by head and by token.
+SCORES = 2 * 4  # The logarithm of a sum.
 HIDDEN = 3 * 24 * 2  # Gate, what it lets through, and their product.
 
 

@@ -1,6 +1,7 @@
 """Losses by hand: cross-entropy, z-loss, smoothing, weights, router terms."""
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -53,6 +54,40 @@ def test_label_smoothing_spreads_a_share_over_all_classes():
   assert terms['cross_entropy'] == pytest.approx((expected, 1), rel=1e-6)
   # The z-loss knows no targets.
   assert terms['z_loss'] == pytest.approx((math.log(8) ** 2, 1))
+
+
+@pytest.mark.parametrize('positions', [0, 1, 3, 4, 7, 9])
+def test_logits_of_a_few_positions_at_a_time_lose_as_much(positions):
+  rng = np.random.default_rng(0)
+  x, kernel = (
+    jnp.asarray(rng.normal(size=size), jnp.float32)
+    for size in ((2, 7, 4), (4, 50))
+  )
+  targets = jnp.asarray(rng.integers(0, 50, (2, 7)))
+  weights = jnp.asarray(rng.random((2, 7)), jnp.float32)
+
+  def summed(positions, x, kernel):
+    terms = loss.token_terms_of(
+      lambda x: x @ kernel,
+      x,
+      targets,
+      weights,
+      positions=positions,
+      label_smoothing=0.1,
+    )
+    return sum(s for s, _ in terms.values()), terms
+
+  grad = jax.grad(summed, argnums=(1, 2), has_aux=True)
+  expected, found = grad(0, x, kernel), grad(positions, x, kernel)
+  for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+  # And what waits for the backward pass has no logits.
+  run = functools.partial(summed, positions)
+  back = jax.eval_shape(
+    lambda *args: jax.vjp(run, *args, has_aux=True)[1], x, kernel
+  )
+  largest = max(a.size for a in jax.tree.leaves(back))
+  assert (largest < 2 * 7 * 50) == (0 < positions < 7)
 
 
 def test_z_loss_sees_a_shift_that_cross_entropy_does_not():

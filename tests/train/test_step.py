@@ -16,6 +16,7 @@ from st_moe.config import (
   Config,
   DataConfig,
   EvalConfig,
+  LossConfig,
   OptimizerConfig,
   Part,
   StackConfig,
@@ -153,6 +154,18 @@ def test_four_microbatches_are_one_batch():
   start = _parts()[1].params
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), whole[0].params, start)
   assert min(jax.tree.leaves(moved)) > 0
+
+
+def test_logits_in_parts_change_no_step():
+  # On eight devices, two of which share the vocabulary.
+  (model, made, config), state = _parts()
+  config = dataclasses.replace(config, loss=LossConfig(positions=3))
+  whole, metrics = _run(_batch())
+  with sharding.use(sharding.make_mesh(data=4, model=2)):
+    train_step = jax.jit(step.make_train_step(model, made, config))
+    parts = jax.device_get(train_step(state, _batch()))
+  assert_trees_close(parts[0].params, whole.params, tolerance=1e-6)
+  assert_trees_close(parts[1], metrics, tolerance=2e-6)
 
 
 def test_gradients_stay_as_they_arise():
