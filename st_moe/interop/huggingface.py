@@ -23,6 +23,7 @@ _T5 = ('t5', 'mt5')
 _SWITCH = 'switch_transformers'
 _ACTIVATIONS = {'relu': 'relu', 'gelu_new': 'gelu', 'gated-gelu': 'geglu'}
 _STACKS = ('encoder', 'decoder')
+_COPIES = [f'{stack}.embed_tokens.weight' for stack in _STACKS]
 
 
 def open_source(where: str) -> Source:
@@ -42,8 +43,7 @@ def open_source(where: str) -> Source:
   tied = scaled and not head
   model = dataclasses.replace(config.model, tie_embeddings=tied)
   pieces = directory / 'spiece.model'
-  copies = ['encoder.embed_tokens.weight', 'decoder.embed_tokens.weight']
-  copies += [] if head else ['lm_head.weight']
+  copies = [*_COPIES] if head else [*_COPIES, 'lm_head.weight']
   return Source(
     where=f'hf:{where}',
     config=dataclasses.replace(config, model=model),
@@ -275,7 +275,12 @@ def save(where: str, params, config: Config, vocabulary: bytes | None) -> None:
     if vocabulary:
       (directory / 'spiece.model').write_bytes(vocabulary)
     theirs = links(model, head=head, scaled=not head)
-    safetensors.write(directory, tensors(params, model, theirs))
+    found = [*tensors(params, model, theirs)]
+    if head and beside['config.json']['model_type'] == _SWITCH:
+      # Its class ties either all of these to the table or none.
+      (table,) = (t for t in found if t[0] == 'shared.weight')
+      found += [(name, *table[1:]) for name in _COPIES]
+    safetensors.write(directory, found)
 
 
 def logits(where: str, inputs, shifted) -> np.ndarray:

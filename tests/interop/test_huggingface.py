@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import st_moe
 from st_moe import config_file
@@ -312,6 +312,45 @@ def test_places_are_exported_as_they_are():
   }
   config = Config(model=tiny(activation='relu', moe=moe))
   assert huggingface.check_export(config)['expert_capacity'] == 600
+
+
+@pytest.fixture
+def switch(tmp_path):
+  """A Switch with an output projection, and where it was saved."""
+  moe = {
+    'selector': Part.of('top_k', k=1),
+    'extra_ffn': 'none',
+    'eval_capacity': Capacity(dropless=True),
+  }
+  model = tiny(activation='relu', moe=moe)
+  tokens = jnp.ones((1, 1), jnp.int32)
+  params = random_params(Transformer(model), *[tokens] * 3)
+  huggingface.save(tmp_path / 'to', params, Config(model=model), None)
+  return model, params, tmp_path / 'to'
+
+
+def test_untied_its_embedding_has_three_names(switch):
+  # Or transformers begins both stacks with random ones.
+  _, params, where = switch
+  found = load_file(where / 'model.safetensors')
+  for name in ('shared', 'encoder.embed_tokens', 'decoder.embed_tokens'):
+    np.testing.assert_array_equal(
+      found[f'{name}.weight'], params['token_embedder']['embedding']
+    )
+  again, _ = st_moe.interop.load(f'hf:{where}')
+  assert layout.by_path(again).keys() == layout.by_path(params).keys()
+
+
+def test_untied_it_says_there_what_it_says_here(switch):
+  reason = "transformers is not installed: pip install -e '.[hf]'"
+  pytest.importorskip('transformers', reason=reason)
+  model, params, where = switch
+  inputs, shifted = (batch()[name] % 32 for name in ('inputs', 'shifted'))
+  here = Transformer(model).apply(
+    {'params': params}, inputs, shifted, shifted + 1, enable_dropout=False
+  )
+  there = huggingface.logits(where, inputs, shifted)
+  np.testing.assert_allclose(here, there, rtol=0, atol=1e-5)
 
 
 def test_what_is_left_over_is_named(tmp_path):
