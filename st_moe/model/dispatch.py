@@ -8,6 +8,8 @@ One contract, equal results:
                         keys for dropout: `experts.Bank`
   y [g, s, d]           each token's answers, summed with their weights in
                         float32 and returned in the dtype of x
+
+In a profile the ways there and back are `dispatch` and `combine`.
 """
 
 import functools
@@ -30,32 +32,35 @@ def mask(x, seats: Seats, experts, *, capacity, num_experts, transport='auto'):
   Costs 4 * s * e * c * d FLOPs per group beyond the experts.
   """
   g, s, _ = x.shape
-  combine = jnp.zeros((g, s, num_experts, capacity))
   place = jnp.where(seats.place < 0, capacity, seats.place)
-  combine = jax.vmap(
-    lambda m, *route: m.at[route[:3]].add(route[3], mode='drop')
-  )(combine, seats.token, seats.expert, place, seats.weight)
-  taken = jnp.zeros(combine.shape, x.dtype)
-  taken = jax.vmap(lambda m, *route: m.at[route].set(1, mode='drop'))(
-    taken, seats.token, seats.expert, place
-  )
-  xs = jnp.einsum('gsec,gsd->egcd', taken, x)
-  ys = _exchange(xs, experts, transport)
-  return jnp.einsum('gsec,egcd->gsd', combine, ys.astype(jnp.float32)).astype(
-    x.dtype
-  )
+  with jax.named_scope('dispatch'):
+    taken = jnp.zeros((g, s, num_experts, capacity), x.dtype)
+    taken = jax.vmap(lambda m, *route: m.at[route].set(1, mode='drop'))(
+      taken, seats.token, seats.expert, place
+    )
+    xs = jnp.einsum('gsec,gsd->egcd', taken, x)
+  ys = _exchange(xs, experts, transport).reshape(xs.shape)
+  with jax.named_scope('combine'):
+    combine = jnp.zeros(taken.shape)
+    combine = jax.vmap(
+      lambda m, *route: m.at[route[:3]].add(route[3], mode='drop')
+    )(combine, seats.token, seats.expert, place, seats.weight)
+    y = jnp.einsum('gsec,egcd->gsd', combine, ys.astype(jnp.float32))
+    return y.astype(x.dtype)
 
 
 def index(x, seats: Seats, experts, *, capacity, num_experts, transport='auto'):
   """Tokens gathered by place, answers added up by token: what sits, no more."""
   slot = seats.expert * capacity + seats.place
-  by_slot = _by_slot(seats, slot, num_experts * capacity)
-  # Born [e, g, c], as they travel.
-  split = lambda a: a.reshape(len(x), num_experts, capacity).swapaxes(0, 1)
-  token, weight = (split(a) for a in by_slot)
-  return _combine(
-    _exchange(_take(x, token), experts, transport), token, weight, x.shape[1]
-  )
+  with jax.named_scope('dispatch'):
+    by_slot = _by_slot(seats, slot, num_experts * capacity)
+    # Born [e, g, c], as they travel.
+    split = lambda a: a.reshape(len(x), num_experts, capacity).swapaxes(0, 1)
+    token, weight = (split(a) for a in by_slot)
+    xs = _take(x, token)
+  ys = _exchange(xs, experts, transport)
+  with jax.named_scope('combine'):
+    return _combine(ys, token, weight, x.shape[1])
 
 
 def grouped(
@@ -88,7 +93,8 @@ def grouped(
 
   def local(x, seats, experts):
     # Tokens of all who share the experts meet on each of their devices.
-    x, seats = jax.lax.all_gather((x, seats), 'expert', tiled=True)
+    with jax.named_scope('dispatch'):
+      x, seats = jax.lax.all_gather((x, seats), 'expert', tiled=True)
     x = checkpoint_name(x, 'expert_inputs')
     n = len(experts.wo)
     first = jax.lax.axis_index('expert') * n
@@ -102,8 +108,9 @@ def grouped(
     x, seats = jax.lax.pcast((x, seats), 'model', to='varying')
     experts = jax.tree.map(own, experts)
     y = blocks(x, seats, experts).astype(jnp.float32)
-    y = jax.lax.psum_scatter(y, 'expert', tiled=True)
-    return jax.lax.psum(y, 'model').astype(x.dtype)
+    with jax.named_scope('combine'):
+      y = jax.lax.psum_scatter(y, 'expert', tiled=True)
+      return jax.lax.psum(y, 'model').astype(x.dtype)
 
   by_group = lambda a: ('group', *(None,) * (a.ndim - 1))
   axes = jax.tree.map(by_group, (x, seats))
@@ -131,7 +138,8 @@ def _in_blocks(x, seats: Seats, experts, *, capacity, num_experts, block):
     place=one(seats.place),
     weight=one(seats.weight),
   )
-  by_slot = _by_slot(flat, one(row), most * block)
+  with jax.named_scope('dispatch'):
+    by_slot = _by_slot(flat, one(row), most * block)
   token, weight = (a.reshape(most, 1, block) for a in by_slot)
   load = g * min(n / num_experts, capacity)  # Of an expert, were all alike.
   turns = round(here * max(1, load / block + 0.5))
@@ -156,8 +164,11 @@ def _answers(turns: int, x, experts, weight, token, expert, n) -> jax.Array:
 
   def turn(i, y):
     w, t, e = _at((weight, token, expert), i)
-    ys = _one(experts, e[0], i)(_picked(rows, t), None)
-    return _add(y, ys.astype(jnp.float32) * w[..., None], t)
+    with jax.named_scope('dispatch'):
+      xs = _picked(rows, t)
+    ys = _one(experts, e[0], i)(xs, None)
+    with jax.named_scope('combine'):
+      return _add(y, ys.astype(jnp.float32) * w[..., None], t)
 
   return _loop(turns, n, turn, jnp.zeros_like(x, jnp.float32)).astype(x.dtype)
 
@@ -174,10 +185,14 @@ def _answers_backward(turns, kept, dy):
   def turn(i, sums):
     w, t, e = _at((weight, token, expert), i)
     answer = lambda one, xs: one(xs, None)
-    ys, back = jax.vjp(answer, _one(experts, e[0], i), _picked(rows, t))
-    heard = _picked(slopes, t).astype(jnp.float32)
-    d, dxs = back((heard * w[..., None]).astype(ys.dtype))
-    dw = (heard * ys.astype(jnp.float32)).sum(-1)
+    with jax.named_scope('dispatch'):
+      xs = _picked(rows, t)
+    ys, back = jax.vjp(answer, _one(experts, e[0], i), xs)
+    with jax.named_scope('combine'):
+      heard = _picked(slopes, t).astype(jnp.float32)
+      dys = (heard * w[..., None]).astype(ys.dtype)
+      dw = (heard * ys.astype(jnp.float32)).sum(-1)
+    d, dxs = back(dys)
 
     def add(total, d, at):
       if d.dtype == jax.dtypes.float0:  # Of a key.
@@ -186,8 +201,10 @@ def _answers_backward(turns, kept, dy):
       return jax.lax.dynamic_update_slice_in_dim(total, new, at, 0)
 
     dx, dexperts, dweight = sums
+    with jax.named_scope('dispatch'):
+      dx = _add(dx, dxs.astype(jnp.float32), t)
     return (
-      _add(dx, dxs.astype(jnp.float32), t),
+      dx,
       jax.tree.map(lambda total, d: add(total, d, e[0]), dexperts, d),
       add(dweight, dw, i),
     )
@@ -232,9 +249,11 @@ def per_token(
   d = x.shape[-1]
   token = seats.token[None]
   weight = jnp.where(seats.place < 0, 0, seats.weight)[None]
-  xs = _take(x, token).reshape(g * n, 1, d)
+  with jax.named_scope('dispatch'):
+    xs = _take(x, token).reshape(g * n, 1, d)
   ys = experts(xs, seats.expert.reshape(-1)).reshape(1, g, n, d)
-  return _combine(ys, token, weight, x.shape[1])
+  with jax.named_scope('combine'):
+    return _combine(ys, token, weight, x.shape[1])
 
 
 DISPATCHERS = {
@@ -246,12 +265,24 @@ DISPATCHERS = {
 
 
 def _exchange(xs: jax.Array, experts, transport: str) -> jax.Array:
-  """Experts on [e, g, c, d], moved between the layouts by two all-to-alls."""
+  """Experts on [e, g, c, d], moved between the layouts by two all-to-alls.
+
+  Returns [e, devices, rows, d]: what a device sends lies along one axis, as
+  CPUs like it, and the devices have their own. So a TPU multiplies rows in the
+  order in which they arrive; one axis of both would be a copy. Where there is
+  one device, answers come in the shape of `xs`.
+  """
   here = (None, 'group', 'slot', 'activation_embed')
   there = ('expert', 'expert_replicas', 'slot', 'activation_embed')
-  xs = move(xs, here, there, split=0, join=1, by=transport)
+  shape, devices = xs.shape, shards('group')
+  with jax.named_scope('dispatch'):
+    xs = xs.reshape(len(xs), devices, -1, xs.shape[-1])
+    xs = move(xs, here, there, split=0, join=1, by=transport)
   ys = experts(checkpoint_name(xs, 'expert_inputs'), None)
-  ys = move(ys, there, here, split=1, join=0, by=transport)
+  with jax.named_scope('combine'):
+    ys = move(ys, there, here, split=1, join=0, by=transport)
+    # A CPU weighs groups faster than an axis of one.
+    ys = ys.reshape(shape) if devices == 1 else ys
   return checkpoint_name(ys, 'expert_outputs')
 
 
@@ -349,14 +380,16 @@ _taken.defvjp(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _combine(ys, token, weight, s: int) -> jax.Array:
-  """Answers [b, g, n, d], weighted and added up by token: [g, s, d].
+  """Answers to tokens [b, g, n], weighted and added up: [g, s, d].
 
+  They are [..., d] and taken as they are: a TPU pays for every change of shape.
   By slot rather than by route, of which there are more where places are few;
   and a TPU gathers rows at more than twice the cost of scattering them.
   """
   # Or XLA converts first and copies twice the bytes.
   ys = jax.lax.optimization_barrier(ys)
-  heard = ys.astype(jnp.float32) * weight[..., None]
+  heard = ys.astype(jnp.float32) * weight.reshape(*ys.shape[:-1], 1)
+  heard = heard.reshape(*token.shape, -1)
   return _added(heard, token, s).astype(ys.dtype)
 
 
@@ -368,9 +401,11 @@ def _combine_backward(s, kept, dy):
   # By hand, or rows would be gathered in float32, at twice the cost.
   ys, token, weight = kept
   ys = jax.lax.optimization_barrier(ys)
-  heard = _take(dy, token).astype(jnp.float32)
-  dys = (heard * weight[..., None]).astype(ys.dtype)
-  return dys, None, (heard * ys.astype(jnp.float32)).sum(-1)
+  heard = _take(dy, token).reshape(ys.shape)
+  heard = jax.lax.optimization_barrier(heard).astype(jnp.float32)
+  dys = (heard * weight.reshape(*ys.shape[:-1], 1)).astype(ys.dtype)
+  dweight = (heard * ys.astype(jnp.float32)).sum(-1)
+  return dys, None, dweight.reshape(weight.shape)
 
 
 _combine.defvjp(_combine_forward, _combine_backward)

@@ -22,19 +22,21 @@ class Bank:
   activation: str = flax.struct.field(pytree_node=False)
   dropout: float = flax.struct.field(pytree_node=False)
 
+  @jax.named_scope('experts')
   def __call__(self, x: jax.Array, expert=None) -> jax.Array:
     """Block b of `x` [b, ..., d] through expert `expert[b]` (None: b)."""
     of_block = lambda w: w if expert is None else w[expert]
-    hidden = [_product(x, of_block(w)) for w in self.wi]
+    # A CPU would transpose an axis of one.
+    tokens = x.squeeze(1) if x.shape[1:-2] == (1,) else x
+    hidden = [_product(tokens, of_block(w)) for w in self.wi]
     h = activate(self.activation, hidden)
     if self.bias is not None:
-      bias = of_block(self.bias)
-      h *= bias.reshape(-1, *(1,) * (h.ndim - 2), h.shape[-1])
+      h *= jnp.expand_dims(of_block(self.bias), range(1, h.ndim - 1))
     if self.key is not None:
       keep = 1 - self.dropout
       stays = jax.random.bernoulli(self.key, keep, h.shape)
       h = jnp.where(stays, h / keep, 0)
-    return _product(h, of_block(self.wo))
+    return _product(h, of_block(self.wo)).reshape(x.shape)
 
   def axes(self) -> 'Bank':
     """The logical axes of its arrays, of weights that are whole along d."""
@@ -49,12 +51,10 @@ class Bank:
 
 
 def _product(x: jax.Array, w: jax.Array) -> jax.Array:
-  """Block b of x [b, ..., d] by w[b] [d, f]."""
-  if len(w) > 1:
-    return jnp.einsum('b...d,bdf->b...f', x, w)
-  # As a plain product: else XLA transposes first, and slowly, on a CPU.
-  y = x.reshape(-1, x.shape[-1]) @ w[0]
-  return y.reshape(*x.shape[:-1], -1)
+  """x[b] [..., d] by w[b] [d, f]."""
+  # A single one as a plain product: else a CPU transposes first.
+  one = len(w) == 1
+  return (x[0] @ w[0])[None] if one else jnp.einsum('b...d,bdf->b...f', x, w)
 
 
 class Experts(nn.Module):

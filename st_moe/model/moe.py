@@ -48,7 +48,8 @@ class MoE(nn.Module):
       scores = scores.biased(ctx.override.bias)
     rng = self.make_rng('dropout') if self.has_rng('dropout') else None
     select = moe.selector.choose('selector', SELECTORS)
-    seats = select(scores, ctx, rng=rng, capacity=capacity)
+    with jax.named_scope('router'):
+      seats = select(scores, ctx, rng=rng, capacity=capacity)
     experts = Experts(
       moe.num_experts,
       cfg.expert_dim,
