@@ -15,6 +15,7 @@ Prints a table and, last, one line of JSON.
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -23,6 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
+
+from st_moe import backend
 
 VOCABULARY, BATCH, LENGTHS = 4096, 16, (256, 64)
 RATE, WEIGHTS = 1e-3, {'router_z': 1e-3, 'load_balance': 1e-2}
@@ -62,7 +65,6 @@ def our_config(experts: int):
     ),
     dense=not experts,
     dtype='float32',
-    scan_layers=False,  # As theirs.
   )
   # Their two stacks have losses of their own, the means over their layers.
   router = {name: 2 * weight for name, weight in WEIGHTS.items()}
@@ -76,7 +78,7 @@ def our_config(experts: int):
   )
 
 
-def our_steps(experts: int, parameters: str):
+def our_steps(flags):
   """Takes a step whenever asked, and says what came of it."""
   import jax
   import numpy as np
@@ -87,7 +89,12 @@ def our_steps(experts: int, parameters: str):
   from st_moe.train import optimizer, step
 
   yield
+  experts = flags.experts[0]
   config = our_config(experts)
+  model = dataclasses.replace(
+    config.model, scan_layers=not flags.unrolled, remat=flags.remat
+  )
+  config = dataclasses.replace(config, model=model)
   inputs, targets = tokens()
   batch = {
     'encoder_input_tokens': inputs,
@@ -101,8 +108,8 @@ def our_steps(experts: int, parameters: str):
     tx = optimizer.make(config.optimizer, step.parameter_axes(model))
     plan = step.plan_init(model, tx, mesh)
     params = plan.random_params(jax.random.key(0))
-    if parameters:
-      huggingface.save(parameters, params, config, None)
+    if flags.parameters:
+      huggingface.save(flags.parameters, params, config, None)
     state = plan.begin(params)
     train_step = jax.jit(
       step.make_train_step(model, tx, config), donate_argnums=0
@@ -117,14 +124,15 @@ def our_steps(experts: int, parameters: str):
       yield {'loss': float(metrics['cross_entropy']), 'dropped': dropped}
 
 
-def their_steps(experts: int, parameters: str):
+def their_steps(flags):
   import torch
   import transformers
 
   yield
+  experts = flags.experts[0]
   torch.set_num_threads(len(os.sched_getaffinity(0)))
   model = transformers.SwitchTransformersForConditionalGeneration
-  model = model.from_pretrained(parameters, dropout_rate=0.0).train()
+  model = model.from_pretrained(flags.parameters, dropout_rate=0.0).train()
   config = our_config(experts).model
   dropped = {}
 
@@ -163,7 +171,7 @@ def their_steps(experts: int, parameters: str):
     balance = out.encoder_aux_loss + out.decoder_aux_loss
     router = WEIGHTS['router_z'] * z + WEIGHTS['load_balance'] * balance
     yield {
-      'loss': float(out.loss - router),
+      'loss': float((out.loss - router).detach()),
       'dropped': [seats[0] / seats[1] for seats in dropped.values()],
     }
 
@@ -174,7 +182,7 @@ SIDES = {'ours': our_steps, 'dense': our_steps, 'hf': their_steps}
 def work(flags) -> None:
   """A process of one side: a step for each line it reads."""
   said, sys.stdout = sys.stdout, sys.stderr
-  steps = SIDES[flags.side](flags.experts[0], flags.parameters)
+  steps = SIDES[flags.side](flags)
   next(steps)
   before = resident('VmRSS')
   for _ in sys.stdin:
@@ -193,15 +201,20 @@ def resident(which: str) -> float:
 class Side:
   """A process that takes a step when asked."""
 
-  def __init__(self, side: str, experts: int, parameters: str, threads: int):
+  def __init__(self, side: str, experts: int, parameters: str, flags):
     command = [sys.executable, __file__, f'--side={side}']
     command += [f'--experts={experts}', f'--parameters={parameters}']
-    cores = sorted(os.sched_getaffinity(0))[:threads]
+    command += [f'--remat={flags.remat}', *['--unrolled'] * flags.unrolled]
+    cores = sorted(os.sched_getaffinity(0))[: flags.threads]
+    env = dict(os.environ)
+    if side != 'hf':
+      backend.prepare(env)  # As `st-moe train` does.
     self.process = subprocess.Popen(
       command,
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       text=True,
+      env=env,
       preexec_fn=lambda: os.sched_setaffinity(0, cores),
     )
 
@@ -219,10 +232,10 @@ class Side:
     self.process.wait()
 
 
-def measure(experts: int, steps: int, threads: int) -> dict:
+def measure(experts: int, flags) -> dict:
   with tempfile.TemporaryDirectory() as where:
     begin = lambda side, of, write: Side(
-      side, of, f'{where}/switch' if write else '', threads
+      side, of, f'{where}/switch' if write else '', flags
     )
     ours = begin('ours', experts, True)
     first = {'ours': ours.step()}
@@ -233,7 +246,7 @@ def measure(experts: int, steps: int, threads: int) -> dict:
     }
     first |= {name: sides[name].step() for name in ('dense', 'hf')}
     rounds = []
-    for i in range(steps + 1):
+    for i in range(flags.steps + 1):
       found = {name: side.step() for name, side in sides.items()}
       if i:  # Allocators settle in the second step.
         rounds.append(found)
@@ -278,6 +291,14 @@ def main():
   parser.add_argument('--experts', type=numbers, default=[8, 32])
   parser.add_argument('--steps', type=int, default=9)
   parser.add_argument('--threads', type=int, default=2)
+  parser.add_argument(
+    '--remat',
+    default='full',
+    help="what our backward pass computes again: 'full', 'dots' or 'none'",
+  )
+  parser.add_argument(
+    '--unrolled', action='store_true', help='our layers, instead of scanned'
+  )
   parser.add_argument('--side', choices=SIDES, help=argparse.SUPPRESS)
   parser.add_argument('--parameters', default='', help=argparse.SUPPRESS)
   flags = parser.parse_args()
@@ -298,7 +319,7 @@ def main():
     if importlib.util.find_spec(name) is None:
       sys.exit(f"This takes {name}: pip install 'st_moe[hf]'.")
   table = Table('experts', 'side', 's', 'faster', 'peak MB', 'dropped', 'loss')
-  found = [measure(e, flags.steps, flags.threads) for e in flags.experts]
+  found = [measure(e, flags) for e in flags.experts]
   share = lambda parts: ', '.join(f'{p:.1%}' for p in parts)
   for f in found:
     for side in ('ours', 'hf'):
@@ -313,7 +334,7 @@ def main():
       )
     table.add_row('', 'dense', f'{f["dense_s"]:.3f}')
   Console().print(table)
-  print(json.dumps({'threads': flags.threads, 'found': found}))
+  print(json.dumps({**vars(flags), 'found': found}))
 
 
 if __name__ == '__main__':

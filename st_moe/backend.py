@@ -4,9 +4,13 @@ An unknown flag ends the process, so each is tried on the compiler it is for.
 """
 
 import ctypes
+import os
 import pathlib
 import platform
+import re
+import sys
 from collections.abc import MutableMapping
+from typing import NoReturn
 
 # Backend -> (variable that its compiler reads, flags).
 FLAGS = {
@@ -44,29 +48,39 @@ FLAGS = {
   ),
 }
 
-# What a step frees stays for the next, which else waits for as many new pages.
-# By the numbers of glibc's malloc.h.
-ONE_HEAP = {-8: 1}  # M_ARENA_MAX: the others give back whatever is set.
-KEEP_FREED = {
-  -4: 0,  # M_MMAP_MAX: large arrays from the heap too.
-  -1: 2**31 - 1,  # M_TRIM_THRESHOLD.
-}
+# Of glibc's malloc. What a step frees goes back to the system, and the next one
+# waits for as many new pages: of 2 MB there are 512 times fewer. One heap, or
+# threads that come and go leave holes in each.
+TUNABLES = 'glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1'
 
 
-def prepare(env: MutableMapping[str, str]) -> None:
-  """Tells the backend that JAX will choose; what the user said stays."""
+def prepare(env: MutableMapping[str, str]) -> bool:
+  """Tells the backend that JAX will choose; what the user said stays.
+
+  Returns:
+    Whether this process hears all of it only if it starts anew.
+  """
   kind = expected(env)
   if kind in FLAGS:
     add_flags(kind, env)
-  _allocate(ONE_HEAP, env)
+  theirs = any(k.startswith(('MALLOC_', 'GLIBC_TUNABLES')) for k in env)
+  libc, version = platform.libc_ver()
+  version = tuple(map(int, re.findall(r'\d+', version)))
+  if kind != 'cpu' or theirs or libc != 'glibc' or version < (2, 35):
+    return False
+  env['GLIBC_TUNABLES'] = TUNABLES
+  return True
 
 
-def keep_freed_memory(env: MutableMapping[str, str]) -> None:
-  """To be called once all is compiled.
+def start_anew(env: MutableMapping[str, str]) -> NoReturn:
+  """The same command in the same process, from its first line, in `env`."""
+  os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], env)
 
-  Compilers leave holes: kept from the start, they cost a third of the memory.
-  """
-  _allocate(KEEP_FREED, env)
+
+def give_back() -> None:
+  """Gives the system what is free: compiling leaves hundreds of MB."""
+  if platform.libc_ver()[0] == 'glibc':
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def expected(env: MutableMapping[str, str]) -> str:
@@ -98,12 +112,3 @@ def add_flags(kind: str, env: MutableMapping[str, str]) -> None:
 
 def _name(flag: str) -> str:
   return flag.partition('=')[0].lstrip('-').removeprefix('no')
-
-
-def _allocate(settings: dict[int, int], env) -> None:
-  """Sets up glibc for a CPU's arrays, unless the user did."""
-  theirs = any(k.startswith(('MALLOC_', 'GLIBC_TUNABLES')) for k in env)
-  glibc = platform.libc_ver()[0] == 'glibc'
-  if expected(env) == 'cpu' and glibc and not theirs:
-    for number, value in settings.items():
-      ctypes.CDLL(None).mallopt(number, value)

@@ -247,7 +247,9 @@ def _start(flags) -> None:
   if not backend.has_tpu():
     # Else libtpu, where it is installed, asks the network for one.
     os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-  backend.prepare(os.environ)
+  command = os.path.basename(sys.argv[0]) in ('st-moe', 'cli.py')
+  if backend.prepare(os.environ) and command:
+    backend.start_anew(os.environ)
   # Orbax logs what it raises, with a trace; `main` says it in one line.
   if not os.environ.get('ST_MOE_TRACEBACK'):
     logging.getLogger('absl').setLevel(logging.CRITICAL)

@@ -11,7 +11,7 @@ os.environ['XLA_FLAGS'] = (
 )
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-# All tests share one process, whose allocator stays as it is.
+# A test starts no command anew to tell its allocator something.
 os.environ.setdefault('GLIBC_TUNABLES', '')
 
 import pytest  # noqa: E402

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import types
 
 import pytest
 
@@ -54,28 +53,24 @@ def test_which_backend(monkeypatch, env, tpu, kind):
 
 
 def test_each_backend_hears_its_own(monkeypatch):
-  heard = []
-  libc = types.SimpleNamespace(mallopt=lambda *pair: heard.append(pair))
-  monkeypatch.setattr(backend.ctypes, 'CDLL', lambda _: libc)
-  monkeypatch.setattr(backend.platform, 'libc_ver', lambda: ('glibc', '2.36'))
+  libc = lambda *found: monkeypatch.setattr(
+    backend.platform, 'libc_ver', lambda: found
+  )
 
-  def prepare(**env):
+  def told(**env):
     said = dict(env)
-    backend.prepare(env)
-    backend.keep_freed_memory(env)
-    return env.keys() - said.keys()
+    return backend.prepare(env), env.keys() - said.keys()
 
-  assert prepare(JAX_PLATFORMS='tpu') == {'LIBTPU_INIT_ARGS'}
-  assert prepare(JAX_PLATFORMS='cuda') == {'XLA_FLAGS'}
-  # Who sets up the allocator knows why.
-  assert not prepare(JAX_PLATFORMS='cpu', MALLOC_ARENA_MAX='4')
-  assert not prepare(JAX_PLATFORMS='cpu', GLIBC_TUNABLES='glibc.malloc.check=3')
-  assert heard == []
-  assert not prepare(JAX_PLATFORMS='cpu')
-  assert heard == [(-8, 1), (-4, 0), (-1, 2**31 - 1)]
-  monkeypatch.setattr(backend.platform, 'libc_ver', lambda: ('', ''))
-  prepare(JAX_PLATFORMS='cpu')
-  assert len(heard) == 3
+  libc('glibc', '2.36')
+  assert told(JAX_PLATFORMS='tpu') == (False, {'LIBTPU_INIT_ARGS'})
+  assert told(JAX_PLATFORMS='cuda') == (False, {'XLA_FLAGS'})
+  assert told(JAX_PLATFORMS='cpu') == (True, {'GLIBC_TUNABLES'})
+  # Who sets up the allocator knows why; and once is enough.
+  for theirs in ('MALLOC_ARENA_MAX', 'GLIBC_TUNABLES'):
+    assert told(JAX_PLATFORMS='cpu', **{theirs: ''}) == (False, set())
+  for other in (('glibc', '2.31'), ('', '')):
+    libc(*other)
+    assert told(JAX_PLATFORMS='cpu') == (False, set())
 
 
 def _run(code, **env):
@@ -121,34 +116,30 @@ def test_libtpu_knows_the_flags_for_tpus():
   assert status and 'Unknown command line flag' in said
 
 
-_STEPS = """
-import os, threading
+_STEP = """
+import os, re, sys
 from st_moe import backend
-if {tell}:
-  backend.prepare(os.environ)
-  backend.keep_freed_memory(os.environ)
-import numpy as np
-def resident():
-  pages = int(open('/proc/self/statm').read().split()[1])
-  return pages * os.sysconf('SC_PAGE_SIZE') / 2**20
-def step():
-  np.ones(2**20), np.ones(2**22)  # 8 and 32 MiB.
-before = resident()
-for _ in range(3):
-  other = threading.Thread(target=step)
-  other.start()
-  other.join()
-  step()
-print(resident() - before)
+if {tell} and backend.prepare(os.environ):
+  backend.start_anew(os.environ)
+freed = b'x' * 2**26
+rollup = open('/proc/self/smaps_rollup').read()
+print(re.search('AnonHugePages: *([0-9]+)', rollup)[1], *sys.argv)
 """
 
 
+def _pages() -> str:
+  try:
+    with open('/sys/kernel/mm/transparent_hugepage/enabled') as file:
+      return file.read()
+  except OSError:
+    return ''
+
+
 @pytest.mark.skipif(
-  backend.platform.libc_ver()[0] != 'glibc', reason='another allocator'
+  '[madvise]' not in _pages() or backend.platform.libc_ver()[0] != 'glibc',
+  reason='not a machine on which programs choose large pages',
 )
-def test_what_a_step_frees_is_there_for_the_next():
-  told, untold = (
-    float(_run(_STEPS.format(tell=tell))[1]) for tell in (True, False)
-  )
-  # All 40 MiB, in one heap for both threads; untold, what glibc thinks right.
-  assert untold < 20 < 40 <= told < 60
+def test_a_command_starts_anew_with_large_pages():
+  told, untold = (_run(_STEP.format(tell=t))[1].split() for t in (True, False))
+  assert told[1:] == untold[1:] == ['-c']
+  assert int(untold[0]) < 2**13 < 2**15 < int(told[0])  # KiB, of 2**16.

@@ -9,9 +9,21 @@ import jax.numpy as jnp
 
 from st_moe.sharding import annotate, constrain
 
+
+@jax.custom_vjp
+def relu(x: jax.Array) -> jax.Array:
+  """max(x, 0), of which the backward pass keeps the value.
+
+  As the product that follows does, too: one array instead of two.
+  """
+  return jnp.maximum(x, 0)
+
+
+relu.defvjp(lambda x: (relu(x),) * 2, lambda y, dy: (jnp.where(y > 0, dy, 0),))
+
 # The functions of the input matrices; their outputs are multiplied.
 ACTIVATIONS = {
-  'relu': (jax.nn.relu,),
+  'relu': (relu,),
   'gelu': (jax.nn.gelu,),
   'geglu': (jax.nn.gelu, lambda x: x),
 }
@@ -20,6 +32,8 @@ ACTIVATIONS = {
 def activate(name: str, hidden) -> jax.Array:
   """Hidden units from the outputs of the input matrices, in their order."""
   functions = ACTIVATIONS[name]
+  if name == 'relu':
+    return relu(*hidden)
   product = lambda *hidden: math.prod(
     f(h) for f, h in zip(functions, hidden, strict=True)
   )
@@ -90,15 +104,35 @@ class RMSNorm(nn.Module):
     scale = self.param(
       'scale', annotate(nn.initializers.ones, ('embed',)), (x.shape[-1],)
     )
-    return _normed(x, scale).astype(self.dtype)
+    return _normed(x, scale, self.dtype)
 
 
-@light
-def _normed(x, scale):
-  x = x.astype(jnp.float32)
-  return (
-    x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * scale
-  )
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _normed(x, scale, dtype):
+  return _normed_forward(x, scale, dtype)[0]
+
+
+def _normed_forward(x, scale, dtype):
+  y = x.astype(jnp.float32)
+  r = jax.lax.rsqrt(jnp.mean(y**2, axis=-1, keepdims=True) + 1e-6)
+  return (y * r * scale).astype(dtype), (x, scale, r)
+
+
+def _normed_backward(dtype, kept, dy):
+  """Of `x` and 1 / rms alone.
+
+  By hand, since a CPU would merge x / rms with that of the forward pass, and
+  keep it as long.
+  """
+  x, scale, r = kept
+  x32, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
+  dscale = (x32 * (dy * r)).sum(range(x.ndim - 1))
+  dx = dy * scale
+  along = jnp.mean(dx * x32, axis=-1, keepdims=True)
+  return (r * dx - r**3 * along * x32).astype(x.dtype), dscale
+
+
+_normed.defvjp(_normed_forward, _normed_backward)
 
 
 class Embed(nn.Module):

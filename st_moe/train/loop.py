@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import fnmatch
 import json
-import os
 import pathlib
 import subprocess
 
@@ -155,7 +154,7 @@ def train(
           with jax.profiler.StepTraceAnnotation('step', step_num=n + 1):
             state, *found = train_step(state, batch)
           if n == start:
-            backend.keep_freed_memory(os.environ)
+            backend.give_back()
           # The numbers of the step before are read while this one runs.
           if pending:
             row = _look(pending, seen, config, report, clock)
