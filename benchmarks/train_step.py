@@ -114,6 +114,8 @@ def our_steps(flags):
     train_step = jax.jit(
       step.make_train_step(model, tx, config), donate_argnums=0
     )
+    train_step = train_step.lower(state, batch).compile()
+    backend.give_back()
     while True:
       state, metrics = jax.block_until_ready(train_step(state, batch))
       dropped = [

@@ -49,8 +49,9 @@ FLAGS = {
 }
 
 # Of glibc's malloc. What a step frees goes back to the system, and the next one
-# waits for as many new pages: of 2 MB there are 512 times fewer. One heap, or
-# threads that come and go leave holes in each.
+# waits for as many new pages: of 2 MB there are 512 times fewer. To keep it
+# instead costs up to twice the memory: crumbs of alignment spoil the holes. One
+# heap, or each thread keeps holes of its own.
 TUNABLES = 'glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1'
 
 
@@ -78,7 +79,7 @@ def start_anew(env: MutableMapping[str, str]) -> NoReturn:
 
 
 def give_back() -> None:
-  """Gives the system what is free: compiling leaves hundreds of MB."""
+  """Gives the system what is free: a compiler leaves hundreds of MB."""
   if platform.libc_ver()[0] == 'glibc':
     ctypes.CDLL(None).malloc_trim(0)
 

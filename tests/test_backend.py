@@ -121,13 +121,13 @@ import os, re, sys
 from st_moe import backend
 if {tell} and backend.prepare(os.environ):
   backend.start_anew(os.environ)
-freed = b'x' * 2**26
+held = b'x' * 2**26
 rollup = open('/proc/self/smaps_rollup').read()
 print(re.search('AnonHugePages: *([0-9]+)', rollup)[1], *sys.argv)
 """
 
 
-def _pages() -> str:
+def _large_pages() -> str:
   try:
     with open('/sys/kernel/mm/transparent_hugepage/enabled') as file:
       return file.read()
@@ -136,10 +136,28 @@ def _pages() -> str:
 
 
 @pytest.mark.skipif(
-  '[madvise]' not in _pages() or backend.platform.libc_ver()[0] != 'glibc',
+  '[madvise]' not in _large_pages()
+  or backend.platform.libc_ver()[0] != 'glibc',
   reason='not a machine on which programs choose large pages',
 )
 def test_a_command_starts_anew_with_large_pages():
   told, untold = (_run(_STEP.format(tell=t))[1].split() for t in (True, False))
   assert told[1:] == untold[1:] == ['-c']
   assert int(untold[0]) < 2**13 < 2**15 < int(told[0])  # KiB, of 2**16.
+
+
+def test_what_is_free_is_given_back():
+  # Between two that stay, or the heap would end there.
+  code = """
+import os
+from st_moe import backend
+def resident():
+  pages = int(open("/proc/self/statm").read().split()[1])
+  return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+many = [b'x' * 2**16 for _ in range(1024)]
+del many[:-1]
+before = resident()
+backend.give_back()
+print(before - resident())
+"""
+  assert 60 < float(_run(code)[1]) < 80  # MiB.

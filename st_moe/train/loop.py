@@ -151,10 +151,11 @@ def train(
         ):
           trace.before(n, state)
           batch = hosts.spread(batch, split, rows, size)
+          if n == start:
+            train_step = train_step.lower(state, batch).compile()
+            backend.give_back()
           with jax.profiler.StepTraceAnnotation('step', step_num=n + 1):
             state, *found = train_step(state, batch)
-          if n == start:
-            backend.give_back()
           # The numbers of the step before are read while this one runs.
           if pending:
             row = _look(pending, seen, config, report, clock)
