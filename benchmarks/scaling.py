@@ -4,9 +4,10 @@
 
 experts  a sparse layer, forward and backward, on the same tokens in as many
          places. What grows is the bank: its weights are read forward and read
-         backward, and its gradient is written; `by bytes` is the time of that
-         at the rate at which this machine copies a bank, `explained` its share
-         of what was added to the first row.
+         backward, and its gradient is written. `by copy` is what that takes at
+         the rate at which this machine copies a bank; `by products` what it
+         takes in products of a single row an expert, which do nothing else.
+         Each beside its share of what was added to the first row.
 groups   the same layer by tokens to a group.
 depth    a train step and its compilation by layers of each stack, scanned.
 length   a train step by the length of inputs, tokens of a batch being the same.
@@ -29,8 +30,8 @@ import step_time  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from st_moe import backend, sharding  # noqa: E402
 from st_moe import config as c  # noqa: E402
+from st_moe import sharding  # noqa: E402
 
 
 def experts(flags) -> list[dict]:
@@ -43,24 +44,32 @@ def experts(flags) -> list[dict]:
   }
   bank = layers[max(flags.experts)][1][0]['experts']
   copy = jax.jit(lambda bank: jax.tree.map(lambda w: w + 1, bank)), (bank,)
-  seconds = moe_layer.timed({'copy': copy, **layers}, flags.rounds)
+  few = {
+    f'one row of {e}': moe_layer.products(e, 1, flags.width, flags.hidden)
+    for e in flags.experts
+  }
+  seconds = moe_layer.timed({'copy': copy, **few, **layers}, flags.rounds)
+  median = {name: statistics.median(s) for name, s in seconds.items()}
   size = lambda e: 4 * 2 * e * flags.width * flags.hidden
-  rate = 2 * size(max(flags.experts)) / statistics.median(seconds.pop('copy'))
+  rate = 2 * size(max(flags.experts)) / median['copy']
   first = flags.experts[0]
   found = []
-  for e, taken in seconds.items():
+  for e in flags.experts:
     more = statistics.median(
-      a - b for a, b in zip(taken, seconds[first], strict=True)
+      a - b for a, b in zip(seconds[e], seconds[first], strict=True)
     )
-    by_bytes = 3 * (size(e) - size(first)) / rate
+    by_copy = 3 * (size(e) - size(first)) / rate
+    by_products = median[f'one row of {e}'] - median[f'one row of {first}']
     found.append(
       dict(
         experts=e,
         rows=e * moe_layer.rows(flags, e, 'index', flags.group, flags.tokens),
-        ms=1e3 * statistics.median(taken),
+        ms=1e3 * median[e],
         more_ms=1e3 * more,
-        by_bytes_ms=1e3 * by_bytes,
-        explained=by_bytes / more if e != first else None,
+        by_copy_ms=1e3 * by_copy,
+        copy_share=by_copy / more if e != first else None,
+        by_products_ms=1e3 * by_products,
+        products_share=by_products / more if e != first else None,
         copy_gb_per_s=rate / 1e9,
       )
     )
@@ -170,8 +179,7 @@ def main():
   parser.add_argument('--capacity_factor', type=float, default=1.25)
   parser.add_argument('--rounds', type=int, default=5)
   flags = parser.parse_args()
-  if backend.prepare(os.environ):  # As `st-moe train` does.
-    backend.start_anew(os.environ)
+  moe_layer.allocate(M_ARENA_MAX=1)
   found = {name: PARTS[name](flags) for name in flags.parts}
   for name, rows in found.items():
     table = Table(*(head.replace('_', ' ') for head in rows[0]), title=name)
