@@ -7,6 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from st_moe.model import grouped_tpu
 from st_moe.model.layers import ACTIVATIONS, Kernel, activate
 from st_moe.sharding import annotate
 
@@ -25,18 +26,20 @@ class Bank:
   @jax.named_scope('experts')
   def __call__(self, x: jax.Array, expert=None) -> jax.Array:
     """Block b of `x` [b, ..., d] through expert `expert[b]` (None: b)."""
-    of_block = lambda w: w if expert is None else w[expert]
     # A CPU would transpose an axis of one.
     tokens = x.squeeze(1) if x.shape[1:-2] == (1,) else x
-    hidden = [_product(tokens, of_block(w)) for w in self.wi]
+    hidden = [product(tokens, w, expert) for w in self.wi]
     h = activate(self.activation, hidden)
     if self.bias is not None:
-      h *= jnp.expand_dims(of_block(self.bias), range(1, h.ndim - 1))
+      # Its gradients add up in float32.
+      bias = self.bias.astype(jnp.float32)
+      bias = (bias if expert is None else bias[expert]).astype(h.dtype)
+      h *= jnp.expand_dims(bias, range(1, h.ndim - 1))
     if self.key is not None:
       keep = 1 - self.dropout
       stays = jax.random.bernoulli(self.key, keep, h.shape)
       h = jnp.where(stays, h / keep, 0)
-    return _product(h, of_block(self.wo)).reshape(x.shape)
+    return product(h, self.wo, expert).reshape(x.shape)
 
   def axes(self) -> 'Bank':
     """The logical axes of its arrays, of weights that are whole along d."""
@@ -50,8 +53,12 @@ class Bank:
     )
 
 
-def _product(x: jax.Array, w: jax.Array) -> jax.Array:
-  """x[b] [..., d] by w[b] [d, f]."""
+def product(x: jax.Array, w: jax.Array, expert=None) -> jax.Array:
+  """x[b] [..., d] by w[expert[b]] [d, f] (None: w[b])."""
+  if expert is not None:
+    if x.shape[-2] > 1:
+      return grouped_tpu.product(x, w, expert)
+    w = w[expert]
   # A single one as a plain product: else a CPU transposes first.
   one = len(w) == 1
   return (x[0] @ w[0])[None] if one else jnp.einsum('b...d,bdf->b...f', x, w)

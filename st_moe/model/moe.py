@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from st_moe import sharding
 from st_moe.config import ModelConfig, Part
-from st_moe.model.dispatch import BLOCK, DISPATCHERS
+from st_moe.model.dispatch import DISPATCHERS
 from st_moe.model.experts import Experts
 from st_moe.model.gates import GATES
+from st_moe.model.grouped import BLOCK
 from st_moe.model.layers import activation_dtype
 from st_moe.routing.losses import LOSSES, gauges
 from st_moe.routing.selectors import SELECTORS

@@ -263,7 +263,7 @@ def test_remat_gathers_no_tokens_again(remat):
   text = _two_layers(config, remat).as_text()
   # There, and the gradient back; numbers of seats are gathered for less than
   # it would take to keep them.
-  assert len(re.findall(r'f32\[4,8,16\]\S* all-gather\(', text)) == 2
+  assert len(re.findall(r'f32\[4,8,1,16\]\S* all-gather\(', text)) == 2
 
 
 @functools.cache
