@@ -28,7 +28,7 @@ def config(layers=2, batch=8, **changes) -> Config:
 
 
 # In bytes of one token.
-NORMED = 2 * 16 * 2  # What a norm reads, and what it writes.
+NORMED = 2 * 16 * 2 + 4  # What a norm reads and writes, and 1 / rms.
 HEADS = 5 * 2 * 8 * 2  # Queries, keys, values; answers, by head and by token.
 SCORES = 2 * 4  # The logarithm of a sum.
 HIDDEN = 3 * 24 * 2  # Gate, what it lets through, and their product.
