@@ -17,19 +17,19 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from st_moe.model.tiles import LANES, VMEM, like, tile_product
+
 _HIDDEN = -1e9
-_LANES = 128
 # What fits in the 16 MiB of a v4 in float32 too; others have more.
 _MOST = 1 << 19  # Scores of a group of heads.
 _LONGEST = 1024
-_VMEM = 32 << 20
 
 
 def suits(query, key) -> bool:
   """Whether queries fill lanes, and a step fits in VMEM."""
   q, k = query.shape[2], key.shape[2]
   small = max(q, k) <= _LONGEST and _group(query) * q * k <= _MOST
-  return small and q >= _LANES // 2
+  return small and q >= LANES // 2
 
 
 def forward(query, key, value, bias, sight):
@@ -70,7 +70,7 @@ def _forward_kernel(d, causal, of, found):
     weights = jnp.exp(logits - top)
     total = weights.sum(0, keepdims=True)
     value = of['value'][at]
-    y = _product('kd,kq->dq', value, weights.astype(value.dtype)) / total
+    y = tile_product('kd,kq->dq', value, weights.astype(value.dtype)) / total
     blind = top == _HIDDEN
     found['y'][at] = jnp.where(blind, 0, y).T.astype(value.dtype)
     log_total = jnp.where(blind, 0, top + jnp.log(total))
@@ -89,15 +89,15 @@ def _backward_kernel(d, causal, of, found):
     query, key, value, dy = (of[n][at] for n in ('query', 'key', 'value', 'dy'))
     logits = _logits(of, head, at, sees)
     weights = jnp.exp(logits - of['log_total'][head : head + 1])
-    dvalue = _product('kq,qd->kd', weights.astype(dy.dtype), dy)
-    slopes = weights * _product('kd,qd->kq', value, dy)
+    dvalue = tile_product('kq,qd->kd', weights.astype(dy.dtype), dy)
+    slopes = weights * tile_product('kd,qd->kq', value, dy)
     # Were all of its weights to grow, they would not.
     slopes -= weights * slopes.sum(0, keepdims=True)
     if 'dbias' in found:
       found['dbias'][head] += slopes
     slopes = slopes.astype(query.dtype)
-    dkey = _product('kq,qd->kd', slopes, query)
-    dquery = _product('kd,kq->dq', key, slopes).T
+    dkey = tile_product('kq,qd->kd', slopes, query)
+    dquery = tile_product('kd,kq->dq', key, slopes).T
     for name, slope in dict(dquery=dquery, dkey=dkey, dvalue=dvalue).items():
       found[name][at] = slope.astype(found[name].dtype)
 
@@ -118,26 +118,16 @@ def _who_sees(of, causal):
 
 
 def _logits(of, head, at, sees):
-  logits = _product('kd,qd->kq', of['key'][at], of['query'][at])
+  logits = tile_product('kd,qd->kq', of['key'][at], of['query'][at])
   if 'bias' in of:
     logits += of['bias'][head]
   return jnp.where(sees, logits, _HIDDEN)
 
 
-def _product(names, a, b):
-  return jnp.einsum(
-    names,
-    a,
-    b,
-    precision='highest' if a.dtype == jnp.float32 else None,
-    preferred_element_type=jnp.float32,
-  )
-
-
 def _group(query) -> int:
   """How many heads fill whole lanes; all, where no fewer do."""
   _, heads, _, d = query.shape
-  whole = (n for n in range(1, heads) if heads % n == 0 and n * d % _LANES == 0)
+  whole = (n for n in range(1, heads) if heads % n == 0 and n * d % LANES == 0)
   return next(whole, heads)
 
 
@@ -174,10 +164,8 @@ def _given(query, key, value, bias, sight):
 def _call(kernel, of, given, dtypes, products):
   """Runs `kernel` on `given`, for arrays of such `dtypes`, all by name."""
   blocks, (b, h, q, d) = _blocks(*of), of[0].shape
-  like = jax.eval_shape(lambda a: a, of[0])  # Varies along the same mesh axes.
   shapes = {
-    name: like.update(shape=blocks[name][0], dtype=dtype, sharding=None)
-    for name, dtype in dtypes.items()
+    name: like(of[0], blocks[name][0], dtype) for name, dtype in dtypes.items()
   }
   specs = lambda names: ({name: blocks[name][1] for name in names},)
   scores = b * h * q * of[1].shape[2]
@@ -189,7 +177,7 @@ def _call(kernel, of, given, dtypes, products):
     in_specs=specs(given),
     out_specs=specs(dtypes),
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=_VMEM
+      dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=VMEM
     ),
     cost_estimate=pl.CostEstimate(
       flops=2 * products * scores * d,

@@ -40,11 +40,11 @@ def mask(x, seats: Seats, experts, *, capacity, num_experts, transport='auto'):
     xs = jnp.einsum('gsec,gsd->egcd', taken, x)
   ys = _exchange(xs, experts, transport).reshape(xs.shape)
   with jax.named_scope('combine'):
-    combine = jnp.zeros(taken.shape)
-    combine = jax.vmap(
+    weights = jnp.zeros(taken.shape)
+    weights = jax.vmap(
       lambda m, *route: m.at[route[:3]].add(route[3], mode='drop')
-    )(combine, seats.token, seats.expert, place, seats.weight)
-    y = jnp.einsum('gsec,egcd->gsd', combine, ys.astype(jnp.float32))
+    )(weights, seats.token, seats.expert, place, seats.weight)
+    y = jnp.einsum('gsec,egcd->gsd', weights, ys.astype(jnp.float32))
     return y.astype(x.dtype)
 
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-_LANES = 128
+from st_moe.model.tiles import LANES, VMEM, like, tile_product
+
 _TILE = 4 << 20  # Bytes; so a step fits in the 16 MiB of a v4.
-_VMEM = 32 << 20
 
 
 @jax.custom_vjp
@@ -42,7 +42,7 @@ def _by_expert(names, x, w, expert):
   (b, r, depth), e, size = x.shape, len(w), w.dtype.itemsize
   turned = names == 'rn,kn->rk'
   width = w.shape[1 if turned else 2]
-  deep = _divisor(depth, _TILE // size // _LANES)
+  deep = _divisor(depth, _TILE // size // LANES)
   wide = _part(width, _TILE // size // deep)
   columns, steps = pl.cdiv(width, wide), depth // deep
 
@@ -55,7 +55,7 @@ def _by_expert(names, x, w, expert):
 
     @pl.when(expert[i] < e)
     def _():
-      total[...] += _product(names, x[...], w[...])
+      total[...] += tile_product(names, x[...], w[...])
 
     @pl.when(step == steps - 1)
     def _():
@@ -73,7 +73,7 @@ def _by_expert(names, x, w, expert):
       pl.BlockSpec((None, r, deep), lambda j, i, k, _: (i, 0, k)),
       pl.BlockSpec((None, *shape), of_weights),
     ],
-    _like(x, (b, r, width), x.dtype),
+    like(x, (b, r, width), x.dtype),
     pl.BlockSpec((None, r, wide), lambda j, i, k, _: (i, 0, j)),
     grid=(columns, b, steps),
     flops=2 * b * r * depth * width,
@@ -97,7 +97,7 @@ def _by_blocks(x, dy, expert, w):
 
     @pl.when(e_i < e)
     def _():
-      total[...] += _product('rk,rn->kn', x[...], dy[...])
+      total[...] += tile_product('rk,rn->kn', x[...], dy[...])
 
     last = (i == b - 1) | (e_i != expert[jnp.minimum(i + 1, b - 1)])
 
@@ -113,7 +113,7 @@ def _by_blocks(x, dy, expert, w):
       pl.BlockSpec((None, r, deep), lambda k, n, i, _: (i, 0, k)),
       pl.BlockSpec((None, r, wide), lambda k, n, i, _: (i, 0, n)),
     ],
-    _like(x, w.shape, w.dtype),
+    like(x, w.shape, w.dtype),
     pl.BlockSpec(
       (None, deep, wide),
       lambda k, n, i, expert: (_within(expert[i], e), k, n),
@@ -140,28 +140,12 @@ def _call(kernel, args, in_specs, like, out_spec, grid, flops, read):
     ),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'arbitrary', 'arbitrary'),
-      vmem_limit_bytes=_VMEM,
+      vmem_limit_bytes=VMEM,
     ),
     cost_estimate=pl.CostEstimate(
       flops=flops, transcendentals=0, bytes_accessed=read + written
     ),
   )(*args)
-
-
-def _like(x, shape, dtype):
-  """It varies along the same mesh axes."""
-  like = jax.eval_shape(lambda a: a, x)
-  return like.update(shape=shape, dtype=dtype, sharding=None)
-
-
-def _product(names, a, b):
-  return jnp.einsum(
-    names,
-    a,
-    b,
-    precision='highest' if a.dtype == jnp.float32 else None,
-    preferred_element_type=jnp.float32,
-  )
 
 
 def _within(expert, e: int):
@@ -170,11 +154,11 @@ def _within(expert, e: int):
 
 def _part(n: int, most: int) -> int:
   """The size of equal parts of n, in whole lanes."""
-  parts = pl.cdiv(n, max(_LANES, most))
-  return n if parts == 1 else pl.cdiv(pl.cdiv(n, parts), _LANES) * _LANES
+  parts = pl.cdiv(n, max(LANES, most))
+  return n if parts == 1 else pl.cdiv(pl.cdiv(n, parts), LANES) * LANES
 
 
 def _divisor(n: int, most: int) -> int:
   """The largest part of n in whole lanes; all of it, if it has none."""
-  parts = range(pl.cdiv(n, most), n // _LANES + 1)
-  return next((n // p for p in parts if n % (p * _LANES) == 0), n)
+  parts = range(pl.cdiv(n, most), n // LANES + 1)
+  return next((n // p for p in parts if n % (p * LANES) == 0), n)
