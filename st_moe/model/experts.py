@@ -23,12 +23,20 @@ class Bank:
   activation: str = flax.struct.field(pytree_node=False)
   dropout: float = flax.struct.field(pytree_node=False)
 
-  @jax.named_scope('experts')
   def __call__(self, x: jax.Array, expert=None) -> jax.Array:
     """Block b of `x` [b, ..., d] through expert `expert[b]` (None: b)."""
+    return self.answers(self.hidden(x, expert), expert).reshape(x.shape)
+
+  @jax.named_scope('experts')
+  def hidden(self, x: jax.Array, expert=None) -> tuple[jax.Array, ...]:
+    """What the activation is of: [b, ..., f], of each matrix of `wi`."""
     # A CPU would transpose an axis of one.
     tokens = x.squeeze(1) if x.shape[1:-2] == (1,) else x
-    hidden = [product(tokens, w, expert) for w in self.wi]
+    return tuple(product(tokens, w, expert) for w in self.wi)
+
+  @jax.named_scope('experts')
+  def answers(self, hidden, expert=None) -> jax.Array:
+    """[b, ..., d], from `hidden`."""
     h = activate(self.activation, hidden)
     if self.bias is not None:
       # Its gradients add up in float32.
@@ -39,7 +47,7 @@ class Bank:
       keep = 1 - self.dropout
       stays = jax.random.bernoulli(self.key, keep, h.shape)
       h = jnp.where(stays, h / keep, 0)
-    return product(h, self.wo, expert).reshape(x.shape)
+    return product(h, self.wo, expert)
 
   def axes(self) -> 'Bank':
     """The logical axes of its arrays, of weights that are whole along d."""

@@ -20,6 +20,8 @@ BLOCK = 128  # Rows of one expert, at most.
 # what its hidden units may fill.
 _SLACK = 1.25
 _AT_ONCE = 1 << 15  # Rows.
+# Times the blocks of an even load, of which hidden units may be kept.
+_KEPT = 1.5
 
 
 def grouped(
@@ -112,7 +114,9 @@ def _in_blocks(
     seated = by_slot(flat, one(row), most * block)
   token, weight = (a.reshape(most, 1, block) for a in seated)
   x = x.reshape(1, g * s, *d)
-  y = _answers((turns, at_once), x, experts, weight, token, expert, ends[-1])
+  # Ready for whatever load, elsewhere's tokens too, it would keep too much.
+  pace = turns, at_once, most <= _KEPT * turns
+  y = _answers(pace, x, experts, weight, token, expert, ends[-1])
   return y.reshape(g, s, *d)
 
 
@@ -121,48 +125,83 @@ def _answers(pace, x, experts, weight, token, expert, n) -> jax.Array:
   """Answers of blocks 0 to n, weighted and added up: float32, as `x`.
 
   Args:
-    pace: about how many blocks there are; how many a TPU takes at once.
+    pace: about how many blocks there are; how many a TPU takes at once; whether
+      the backward pass finds what the activation is of, or computes it again.
     x: [1, s, d], or as `tiled` has it.
     weight, token: [blocks, 1, rows].
     expert: [blocks].
   """
-  return _paced(_forward, pace, x, experts, weight, token, expert, n)
+  args = x, experts, weight, token, expert, n
+  return _paced(functools.partial(_forward, False), pace, *args)[0]
 
 
 def _paced(way, pace, *args):
-  turns, at_once = pace
+  turns, at_once, _ = pace
   ways = dict(default=functools.partial(way, turns, 1))
   if at_once > 1:
     ways['tpu'] = functools.partial(way, -(-turns // at_once), at_once)
   return jax.lax.platform_dependent(*args, **ways)
 
 
-def _forward(turns, at_once, x, experts, weight, token, expert, n):
+def _forward(keeps, turns, at_once, x, experts, weight, token, expert, n):
+  """The answers; if it `keeps` them, hidden units and answers by block."""
   rows = tiled(x)  # Once: it may be a copy.
 
-  def turn(i, y):
+  def block(i):
     w, t, e = _at((weight, token, expert), i, at_once)
     with jax.named_scope('dispatch'):
       xs = picked(rows, t)
-    ys = _asked(e)(_of_turn(experts, e, i), xs)
+    bank = _of_turn(experts, e, i)
+    hidden = bank.hidden(xs, _numbers(e))
+    return (hidden, bank.answers(hidden, _numbers(e))), w, t
+
+  def turn(i, found):
+    y, kept = found
+    (hidden, ys), w, t = block(i)
     with jax.named_scope('combine'):
-      return add(y, ys.astype(jnp.float32) * w[..., None], t)
+      ys32 = ys.reshape(*t.shape, -1).astype(jnp.float32)
+      y = add(y, ys32 * w[..., None], t)
+    if keeps:
+      put = lambda total, part: _put_at(total, part, i * at_once)
+      kept = jax.tree.map(put, kept, (hidden, ys))
+    return y, kept
 
-  loop = functools.partial(_loop, turns, n, len(expert), at_once)
-  return loop(turn, jnp.zeros_like(x, jnp.float32))
+  def of_all(a):
+    # Like it, they vary along axes of the mesh.
+    return jnp.broadcast_to(jnp.zeros_like(a)[:1], (len(expert), *a.shape[1:]))
+
+  kept = jax.tree.map(of_all, jax.eval_shape(block, 0)[0]) if keeps else None
+  start = jnp.zeros_like(x, jnp.float32), kept
+  return _loop(turns, n, len(expert), at_once)(turn, start)
 
 
-def _backward(turns, at_once, x, experts, weight, token, expert, n, dy):
-  """Another loop, which computes every block again."""
+def _answers_forward(pace, *args):
+  way = functools.partial(_forward, pace[2])
+  y, kept = _paced(way, pace, *args)
+  return y, (*args, kept)
+
+
+def _backward(turns, at_once, x, experts, weight, token, expert, n, kept, dy):
+  """Another loop; it computes every block again if nothing was kept."""
   rows, slopes = tiled(x), tiled(dy.astype(x.dtype))
 
   def turn(i, sums):
     w, t, e = _at((weight, token, expert), i, at_once)
     with jax.named_scope('dispatch'):
       xs = picked(rows, t)
-    ys, back = jax.vjp(_asked(e), _of_turn(experts, e, i), xs)
+
+    def answers(bank, xs):
+      hidden = bank.hidden(xs, _numbers(e))
+      if kept:
+        hidden = jax.tree.map(_known, hidden, _at(kept[0], i, at_once))
+      return bank.answers(hidden, _numbers(e))
+
+    ys, back = jax.vjp(answers, _of_turn(experts, e, i), xs)
+    if kept:
+      ys = _at(kept[1], i, at_once)
     with jax.named_scope('combine'):
-      heard = picked(slopes, t).astype(jnp.float32)
+      heard = picked(slopes, t).astype(jnp.float32).reshape(ys.shape)
+      w = w.reshape(ys.shape[:-1])
       dys = (heard * w[..., None]).astype(ys.dtype)
       dw = (heard * ys.astype(jnp.float32)).sum(-1)
     d, dxs = back(dys)
@@ -179,34 +218,45 @@ def _backward(turns, at_once, x, experts, weight, token, expert, n, dy):
     with jax.named_scope('dispatch'):
       dx = add(dx, dxs.astype(jnp.float32), t)
     dexperts = jax.tree.map(added, dexperts, d)
-    return dx, dexperts, _put_at(dweight, dw, i * at_once)
+    return dx, dexperts, _put_at(dweight, dw.reshape(t.shape), i * at_once)
 
   primals = x, experts, weight
   zeros = lambda a: jnp.zeros_like(a, jnp.float32)
-  loop = functools.partial(_loop, turns, n, len(expert), at_once)
+  loop = _loop(turns, n, len(expert), at_once)
   sums = loop(turn, jax.tree.map(zeros, primals))
-  like = lambda total, a: total.astype(a.dtype) if _is_number(a) else None
-  return jax.tree.map(like, sums, primals)
+  slope = lambda total, a: total.astype(a.dtype) if _is_number(a) else None
+  return jax.tree.map(slope, sums, primals)
 
 
 def _answers_backward(pace, kept, dy):
   return *_paced(_backward, pace, *kept, dy), None, None, None
 
 
-_answers.defvjp(
-  lambda pace, *args: (_answers(pace, *args), args), _answers_backward
-)
+_answers.defvjp(_answers_forward, _answers_backward)
 
 
-def _loop(turns: int, n: jax.Array, most: int, at_once: int, turn, start):
+@jax.custom_vjp
+def _known(a: jax.Array, value: jax.Array) -> jax.Array:
+  """`a`, whose value is known: nobody need compute it for its slope."""
+  return value
+
+
+_known.defvjp(lambda a, value: (value, None), lambda _, d: (d, None))
+
+
+def _loop(turns: int, n: jax.Array, most: int, at_once: int):
   """Turns for n of the blocks; none is counted where there is but one.
 
   `plan.hlo` reads from the name how many to expect.
   """
   if most == at_once:
-    return turn(0, start)
-  with jax.named_scope(f'about_{turns}_turns'):
-    return jax.lax.fori_loop(0, -(-n // at_once), turn, start)
+    return lambda turn, start: turn(0, start)
+
+  def loop(turn, start):
+    with jax.named_scope(f'about_{turns}_turns'):
+      return jax.lax.fori_loop(0, -(-n // at_once), turn, start)
+
+  return loop
 
 
 def _at(arrays, i, n=1):
@@ -219,9 +269,9 @@ def _put_at(total, part, at):
   return jax.lax.dynamic_update_slice_in_dim(total, part, at, 0)
 
 
-def _asked(expert):
-  """(experts of a turn, rows) -> answers."""
-  return lambda experts, xs: experts(xs, expert if len(expert) > 1 else None)
+def _numbers(expert):
+  """Of the experts of a turn; None: it has one, by itself."""
+  return expert if len(expert) > 1 else None
 
 
 def _of_turn(experts, expert, turn):
