@@ -1,9 +1,11 @@
 """What a machine is told before JAX starts: flags of XLA, glibc's allocator.
 
-An unknown flag ends the process, so each is tried on the compiler it is for.
+An unknown flag ends the process, so each is tried on the compiler it is for,
+and none is said to another release of it.
 """
 
 import ctypes
+import importlib.metadata
 import os
 import pathlib
 import platform
@@ -12,8 +14,19 @@ import sys
 from collections.abc import MutableMapping
 from typing import NoReturn
 
+_TRIED = '0.10.'  # Of jaxlib.
 # Backend -> (variable that its compiler reads, flags).
 FLAGS = {
+  'cpu': (
+    'XLA_FLAGS',
+    (
+      # What is read for the last time is not copied before it is written over.
+      '--xla_cpu_copy_insertion_use_region_analysis=true',
+      # Nothing is made long before it is read. By itself XLA puts what could
+      # run at once early, though a product takes all cores alone.
+      '--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED',
+    ),
+  ),
   'tpu': (
     'LIBTPU_INIT_ARGS',
     (
@@ -62,7 +75,7 @@ def prepare(env: MutableMapping[str, str]) -> bool:
     Whether this process hears all of it only if it starts anew.
   """
   kind = expected(env)
-  if kind in FLAGS:
+  if kind in FLAGS and importlib.metadata.version('jaxlib').startswith(_TRIED):
     add_flags(kind, env)
   theirs = any(k.startswith(('MALLOC_', 'GLIBC_TUNABLES')) for k in env)
   libc, version = platform.libc_ver()

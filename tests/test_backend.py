@@ -64,13 +64,18 @@ def test_each_backend_hears_its_own(monkeypatch):
   libc('glibc', '2.36')
   assert told(JAX_PLATFORMS='tpu') == (False, {'LIBTPU_INIT_ARGS'})
   assert told(JAX_PLATFORMS='cuda') == (False, {'XLA_FLAGS'})
-  assert told(JAX_PLATFORMS='cpu') == (True, {'GLIBC_TUNABLES'})
+  both = {'XLA_FLAGS', 'GLIBC_TUNABLES'}
+  assert told(JAX_PLATFORMS='cpu') == (True, both)
   # Who sets up the allocator knows why; and once is enough.
   for theirs in ('MALLOC_ARENA_MAX', 'GLIBC_TUNABLES'):
-    assert told(JAX_PLATFORMS='cpu', **{theirs: ''}) == (False, set())
+    assert told(JAX_PLATFORMS='cpu', **{theirs: ''}) == (False, {'XLA_FLAGS'})
   for other in (('glibc', '2.31'), ('', '')):
     libc(*other)
-    assert told(JAX_PLATFORMS='cpu') == (False, set())
+    assert told(JAX_PLATFORMS='cpu') == (False, {'XLA_FLAGS'})
+  # Another release may not know the flags, and would end the process.
+  version = lambda package: '0.99.0'
+  monkeypatch.setattr(backend.importlib.metadata, 'version', version)
+  assert told(JAX_PLATFORMS='cuda') == (False, set())
 
 
 def _run(code, **env):
@@ -85,9 +90,10 @@ def _run(code, **env):
   return done.returncode, done.stdout + done.stderr
 
 
-def test_xla_knows_the_flags_for_gpus():
+def test_xla_knows_the_flags():
   code = 'import jax; print(len(jax.devices()))'
-  status, said = _run(code, XLA_FLAGS=' '.join(_told('gpu')))
+  flags = _told('cpu') + _told('gpu')
+  status, said = _run(code, XLA_FLAGS=' '.join(flags))
   assert status == 0, said
   # It would have said so.
   status, said = _run(code, XLA_FLAGS='--xla_gpu_enable_magic=true')

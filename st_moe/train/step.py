@@ -130,19 +130,21 @@ def make_train_step(model, optimizer, config: Config):
       of_trained, read, state.step, batch, rng, config.microbatches
     )
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-    params = roles.join(optax.apply_updates(trained, updates), frozen)
+    weights = jax.tree.map(lambda t: t[1], terms, is_leaf=_is_pair)
+    loss = losses.total(terms, weights, config.loss)
     norms = {
       'l2_grads': optax.tree.norm(grads),
       'l2_params': optax.tree.norm(state.params),
-      'l2_updates': optax.tree.norm(updates),
     }
-    weights = jax.tree.map(lambda t: t[1], terms, is_leaf=_is_pair)
-    loss = losses.total(terms, weights, config.loss)
     good = jnp.isfinite(loss) & jnp.isfinite(norms['l2_grads'])
     keep = lambda new, old: jax.tree.map(
       lambda a, b: jnp.where(good, a, b), new, old
     )
+    # No update before it is known, or they would all wait for it in memory.
+    grads = jax.tree.map(lambda g: jnp.where(good, g, 0), grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+    params = roles.join(optax.apply_updates(trained, updates), frozen)
+    norms['l2_updates'] = optax.tree.norm(updates)
     state = TrainState(
       step=state.step + 1,
       params=keep(params, state.params),
