@@ -153,6 +153,7 @@ def train(
           batch = hosts.spread(batch, split, rows, size)
           if n == start:
             train_step = train_step.lower(state, batch).compile()
+            plan.forget()
             backend.give_back()
           with jax.profiler.StepTraceAnnotation('step', step_num=n + 1):
             state, *found = train_step(state, batch)

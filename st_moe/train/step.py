@@ -306,6 +306,11 @@ class Plan:
   random_params: Callable  # key -> params.
   begin: Callable  # params, which it takes over -> TrainState.
 
+  def forget(self) -> None:
+    """Drops both programs, of 100 MB and more, that a run needs but once."""
+    self.random_params.clear_cache()
+    self.begin.clear_cache()
+
 
 def plan_init(model, optimizer, mesh) -> Plan:
   """From shapes alone: no array is made before it is asked for."""
