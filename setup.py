@@ -38,6 +38,7 @@ setuptools.setup(
     'gcp': ['gcsfs'],
     'datasets': ['datasets>=3.0'],
     'hf': ['transformers>=5.23', 'torch'],
+    'kernels': [],  # Pallas, which comes with jax.
     'notebooks': ['jupyterlab', 'nbmake'],
     'wandb': ['wandb'],
     'dev': ['pytest>=8.0', 'pytest-xdist>=3.5', 'ruff>=0.9'],

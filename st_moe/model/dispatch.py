@@ -4,7 +4,9 @@ One contract, equal results:
 
   x [g, s, d], seats    who sits where
   experts(xs, expert)   block b of xs [b, ..., d] through expert `expert[b]`
-                        (None: expert b; e: no one's, never heard); a tree of
+                        (None: expert b; e: no one's, never heard); in two steps
+                        `experts.hidden(xs, expert)`, a tree of [b, ...], and
+                        `experts.answers(hidden, expert)`; itself a tree of
                         arrays [e, ...] and of keys for dropout: `experts.Bank`
   y [g, s, d]           each token's answers, summed with their weights in
                         float32 and returned in the dtype of x

@@ -37,16 +37,18 @@ def grouped(
   """Rows sorted by expert, in blocks of one expert each.
 
   Costs the rows that sit, rounded up to whole blocks per expert, whatever the
-  capacity. Nothing is prepared for the worst loads but two tables of numbers,
-  no weight is copied, and gradients add up in float32.
+  capacity. No weight is copied, and gradients add up in float32. The backward
+  pass finds hidden units and answers where a device could get few more rows
+  than of even loads; elsewhere nothing is prepared for the worst but two tables
+  of numbers, and every block is computed again.
   """
   blocks = functools.partial(
     _in_blocks, capacity=capacity, num_experts=num_experts, block=block
   )
   alone = shards('group') * shards('expert_mlp') == 1
   if transport == 'gspmd' or alone:
-    # The compiler cannot split what a kernel does.
-    y = blocks(x, seats, experts, kernels=alone).astype(x.dtype)
+    # The compiler cannot split what a kernel does, nor what a loop keeps.
+    y = blocks(x, seats, experts, local=alone).astype(x.dtype)
     return checkpoint_name(y, 'expert_outputs')
 
   def own(a):
@@ -72,7 +74,7 @@ def grouped(
     # Gradients differ where the arrays do not, and are summed there.
     all_x, seats = jax.lax.pcast((all_x, seats), 'model', to='varying')
     experts = jax.tree.map(own, experts)
-    y = blocks(all_x, seats, experts, kernels=True)
+    y = blocks(all_x, seats, experts, local=True)
     with jax.named_scope('combine'):
       y = jax.lax.psum_scatter(y, 'expert', tiled=True)
       return jax.lax.psum(y, 'model').astype(x.dtype).reshape(x.shape)
@@ -84,7 +86,7 @@ def grouped(
 
 
 def _in_blocks(
-  x, seats: Seats, experts, *, capacity, num_experts, block, kernels
+  x, seats: Seats, experts, *, capacity, num_experts, block, local
 ):
   g, s, *d = x.shape
   (_, n), (_, here) = seats.expert.shape, seats.load.shape
@@ -93,7 +95,7 @@ def _in_blocks(
   turns = round(here * max(1, load / block + 0.5))
   most = -(-g * min(n, here * capacity) // block) + here
   at_once = min(most, round(_SLACK * turns), _AT_ONCE // block)
-  at_once = max(1, at_once) if kernels else 1
+  at_once = max(1, at_once) if local else 1
   most = -(-most // at_once) * at_once
   # All groups share one sequence of rows: each expert's segment starts at a
   # whole block, and inside it the groups follow one another.
@@ -114,19 +116,18 @@ def _in_blocks(
     seated = by_slot(flat, one(row), most * block)
   token, weight = (a.reshape(most, 1, block) for a in seated)
   x = x.reshape(1, g * s, *d)
-  # Ready for whatever load, elsewhere's tokens too, it would keep too much.
-  pace = turns, at_once, most <= _KEPT * turns
-  y = _answers(pace, x, experts, weight, token, expert, ends[-1])
+  pace, keeps = (turns, at_once), local and most <= _KEPT * turns
+  y = _answers(pace, keeps, x, experts, weight, token, expert, ends[-1])
   return y.reshape(g, s, *d)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _answers(pace, x, experts, weight, token, expert, n) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _answers(pace, keeps, x, experts, weight, token, expert, n) -> jax.Array:
   """Answers of blocks 0 to n, weighted and added up: float32, as `x`.
 
   Args:
-    pace: about how many blocks there are; how many a TPU takes at once; whether
-      the backward pass finds what the activation is of, or computes it again.
+    pace: about how many blocks there are; how many a TPU takes at once.
+    keeps: whether the backward pass finds hidden units and answers.
     x: [1, s, d], or as `tiled` has it.
     weight, token: [blocks, 1, rows].
     expert: [blocks].
@@ -136,7 +137,7 @@ def _answers(pace, x, experts, weight, token, expert, n) -> jax.Array:
 
 
 def _paced(way, pace, *args):
-  turns, at_once, _ = pace
+  turns, at_once = pace
   ways = dict(default=functools.partial(way, turns, 1))
   if at_once > 1:
     ways['tpu'] = functools.partial(way, -(-turns // at_once), at_once)
@@ -159,8 +160,8 @@ def _forward(keeps, turns, at_once, x, experts, weight, token, expert, n):
     y, kept = found
     (hidden, ys), w, t = block(i)
     with jax.named_scope('combine'):
-      ys32 = ys.reshape(*t.shape, -1).astype(jnp.float32)
-      y = add(y, ys32 * w[..., None], t)
+      heard = ys.astype(jnp.float32).reshape(*t.shape, -1) * w[..., None]
+      y = add(y, heard, t)
     if keeps:
       put = lambda total, part: _put_at(total, part, i * at_once)
       kept = jax.tree.map(put, kept, (hidden, ys))
@@ -172,12 +173,11 @@ def _forward(keeps, turns, at_once, x, experts, weight, token, expert, n):
 
   kept = jax.tree.map(of_all, jax.eval_shape(block, 0)[0]) if keeps else None
   start = jnp.zeros_like(x, jnp.float32), kept
-  return _loop(turns, n, len(expert), at_once)(turn, start)
+  return _loop(turns, n, len(expert), at_once, turn, start)
 
 
-def _answers_forward(pace, *args):
-  way = functools.partial(_forward, pace[2])
-  y, kept = _paced(way, pace, *args)
+def _answers_forward(pace, keeps, *args):
+  y, kept = _paced(functools.partial(_forward, keeps), pace, *args)
   return y, (*args, kept)
 
 
@@ -222,13 +222,13 @@ def _backward(turns, at_once, x, experts, weight, token, expert, n, kept, dy):
 
   primals = x, experts, weight
   zeros = lambda a: jnp.zeros_like(a, jnp.float32)
-  loop = _loop(turns, n, len(expert), at_once)
-  sums = loop(turn, jax.tree.map(zeros, primals))
-  slope = lambda total, a: total.astype(a.dtype) if _is_number(a) else None
-  return jax.tree.map(slope, sums, primals)
+  start = jax.tree.map(zeros, primals)
+  sums = _loop(turns, n, len(expert), at_once, turn, start)
+  like = lambda total, a: total.astype(a.dtype) if _is_number(a) else None
+  return jax.tree.map(like, sums, primals)
 
 
-def _answers_backward(pace, kept, dy):
+def _answers_backward(pace, keeps, kept, dy):
   return *_paced(_backward, pace, *kept, dy), None, None, None
 
 
@@ -244,19 +244,15 @@ def _known(a: jax.Array, value: jax.Array) -> jax.Array:
 _known.defvjp(lambda a, value: (value, None), lambda _, d: (d, None))
 
 
-def _loop(turns: int, n: jax.Array, most: int, at_once: int):
+def _loop(turns: int, n: jax.Array, most: int, at_once: int, turn, start):
   """Turns for n of the blocks; none is counted where there is but one.
 
   `plan.hlo` reads from the name how many to expect.
   """
   if most == at_once:
-    return lambda turn, start: turn(0, start)
-
-  def loop(turn, start):
-    with jax.named_scope(f'about_{turns}_turns'):
-      return jax.lax.fori_loop(0, -(-n // at_once), turn, start)
-
-  return loop
+    return turn(0, start)
+  with jax.named_scope(f'about_{turns}_turns'):
+    return jax.lax.fori_loop(0, -(-n // at_once), turn, start)
 
 
 def _at(arrays, i, n=1):

@@ -5,6 +5,7 @@ written down by hand: the oracle knows nothing of autodiff.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -33,6 +34,8 @@ KINDS = {
   'grouped, block 4': functools.partial(grouped, block=4),
   'per_token': per_token,
   'grouped, block 4, on a TPU': functools.partial(grouped, block=4),
+  'grouped, nothing kept': functools.partial(grouped, block=4),
+  'grouped, nothing kept, on a TPU': functools.partial(grouped, block=4),
 }
 every_kind = pytest.mark.parametrize('kind', KINDS)
 
@@ -44,7 +47,11 @@ def backend(request, monkeypatch):
   Twelve rows a turn: most cases have more than one turn, all several experts.
   """
   case = getattr(request.node, 'callspec', None)
-  if case is None or 'TPU' not in case.params.get('kind', ''):
+  kind = case.params.get('kind', '') if case else ''
+  if 'grouped' in kind:
+    kept = 0 if 'nothing kept' in kind else math.inf
+    monkeypatch.setattr(grouped_module, '_KEPT', kept)
+  if 'TPU' not in kind:
     return
   run = lambda *args, default, tpu=None: (tpu or default)(*args)
   monkeypatch.setattr(jax.lax, 'platform_dependent', run)
@@ -310,8 +317,10 @@ def test_gradients_of_weights_add_up_in_float32():
   assert jit(jax.grad(answers))(w).item() == 1024
 
 
-def test_nothing_is_made_for_every_block():
+@pytest.mark.parametrize('keeps', [True, False])
+def test_nothing_is_made_for_every_block(keeps, monkeypatch):
   # 512 blocks: with a copy of the weights for each, 32 MiB.
+  monkeypatch.setattr(grouped_module, '_KEPT', math.inf if keeps else 0)
   n, d, f = 512, 64, 128
   x, bank = (
     jnp.zeros((1, n, d)),
@@ -328,7 +337,7 @@ def test_nothing_is_made_for_every_block():
   slope = jax.grad(lambda *of: (answers(*of) ** 2).sum(), argnums=(0, 1))
   weights = 2 * d * f * 4
   assert temporaries(answers) < 2 * x.nbytes + 2 * weights
-  kept = n * (f + d) * 4
+  kept = keeps * n * (f + d) * 4  # Hidden units and answers, by row.
   assert temporaries(slope) < 4 * x.nbytes + 4 * weights + kept
 
 

@@ -345,3 +345,18 @@ def test_new_parameters_on_eight_devices():
     assert step.dummy_batch(MODEL)['encoder_input_tokens'].shape == (8, 1)
     assert step.parameter_axes(module) == alone
   assert step.dummy_batch(MODEL)['encoder_input_tokens'].shape == (1, 1)
+
+
+def test_a_plan_forgets_its_programs_and_can_make_them_again():
+  made = []
+
+  def program(x):
+    made.append(x)
+    return x + 1
+
+  plan = step.Plan(None, None, jax.jit(program), jax.jit(lambda x: program(x)))
+  for times in 2, 4:
+    for _ in range(2):  # The second call finds it compiled.
+      assert plan.begin(plan.random_params(1.0)) == 3.0
+    assert len(made) == times
+    plan.forget()
