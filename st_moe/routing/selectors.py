@@ -49,10 +49,7 @@ def top_k(
   best, expert = _best(select, rank + k)
   best, expert = best[..., rank:], expert[..., rank:]  # [g, s, k]
   there = best > -jnp.inf  # Which rules one out.
-  # Not `take_along_axis`: a TPU reads a tile of memory for each number.
-  chosen = expert[..., None] == jnp.arange(num_experts)  # [g, s, k, e]
-  chosen &= there[..., None]
-  weight = jnp.where(chosen, scores.probs[:, :, None], 0).sum(-1)
+  weight = jnp.where(there, _of(scores.probs, expert), 0)
   active = ctx.valid[..., None] & there
   if pairs:
     share = weight / (weight.sum(-1, keepdims=True) + 1e-9)
@@ -76,6 +73,17 @@ def _best(select: jax.Array, k: int):
     select = jnp.where(taken, -jnp.inf, select)
   best, expert = (jnp.stack(x, axis=-1) for x in zip(*found, strict=True))
   return best, expert
+
+
+def _of(probs: jax.Array, expert: jax.Array) -> jax.Array:
+  """probs [g, s, e] of expert [g, s, k]: [g, s, k].
+
+  Not `take_along_axis`: a TPU reads a tile of memory for each number. And
+  choice by choice, or it would copy `probs` into another layout.
+  """
+  each = jnp.arange(probs.shape[-1])
+  of = lambda i: jnp.where(expert[..., i, None] == each, probs, 0).sum(-1)
+  return jnp.stack([of(i) for i in range(expert.shape[-1])], axis=-1)
 
 
 def _stays(policy, share, threshold, rng) -> jax.Array:
