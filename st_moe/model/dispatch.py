@@ -57,11 +57,12 @@ def index(x, seats: Seats, experts, *, capacity, num_experts, transport='auto'):
     seated = by_slot(seats, slot, num_experts * capacity)
     # Born [e, g, c], as they travel.
     split = lambda a: a.reshape(len(x), num_experts, capacity).swapaxes(0, 1)
-    token, weight = (split(a) for a in seated)
+    token, weight, route = (split(a) for a in seated)
     xs = take(x, token)
   ys = _exchange(xs, experts, transport)
+  routes = (route, jax.lax.stop_gradient(seats.weight)) if seats.k else None
   with jax.named_scope('combine'):
-    return combine(ys, token, weight, x.shape[1])
+    return combine(ys, token, weight, routes, x.shape[1])
 
 
 def per_token(
@@ -77,7 +78,7 @@ def per_token(
     xs = take(x, token).reshape(g * n, 1, d)
   ys = experts(xs, seats.expert.reshape(-1)).reshape(1, g, n, d)
   with jax.named_scope('combine'):
-    return combine(ys, token, weight, x.shape[1])
+    return combine(ys, token, weight, None, x.shape[1])
 
 
 DISPATCHERS = {

@@ -114,7 +114,7 @@ def _in_blocks(
   )
   with jax.named_scope('dispatch'):
     seated = by_slot(flat, one(row), most * block)
-  token, weight = (a.reshape(most, 1, block) for a in seated)
+  token, weight, _ = (a.reshape(most, 1, block) for a in seated)
   x = x.reshape(1, g * s, *d)
   pace, keeps = (turns, at_once), local and most <= _KEPT * turns
   y = _answers(pace, keeps, x, experts, weight, token, expert, ends[-1])

@@ -9,16 +9,17 @@ from st_moe.routing.types import Seats
 
 
 def by_slot(seats: Seats, slot: jax.Array, num_slots: int):
-  """Whose seat each slot is, and its weight: [g, num_slots] of both.
+  """Whose seat each slot is: token, weight and route, [g, num_slots] of each.
 
-  Empty ones have weight 0 and a token past the last: nobody hears them.
+  Empty ones have weight 0, and a token and a route past the last: nobody hears
+  them.
   """
   slot = jnp.where(seats.place < 0, num_slots, slot)
   nobody = jnp.iinfo(slot.dtype).max
   token = _put(seats.token, slot, nobody, num_slots)
   number = jnp.broadcast_to(jnp.arange(slot.shape[1]), slot.shape)
   route = _put(number, slot, nobody, num_slots)
-  return token, _moved(seats.weight, slot, route)
+  return token, _moved(seats.weight, slot, route), route
 
 
 def _put(values: jax.Array, places: jax.Array, empty, n: int) -> jax.Array:
@@ -85,6 +86,10 @@ def add(y: jax.Array, xs: jax.Array, token: jax.Array) -> jax.Array:
   Or to one as `tiled` has it.
   """
   xs = xs.reshape(*token.shape, *y.shape[2:])
+  return _scatter(jax.lax.scatter_add, y, xs, token)
+
+
+def _scatter(scatter, y, xs, row) -> jax.Array:
   numbers = jax.lax.ScatterDimensionNumbers(
     update_window_dims=tuple(range(3, xs.ndim)),
     inserted_window_dims=(1,),
@@ -92,7 +97,7 @@ def add(y: jax.Array, xs: jax.Array, token: jax.Array) -> jax.Array:
     operand_batching_dims=(0,),
     scatter_indices_batching_dims=(1,),
   )
-  return jax.lax.scatter_add(y, token[..., None], xs, numbers, mode='drop')
+  return scatter(y, row[..., None], xs, numbers, mode='drop')
 
 
 def _added(xs: jax.Array, token: jax.Array, s: int) -> jax.Array:
@@ -106,23 +111,55 @@ _taken.defvjp(
 )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def combine(ys, token, weight, s: int) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def combine(ys, token, weight, routes, s: int) -> jax.Array:
   """Answers to tokens [b, g, n], weighted and added up: [g, s, d].
 
   They are [..., d] and taken as they are: a TPU pays for every change of shape.
-  By slot rather than by route, of which there are more where places are few;
-  and a TPU gathers rows at more than twice the cost of scattering them.
+
+  Args:
+    weight: of each answer, as `token`; the gradient is of this one.
+    routes: (route, as `token`; weight [g, s * k] by route) where each token has
+      k routes in turn, each with one answer at most; else None.
   """
   # Or XLA converts first and copies twice the bytes.
   ys = jax.lax.optimization_barrier(ys)
+  args, by_slot = (ys, token, weight, routes), functools.partial(_by_slot, s)
+  if routes is None:
+    return by_slot(*args)
+  by_choice = functools.partial(_by_choice, s)
+  return jax.lax.platform_dependent(*args, cpu=by_slot, default=by_choice)
+
+
+def _by_slot(s, ys, token, weight, routes):
+  """Answers as float32, weighted, and added to their tokens."""
+  # Not gathered by route: at that a TPU takes more than twice as long.
+  del routes
   heard = ys.astype(jnp.float32) * weight.reshape(*ys.shape[:-1], 1)
   heard = heard.reshape(*token.shape, -1)
   return _added(heard, token, s).astype(ys.dtype)
 
 
-def _combine_forward(ys, token, weight, s):
-  return combine(ys, token, weight, s), (ys, token, weight)
+def _by_choice(s, ys, token, weight, routes):
+  """Answers put where their routes are, as they are; then one sum over the k.
+
+  No float32 but inside that sum, and no two answers meet in a scatter: a GPU
+  gets the same bits every time.
+  """
+  route, weight = routes
+  g, n = weight.shape
+  k = n // s
+  # A choice's answers in one piece, or a token's would lie across a tile.
+  row = jnp.where(route < n, route % k * s + route // k, n)
+  rows = jnp.zeros((g, n, ys.shape[-1]), ys.dtype)
+  rows = _scatter(jax.lax.scatter, rows, ys.reshape(*token.shape, -1), row)
+  rows, weight = rows.reshape(g, k, s, -1), weight.reshape(g, s, k, 1)
+  heard = (rows[:, i].astype(jnp.float32) * weight[:, :, i] for i in range(k))
+  return sum(heard).astype(ys.dtype)
+
+
+def _combine_forward(ys, token, weight, routes, s):
+  return combine(ys, token, weight, routes, s), (ys, token, weight)
 
 
 def _combine_backward(s, kept, dy):
@@ -133,7 +170,7 @@ def _combine_backward(s, kept, dy):
   heard = jax.lax.optimization_barrier(heard).astype(jnp.float32)
   dys = (heard * weight.reshape(*ys.shape[:-1], 1)).astype(ys.dtype)
   dweight = (heard * ys.astype(jnp.float32)).sum(-1)
-  return dys, None, dweight.reshape(weight.shape)
+  return dys, None, dweight.reshape(weight.shape), None
 
 
 combine.defvjp(_combine_forward, _combine_backward)

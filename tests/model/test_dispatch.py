@@ -29,6 +29,7 @@ G, S, D, F, E = 3, 6, 5, 7, 4
 KINDS = {
   'mask': mask,
   'index': index,
+  'index, on a TPU': index,
   'grouped': grouped,
   'grouped, block 1': functools.partial(grouped, block=1),
   'grouped, block 4': functools.partial(grouped, block=4),
@@ -53,7 +54,7 @@ def backend(request, monkeypatch):
     monkeypatch.setattr(grouped_module, '_KEPT', kept)
   if 'TPU' not in kind:
     return
-  run = lambda *args, default, tpu=None: (tpu or default)(*args)
+  run = lambda *args, default, tpu=None, cpu=None: (tpu or default)(*args)
   monkeypatch.setattr(jax.lax, 'platform_dependent', run)
   monkeypatch.setattr(grouped_module, '_AT_ONCE', 12)
   interpreted = functools.partial(pl.pallas_call, interpret=True)
