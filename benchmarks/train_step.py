@@ -4,12 +4,13 @@
 
 Takes st_moe[hf]. Both sides train the same parameters (ours, saved as theirs)
 on the same random tokens, in float32, by AdamW, with the same places for every
-expert, on as many threads; `dense` is our model with one expert's layer in
-place of each bank, by itself. A process each; a step of one side is followed by
-one of the other, so that whatever else the machine does falls on both. Peak
-memory is that of other processes, which do nothing else, less what they held
-after their imports; ours finds its step compiled, as every start does but the
-first.
+expert, on as many threads; ours has the logits of half the targets at a time
+(`loss.positions`), for less memory; `dense` is our model with one expert's
+layer in place of each bank, by itself. A process each; a step of one side is
+followed by one of the other, so that whatever else the machine does falls on
+both. Peak memory is that of other processes, which do nothing else, less what
+they held after their imports; ours finds its step compiled, as every start does
+but the first.
 
 Prints a table and, last, one line of JSON.
 """
@@ -72,7 +73,7 @@ def our_config(experts: int):
   return c.Config(
     model=model,
     data=c.DataConfig(batch_size=BATCH),
-    loss=c.LossConfig(z_loss=0.0, router=router, layers='mean'),
+    loss=c.LossConfig(z_loss=0.0, router=router, layers='mean', positions=32),
     optimizer=c.OptimizerConfig(
       name='adamw', learning_rate=RATE, decay='none', weight_decay=0.0
     ),
