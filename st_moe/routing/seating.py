@@ -24,7 +24,7 @@ def seat(asked: Assignment, *, num_experts: int, capacity: int) -> Seats:
   queue = by_choice(jnp.where(asked.active, asked.expert, num_experts))
   route = jnp.broadcast_to(jnp.arange(k * s), queue.shape)
   if asked.priority is None:
-    lined_up, order = jax.lax.sort((queue, route), num_keys=1)
+    lined_up, order = _by_key(queue, num_experts + 1, route, k * s)
   else:
     choice = jnp.broadcast_to(jnp.arange(k)[:, None], (k, s)).reshape(-1)
     keys = queue * k + choice, by_choice(asked.priority)
@@ -32,7 +32,8 @@ def seat(asked: Assignment, *, num_experts: int, capacity: int) -> Seats:
     lined_up //= k
   begins = jnp.diff(lined_up, axis=-1, prepend=-1) != 0
   rank = route - jax.lax.cummax(jnp.where(begins, route, 0), axis=1)
-  _, place = jax.lax.sort((order, rank), num_keys=1)
+  rank = jnp.minimum(rank, capacity)
+  _, place = _by_key(order, k * s, rank, capacity + 1)
   seated = (place < capacity) & (queue < num_experts)
   wanted = jnp.zeros((g, num_experts + 1), jnp.int32)
   wanted = jax.vmap(lambda w, q: w.at[q].add(1))(wanted, queue)  # [g, e+1]
@@ -45,3 +46,14 @@ def seat(asked: Assignment, *, num_experts: int, capacity: int) -> Seats:
     load=jnp.minimum(wanted[:, :-1], capacity),
     k=k,
   )
+
+
+def _by_key(keys, num_keys: int, values, num_values: int):
+  """Pairs of numbers from 0, sorted along the last axis.
+
+  As one number each where an int32 has room for it: a CPU sorts those in a
+  third of the time.
+  """
+  if num_keys * num_values > jnp.iinfo(jnp.int32).max:
+    return jax.lax.sort((keys, values), num_keys=2)
+  return jnp.divmod(jnp.sort(keys * num_values + values, axis=-1), num_values)
