@@ -60,7 +60,7 @@ def index(x, seats: Seats, experts, *, capacity, num_experts, transport='auto'):
     token, weight, route = (split(a) for a in seated)
     xs = take(x, token)
   ys = _exchange(xs, experts, transport)
-  routes = (route, jax.lax.stop_gradient(seats.weight)) if seats.k else None
+  routes = (route, seats.weight) if seats.k else None
   with jax.named_scope('combine'):
     return combine(ys, token, weight, routes, x.shape[1])
 

@@ -124,14 +124,14 @@ def combine(ys, token, weight, routes, s: int) -> jax.Array:
   """
   # Or XLA converts first and copies twice the bytes.
   ys = jax.lax.optimization_barrier(ys)
-  args, by_slot = (ys, token, weight, routes), functools.partial(_by_slot, s)
+  args, added = (ys, token, weight, routes), functools.partial(_by_addition, s)
   if routes is None:
-    return by_slot(*args)
+    return added(*args)
   by_choice = functools.partial(_by_choice, s)
-  return jax.lax.platform_dependent(*args, cpu=by_slot, default=by_choice)
+  return jax.lax.platform_dependent(*args, cpu=added, default=by_choice)
 
 
-def _by_slot(s, ys, token, weight, routes):
+def _by_addition(s, ys, token, weight, routes):
   """Answers as float32, weighted, and added to their tokens."""
   # Not gathered by route: at that a TPU takes more than twice as long.
   del routes
