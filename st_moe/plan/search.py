@@ -53,13 +53,13 @@ def candidates(config: Config, devices: int, chip: Chip) -> list[Candidate]:
 
 def meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
   """Sizes of all axes: every factorisation, experts never repeated in one."""
-  divisors = [n for n in range(1, devices + 1) if devices % n == 0]
-  experts = config.model.num_experts or 1
-  for fsdp, expert, model in itertools.product(divisors, repeat=3):
-    if devices % (fsdp * expert * model) == 0 and experts % expert == 0:
-      yield sharding.mesh_sizes(
-        devices, experts, fsdp=fsdp, expert=expert, model=model
-      )
+  experts, divisors = config.model.num_experts or 1, sharding.divisors
+  for fsdp in divisors(devices):
+    for expert in divisors(math.gcd(devices // fsdp, experts)):
+      for model in divisors(devices // fsdp // expert):
+        yield sharding.mesh_sizes(
+          devices, experts, fsdp=fsdp, expert=expert, model=model
+        )
 
 
 def variants(config: Config, sizes: dict[str, int]) -> Iterator[Config]:
@@ -74,7 +74,7 @@ def variants(config: Config, sizes: dict[str, int]) -> Iterator[Config]:
 
 
 def _with_groups(config: Config, sizes: dict[str, int]) -> Iterator[Config]:
-  """Its own groups where they lie within a device, and shares of them.
+  """Its own groups, or the largest that lie within a device; shares of them.
 
   Smaller ones drop more tokens, and only `mask` pays for large ones.
   """
@@ -83,7 +83,8 @@ def _with_groups(config: Config, sizes: dict[str, int]) -> Iterator[Config]:
   for share in shares:
     stacks = {}
     for stack, size, tokens in step.groups(config):
-      size = max(1, math.gcd(size, tokens // shards) // share)
+      whole = sharding.divisors(max(tokens // shards, 1))
+      size = max(1, max(n for n in whole if n <= size) // share)
       of_stack = dataclasses.replace(config.model.stack(stack), group_size=size)
       stacks[stack] = of_stack
     if share == 1 or all(s.group_size >= SMALLEST for s in stacks.values()):
@@ -105,7 +106,7 @@ def fitting(
     if config.model.moe.dispatcher != 'mask':
       # Only its memory depends on groups, and each group is to be traced.
       config = dataclasses.replace(config, model=_groups_of(given, config))
-    if found := cost.fitting(config, candidate.sizes, chip):
+    if found := cost.fitting(config, candidate.sizes, chip, candidate.work):
       seen.add(mesh)
       yield candidate, found
       if len(seen) == count:

@@ -25,6 +25,7 @@ from st_moe.train.report import Clock, Report, Silence, read_rows
 _FREE = (
   'name',
   'paper_params',
+  'max_padding',
   'total_steps',
   'checkpoint.',
   'evaluate.',
