@@ -316,8 +316,9 @@ def divisors(n: int) -> list[int]:
 
 def divisors_near(n: int, near: int) -> str:
   """'4 and 8': the divisors of `n` around `near`, for messages."""
-  low = max(d for d in divisors(n) if d <= near)
-  above = [d for d in divisors(n) if d > near]
+  every = divisors(n)
+  low = max(d for d in every if d <= near)
+  above = [d for d in every if d > near]
   return f'{low} and {min(above)}' if above else f'{low}'
 
 

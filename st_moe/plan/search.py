@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from st_moe import sharding
 from st_moe.config import Config
@@ -16,6 +16,7 @@ MICROBATCHES = (1, 2, 4, 8, 16)
 REMAT = ('none', 'dots', 'full')
 SHARES = (1, 2, 4, 8)  # Of the groups of a config.
 SMALLEST = 64  # Tokens in a share.
+MESHES = 1000  # That are tried: a minute or two.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,24 +29,44 @@ class Candidate:
   seconds: cost.Seconds
 
 
-def candidates(config: Config, devices: int, chip: Chip) -> list[Candidate]:
+def candidates(
+  config: Config,
+  devices: int,
+  chip: Chip,
+  *,
+  watch: Callable[[list], Iterable] = iter,
+) -> list[Candidate]:
   """All ways there are, the fastest first; whether they fit is not asked.
 
+  Args:
+    watch: given all meshes, gives one after the other, to be tried next.
+
   Raises:
-    ValueError: none divides; what is said is of the last one.
+    ValueError: there are more meshes than `MESHES`, or none divides; what is
+      said is of the first one.
   """
+  tried = list(itertools.islice(meshes(config, devices), MESHES + 1))
+  if len(tried) > MESHES:
+    raise ValueError(
+      f'{devices} devices make more than {MESHES:,} meshes, which is as many as'
+      ' a search tries. Take a number of them with fewer divisors, or name one'
+      ' mesh (--config.mesh.expert and so on) instead of --search.'
+    )
   found, refused = [], None
-  for sizes in meshes(config, devices):
+  for sizes in watch(tried):
     for changed in variants(config, sizes):
       try:
         work = cost.work(changed, sizes)
       except ValueError as e:  # Something does not divide.
-        refused = e
+        refused = refused or e
         continue
       seconds = cost.seconds(work, chip, sizes)
       found.append(Candidate(changed, sizes, work, seconds))
   if not found:
-    raise refused
+    raise ValueError(
+      f'None of the {len(tried)} meshes of {devices} devices can train this.'
+      f' The first: {refused}'
+    )
   return sorted(
     found, key=lambda c: (round(c.seconds.step, 2), c.seconds.worst)
   )
