@@ -133,8 +133,7 @@ def ranked(
       _gib(held.peak),
     )
   console = Console()
-  console.print(ways)
-  console.print(times)
+  console.print(ways, '', times, sep='\n')
   console.print(
     'ms at best: the longest of products, memory and exchanged weights, and'
     ' tokens on their way to experts and heads; alone: nothing beside anything.'
@@ -213,7 +212,7 @@ def _gib(size: float) -> str:
 
 
 def _ms(seconds: float) -> str:
-  return f'{seconds * 1e3:,.1f}'
+  return f'{seconds * 1e3:,.{1 if seconds > 0.01 else 3}f}'
 
 
 def _beside(measured: float, expected: float, unit: float):
