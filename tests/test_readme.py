@@ -166,6 +166,8 @@ def test_a_path_that_is_named_is_there():
   path = re.compile(rf'(?<![\w/])((?:{folders})/[\w./]*\w)')
   for place, _, text in _said():
     for name in path.findall(text):
+      if name.endswith('NAME.py'):  # Of one to be written.
+        continue
       assert (ROOT / name).exists(), f'{place}: {name} in {text!r}'
   for page in PAGES:
     links = re.findall(r'\]\(([^)#:]+)\)', (ROOT / page).read_text())
