@@ -25,7 +25,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Of each command: what is written otherwise, and why.
 CHANGES = (
   (
-    r'^bash scripts/test\.sh$',
+    r'^bash scripts/test\.sh\b',
     'bash scripts/test.sh tests/test_readme.py',
     'the whole suite has a run of its own',
   ),

@@ -101,12 +101,15 @@ def _reckoned(flags, load):
 
   config, chip = topology.resolved(load()), chips.named(flags.chip)
   cost.check_room(config, flags.devices, chip)
-  mesh = dataclasses.asdict(config.mesh)
-  mesh.pop('across_slices')
-  sizes = sharding.mesh_sizes(flags.devices, config.model.num_experts, **mesh)
+  asked = dataclasses.asdict(config.mesh)
+  asked.pop('across_slices')
+  sizes = sharding.mesh_sizes(flags.devices, config.model.num_experts, **asked)
+  mesh = sharding.abstract_mesh(sizes)
+  step.check_sizes(config, mesh)
+  step.check_padding(config, mesh)
   found = cost.cost(config, sizes)
   title = f'{flags.devices} {flags.chip}: {tables.mesh_name(sizes)}'
-  notes = step.astride(config, sharding.abstract_mesh(sizes))
+  notes = step.astride(config, mesh)
   tables.estimated(found, chip, sizes, title, notes)
   fits = found.peak <= chip.memory
   if not fits:

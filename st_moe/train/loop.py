@@ -73,6 +73,7 @@ def train(
     **dataclasses.asdict(config.mesh), num_experts=config.model.num_experts
   )
   step.check_sizes(config, mesh)
+  step.check_padding(config, mesh)
   loss.check_names(config.loss)
   if config.init and config.init_take != 'architecture':
     rules.named(config.init_take, config.init_rules)

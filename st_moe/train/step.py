@@ -232,8 +232,8 @@ def check_sizes(config: Config, mesh) -> None:
   """Refuses a batch that does not divide, with the sizes that would.
 
   Raises:
-    ValueError: batch against devices or microbatches, a microbatch that is no
-      whole number of groups, or groups far larger than what a device has.
+    ValueError: batch against devices or microbatches, or a microbatch that is
+      no whole number of groups.
   """
   batch, parts = config.data.batch_size, config.microbatches
   if batch < 1 or parts < 1:
@@ -262,7 +262,15 @@ def check_sizes(config: Config, mesh) -> None:
         f' sizes that divide are {sharding.divisors_near(tokens, size)}'
         f' (model.{stack}.group_size).'
       )
-  factors = padding(config, mesh)
+
+
+def check_padding(config: Config, mesh) -> None:
+  """Refuses groups far larger than what a device has, with sizes that fit.
+
+  Raises:
+    ValueError: more than `config.max_padding` places for each that is needed.
+  """
+  shards, factors = sharding.batch_shards(mesh), padding(config, mesh)
   wide = [g for g in groups(config) if factors[g[0]] > config.max_padding > 0]
   if wide:
     each = lambda text: ' and '.join(

@@ -297,7 +297,7 @@ def _paper(**overrides):
 
 def test_the_fine_tuning_of_the_paper_computes_no_empty_groups():
   config, mesh = _paper()
-  step.check_sizes(config, mesh)
+  step.check_padding(config, mesh)
   assert step.padding(config, mesh) == {'encoder': 1, 'decoder': 1}
   assert step.astride(config, mesh) == []
 
@@ -319,10 +319,10 @@ def test_groups_far_larger_than_a_device_are_refused():
     ' and model.decoder.group_size=62, .* max_padding=15'
   )
   with pytest.raises(ValueError, match=message):
-    step.check_sizes(config, mesh)
+    step.check_padding(config, mesh)
   # The advice is good, both ways.
-  step.check_sizes(_paper(model__encoder__group_size='512')[0], mesh)
-  step.check_sizes(dataclasses.replace(config, max_padding=15.0), mesh)
+  step.check_padding(_paper(model__encoder__group_size='512')[0], mesh)
+  step.check_padding(dataclasses.replace(config, max_padding=15.0), mesh)
   told = ' '.join(step.astride(config, mesh))
   assert 'compute 8.00 times the places' in told
   assert 'compute 14.71 times the places' in told
@@ -339,7 +339,7 @@ def test_groups_far_larger_than_a_device_are_refused():
 )
 def test_groups_that_cost_nothing_are_not_refused(changes):
   config, mesh = _paper(**PRETRAINED, **changes)
-  step.check_sizes(config, mesh)
+  step.check_padding(config, mesh)
   assert not any('times the places' in s for s in step.astride(config, mesh))
 
 
@@ -351,10 +351,10 @@ def test_up_to_twice_the_places_is_told_and_not_refused():
       MODEL, encoder=dataclasses.replace(MODEL.encoder, group_size=n)
     )
   )
-  step.check_sizes(wider(32), mesh)
+  step.check_padding(wider(32), mesh)
   assert 'and compute 2.00 times the places' in step.astride(wider(32), mesh)[0]
   with pytest.raises(ValueError, match='8 devices each has 16 encoder tokens'):
-    step.check_sizes(wider(40), mesh)
+    step.check_padding(wider(40), mesh)
   # As the layer cuts them.
   with sharding.use(mesh):
     for size in (16, 32, 40):
