@@ -186,10 +186,18 @@ def superglue(place: pathlib.Path) -> None:
         {'query': '@placeholder left', 'idx': 0, 'answers': [{'text': 'Tom'}]}
       ],
     },
+    'AX-b': {
+      'sentence1': said['premise'],
+      'sentence2': said['hypothesis'],
+      'label': 'entailment',
+      'logic': '',
+    },
+    'AX-g': {**said, 'label': 'entailment', 'pair_id': 0},
   }
   for folder, row in rows.items():
     (place / folder).mkdir(parents=True)
-    for split in ('train', 'val', 'test'):
+    only = folder.startswith('AX')  # A file without splits.
+    for split in (folder,) if only else ('train', 'val', 'test'):
       written = (json.dumps({**row, 'idx': n}) for n in range(8))
       (place / folder / f'{split}.jsonl').write_text('\n'.join(written))
 
