@@ -212,7 +212,7 @@ def _gib(size: float) -> str:
 
 
 def _ms(seconds: float) -> str:
-  return f'{seconds * 1e3:,.{1 if seconds > 0.01 else 3}f}'
+  return f'{seconds * 1e3:,.{1 if seconds >= 1e-3 else 3}f}'
 
 
 def _beside(measured: float, expected: float, unit: float):
