@@ -15,8 +15,8 @@ add_pip() {
     uv pip install --python .venv/bin/python pip
 }
 
-# Installed for exactly this setup.py? A changed one is installed again.
-if ! cmp -s setup.py ".venv/installed-$extras"; then
+# Installed for exactly this setup.py, and not moved since? Else it is installed again.
+if ! cmp -s setup.py ".venv/installed-$extras" || ! .venv/bin/st-moe --version >/dev/null 2>&1; then
   # Marked until it is whole, so that a first install cut short is begun anew.
   half=.venv/half-made
   trap '[[ ! -e $half ]] || rm -rf .venv' EXIT
@@ -30,7 +30,7 @@ if ! cmp -s setup.py ".venv/installed-$extras"; then
     { [[ -x .venv/bin/python ]] || make_venv; } &&
       { .venv/bin/python -m pip --version || add_pip; }
   } 2>&1); then
-    grep -v '^ \|^Traceback' <<<"$told" >&2 || true
+    grep -Ev '^ |^Traceback' <<<"$told" >&2 || true
     echo "$python cannot make a virtual environment with pip in it: on Debian and Ubuntu," >&2
     echo "sudo apt install python3-venv; elsewhere, install uv. Then run this again." >&2
     exit 1

@@ -493,7 +493,9 @@ case "$*" in
       touch .venv/rubbish
       eval "$(cat "$ROOT/broken")"
     fi
-    echo "$*" >>.venv/installs ;;
+    echo "$*" >>.venv/installs
+    printf '#!%s/bash\n' "$(dirname "$(command -v bash)")" >.venv/bin/st-moe
+    chmod +x .venv/bin/st-moe ;;
   *) exit 1 ;;
 esac || { echo "No module named ${2:-}" >&2; exit 1; }
 """
@@ -563,6 +565,17 @@ def test_a_venv_without_pip_gets_one(bare):
   (venv / 'mine').touch()
   assert _run(bare, 'env.sh').returncode == 0 and _installed(bare)
   assert (venv / 'mine').exists()
+
+
+def test_an_environment_that_was_moved_is_installed_again(bare):
+  _has(bare, 'venv', 'ensurepip')
+  assert _run(bare, 'env.sh').returncode == 0
+  # Its scripts name the interpreter by the path where it was.
+  script = bare / 'checkout' / '.venv' / 'bin' / 'st-moe'
+  script.write_text('#!/where/it/was/.venv/bin/python\n')
+  done = _run(bare, 'env.sh')
+  assert done.returncode == 0 and 'Installed into .venv' in done.stdout
+  assert subprocess.run([script]).returncode == 0
 
 
 def test_the_quickstart_ends_with_what_to_type_next(root):
