@@ -7,3 +7,4 @@ st-moe train --config=configs/st_moe_tiny.py --workdir="$run/pretrain"
 st-moe train --config=configs/finetune.py --config.init="$run/pretrain" --workdir="$run/finetune"
 st-moe train --config=configs/finetune.py:scratch --config.init="$run/pretrain" --workdir="$run/scratch"
 st-moe report "$run/pretrain" "$run/finetune" --baseline="$run/scratch"
+echo 'To go on (README, "The first hour"), st-moe in your shell: source .venv/bin/activate'

@@ -30,6 +30,22 @@ ST_MOE_TRACEBACK=1 shows where in the code an error arose.
 """
 
 
+_FORMATS = """
+FORMAT:PLACE is one of
+  PLACE            a run of `st-moe train`, or its checkpoints/STEP
+  st_moe:PLACE     the same; as a target, a new directory
+  hf:PLACE         HuggingFace's T5, T5 1.1, Flan-T5, mT5, Switch: a directory,
+                   or, to read, an id of the hub
+  t5x:PLACE        T5X's and Flaxformer's checkpoint_N: written in the old
+                   layout, read in either
+  t5x_orbax:PLACE  the same, written as Orbax does today
+  mtf:PLACE        Mesh-TensorFlow's model.ckpt-N, read only
+
+st-moe convert --from=hf:google/switch-base-8 --to=st_moe:runs/switch --verify
+st-moe convert --from=runs/switch --to=hf:exported
+"""
+
+
 def main(argv: list[str] | None = None) -> None:
   """Runs a verb; a user's mistake is one message and exit status 1."""
   try:
@@ -93,6 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     formatter_class=argparse.RawDescriptionHelpFormatter,
     epilog=_EPILOG,
     allow_abbrev=False,
+  )
+  parser.add_argument(
+    '--version', action='store_true', help='of st_moe and what it stands on'
   )
   verbs = parser.add_subparsers(dest='verb', metavar='VERB')
   made = {
@@ -183,6 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     action='store_true',
     help="compare logits with the source's own implementation",
   )
+  made['convert'].epilog = _FORMATS + _EPILOG
   plan_flags.add(made['plan'])
   made['report'].add_argument('workdirs', nargs='+')
   made['report'].add_argument(
@@ -206,6 +226,9 @@ def run(argv: list[str]) -> int:
   """Parses and runs; returns the exit status."""
   parser = _parser()
   flags, rest = parser.parse_known_args(argv)
+  if flags.version:
+    print(_version())
+    return 0
   if not flags.verb:
     parser.print_help()
     return 2
@@ -215,6 +238,23 @@ def run(argv: list[str]) -> int:
   if overrides and flags.verb in ('report', 'doctor', 'list', 'generate'):
     raise ValueError(f'`st-moe {flags.verb}` has no config to set fields of.')
   return _RUN[flags.verb](flags, overrides) or 0
+
+
+def _version() -> str:
+  """'st_moe 0.1.0, Python 3.12.1, jax 0.10.2'; imports none of them."""
+  import importlib.metadata
+  import platform
+
+  found = {}
+  for name in ('st_moe', 'jax'):
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      found[name] = '(not installed)'
+  return (
+    f'st_moe {found["st_moe"]}, Python {platform.python_version()},'
+    f' jax {found["jax"]}'
+  )
 
 
 def _overrides(rest: list[str]) -> dict[str, str]:
@@ -400,8 +440,13 @@ def _list(flags, overrides):
   from st_moe import config_file
 
   if flags.what == 'configs':
+    rows = []
     for path in config_file.shipped():
-      print(f'configs/{path.name:24}{config_file.summary(path)}')
+      arguments = config_file.arguments(path)
+      shown = ', '.join(f'{k}={v}' for k, v in arguments.items())
+      text = f'{config_file.summary(path)}\narguments: {shown or "none"}'
+      rows.append((f'configs/{path.name}', text))
+    _print_columns(rows)
   elif flags.what == 'tasks':
     _start(flags)
     from st_moe.data import task_shards
@@ -412,15 +457,30 @@ def _list(flags, overrides):
     from st_moe.model import dispatch, gates
     from st_moe.routing import losses, selectors
 
-    for kind, table in {
+    kinds = {
       'gate': gates.GATES,
       'selector': selectors.SELECTORS,
       'dispatcher': dispatch.DISPATCHERS,
       'loss': losses.LOSSES,
-    }.items():
-      for name, method in table.items():
-        first = (method.__doc__ or '').strip().splitlines()[0]
-        print(f'{kind:12}{name:16}{first}')
+    }
+    _print_columns(
+      (kind, name, (method.__doc__ or '').strip().partition('\n')[0])
+      for kind, table in kinds.items()
+      for name, method in table.items()
+    )
+
+
+def _print_columns(rows) -> None:
+  """Columns as wide as they need; the last goes on below itself."""
+  from rich import console, markup, table
+
+  columns = table.Table.grid(padding=(0, 2, 0, 0))
+  *names, texts = zip(*rows, strict=True)
+  for _ in names:
+    columns.add_column(no_wrap=True)
+  for row in zip(*names, texts, strict=True):
+    columns.add_row(*map(markup.escape, row))
+  console.Console(highlight=False).print(columns)
 
 
 def _config(flags, overrides):

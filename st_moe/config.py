@@ -153,6 +153,13 @@ class MoEConfig:
       group_size, self.num_experts, self.selector.kwargs.get('k', 1)
     )
 
+  @property
+  def computes_places(self) -> bool:
+    """Whether training computes empty places too, and not just what sits."""
+    sitting = self.dispatcher in ('grouped', 'per_token')
+    dropless = self.dispatcher == 'auto' and self.train_capacity.dropless
+    return not (sitting or dropless)
+
   def executed_experts(self, group_size: int) -> float:
     """Experts computed per token in training, filled places or not."""
     if self.train_capacity.dropless:
@@ -559,6 +566,9 @@ class Config:
   # What else is made of what: pattern of a path -> path there ('' is: new).
   init_rules: Mapping[str, str] = dataclasses.field(default_factory=dict)
   microbatches: int = 1  # Gradient accumulation; changes no number.
+  # Places that sparse layers may compute for each that their tokens need, where
+  # groups are larger than what a device has; 0: any number.
+  max_padding: float = 2.0
   paper_params: float = 0.0  # What its paper prints, to compare; 0: nothing.
   model: ModelConfig = ModelConfig()
   data: DataConfig = DataConfig()

@@ -249,6 +249,22 @@ def summary(path: pathlib.Path) -> str:
   return (ast.get_docstring(ast.parse(path.read_text())) or '').split('\n')[0]
 
 
+def arguments(path: pathlib.Path) -> dict[str, str]:
+  """What `get_config` of a config file takes, and its defaults, as written."""
+  calls = (n for n in ast.walk(ast.parse(path.read_text())) if _parses(n))
+  return {
+    keyword.arg: ast.unparse(keyword.value)
+    for call in calls
+    for keyword in call.keywords
+  }
+
+
+def _parses(node: ast.AST) -> bool:
+  if not isinstance(node, ast.Call):
+    return False
+  return ast.unparse(node.func).rpartition('.')[2] == parse_arg.__name__
+
+
 def read(name: str) -> dict:
   """A config as plain dicts: of a workdir, or of FILE[:ARG]."""
   path = pathlib.Path(name) / 'config.json'

@@ -59,14 +59,22 @@ class Product:
 
 
 def products(
-  model: ModelConfig, inputs_length: int, targets_length: int
+  model: ModelConfig,
+  inputs_length: int,
+  targets_length: int,
+  padding: tuple[tuple[str, float], ...] = (),
 ) -> Iterator[Product]:
   """Every product of a forward pass, places left empty included.
 
   Softmaxes, norms and what moves tokens are left out, but for the dispatcher
   `mask`, whose moves are products.
+
+  Args:
+    padding: (stack, how many times its tokens go through a sparse layer), where
+      groups are filled up with nothing (`step.padding`).
   """
   lengths = {'encoder': inputs_length, 'decoder': targets_length}
+  padded = {s: n * dict(padding).get(s, 1) for s, n in lengths.items()}
   for stack in model.stacks:
     for layer in model.plan(stack).layers:
       for sublayer in layer:
@@ -74,8 +82,9 @@ def products(
         keys = inputs_length
         if sublayer.kind != 'cross_attention':
           keys = lengths[stack]
+        n = (padded if sublayer.kind == 'moe' else lengths)[stack]
         found = _SUBLAYERS[sublayer.kind](
-          model, stack, sublayer, lengths[stack], keys
+          model, stack, sublayer, round(n), keys
         )
         *rest, out = found
         yield from rest
@@ -121,7 +130,8 @@ def _mlp(model, stack, sublayer: Sublayer, n: int, keys: int):
 
 def _moe(model, stack, sublayer: Sublayer, n: int, keys: int):
   d, moe, into = model.embed_dim, model.moe, _matrices(model) - 1
-  hidden, size = n * model.executed_dim(stack), model.stack(stack).group_size
+  size = n if moe.group_by == 'sequence' else model.stack(stack).group_size
+  hidden = n * round(moe.executed_experts(size) * model.expert_dim)
   router = n * moe.num_experts
   yield Product('router', 2 * router * d, 2 * (n * d + router))
   places = round(n * moe.executed_experts(size))  # Filled by the n tokens.
@@ -150,14 +160,14 @@ _SUBLAYERS = {
 
 @functools.lru_cache
 def train_flops(
-  model: ModelConfig, inputs_length: int, targets_length: int
+  model: ModelConfig, inputs_length: int, targets_length: int, padding=()
 ) -> Mapping[str, int]:
   """Of one training step on one sequence, by part.
 
   'recomputed' is what the backward pass computes again (`model.remat`).
   """
   found = collections.Counter()
-  for p in products(model, inputs_length, targets_length):
+  for p in products(model, inputs_length, targets_length, padding):
     found[p.part] += p.flops * (1 + p.backward)
     found['recomputed'] += p.flops * (_again(model, p) + p.afresh)
   return types.MappingProxyType(found)
@@ -165,7 +175,7 @@ def train_flops(
 
 @functools.lru_cache
 def train_moved(
-  model: ModelConfig, inputs_length: int, targets_length: int
+  model: ModelConfig, inputs_length: int, targets_length: int, padding=()
 ) -> int:
   """Numbers that the products of one training step read and write.
 
@@ -174,7 +184,7 @@ def train_moved(
   """
   return sum(
     p.moved * (1 + p.backward + _again(model, p) + p.afresh)
-    for p in products(model, inputs_length, targets_length)
+    for p in products(model, inputs_length, targets_length, padding)
   )
 
 

@@ -308,12 +308,24 @@ def _undivided(name: str, size: int, mesh, entry) -> ValueError:
   )
 
 
+def divisors(n: int) -> list[int]:
+  """All of them, the smallest first."""
+  low = [i for i in range(1, math.isqrt(n) + 1) if n % i == 0]
+  return sorted({*low, *(n // i for i in low)})
+
+
 def divisors_near(n: int, near: int) -> str:
   """'4 and 8': the divisors of `n` around `near`, for messages."""
-  divisors = [i for i in range(1, n + 1) if n % i == 0]
-  low = max(d for d in divisors if d <= near)
-  above = [d for d in divisors if d > near]
+  every = divisors(n)
+  low = max(d for d in every if d <= near)
+  above = [d for d in every if d > near]
   return f'{low} and {min(above)}' if above else f'{low}'
+
+
+def whole_groups(tokens: int, size: int, parts: int) -> int:
+  """Groups of `size` that hold `tokens`, as many on each of `parts` devices."""
+  groups = -(-tokens // size)
+  return -(-groups // parts) * parts
 
 
 def placed(shapes, shardings):

@@ -1,10 +1,13 @@
 """The command: quick where it should be, and every mistake one message."""
 
 import errno
+import importlib.metadata
 import json
 import logging
 import os
 import pathlib
+import platform
+import re
 import subprocess
 import sys
 
@@ -14,7 +17,7 @@ import pytest
 from st_moe import cli, config_file
 from st_moe.config import Config
 from st_moe.data import files
-from st_moe.interop import ours
+from st_moe.interop import convert, ours
 from st_moe.model.transformer import Transformer
 from st_moe.train import step
 from tests.helpers import random_params, tiny
@@ -86,6 +89,34 @@ def test_help_is_quick_and_needs_nothing():
     assert f'\n    {verb} ' in text
 
 
+_QUICK = """
+import sys
+from st_moe import cli
+for argv in (['--version'], ['convert', '--help'], ['list', 'configs']):
+  try:
+    cli.main(argv)
+  except SystemExit as e:
+    assert not e.code
+assert not {'jax', 'flax', 'numpy'} & set(sys.modules), sys.modules
+"""
+
+
+def test_versions_formats_and_configs_need_no_jax():
+  found = _python(_QUICK, COLUMNS='80')
+  assert found.returncode == 0, found.stderr
+  lines = found.stdout.splitlines()
+  assert max(map(len, lines)) <= 80
+  first = re.fullmatch(r'st_moe (.*), Python (3\S+), jax (.*)', lines[0])
+  assert first[2] == platform.python_version()
+  assert first[3] == importlib.metadata.version('jax')
+  # Of each format its place; and of each config its arguments.
+  for name in convert.FORMATS:
+    assert f'\n  {name}:PLACE ' in found.stdout
+  told = ' '.join(found.stdout.split())
+  assert 'configs/switch.py Switch Transformers' in told
+  assert "arguments: size='base', experts=0, dense=False, seed=0" in told
+
+
 def test_a_mistake_is_one_line_of_a_real_process(tmp_path):
   arguments = ['train', f'--config={TINY}', f'--workdir={tmp_path / "w"}']
   mistake = '--config.model.moe.selector.k=9'
@@ -144,6 +175,7 @@ def test_lists(capsys):
     line.split() for line in _runs(capsys, 'list', 'methods').split('\n')
   ]
   named = {tuple(line[:2]) for line in methods if line}
+  assert ('loss', 'load_balance_all') in named  # As wide as the column was.
   assert {
     ('gate', 'linear'),
     ('selector', 'top_k'),

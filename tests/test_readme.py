@@ -1,9 +1,25 @@
-"""The README tells the truth about the tree it ends in."""
+"""The pages tell the truth about the commands and the tree.
 
+Here every command is read, and checked against the real parser and the real
+fields; `tests.first_hour` runs those of the README.
+"""
+
+import ast
 import pathlib
 import re
 
+import pytest
+
+from st_moe import cli, config_file
+from st_moe.config import Config
+from st_moe.interop import convert
+from tests import first_hour
+
 ROOT = pathlib.Path(__file__).parents[1]
+PAGES = (
+  *('README.md', 'CONTRIBUTING.md', 'docs/hosts.md', 'docs/plan.md'),
+  'docs/tasks.md',
+)
 
 
 def tree_paths(text: str) -> list[str]:
@@ -47,3 +63,134 @@ def test_the_two_commands_are_there():
   text = (ROOT / 'README.md').read_text()
   assert 'bash scripts/quickstart.sh' in text
   assert 'bash scripts/test.sh' in text
+
+
+# Commands.
+
+
+def test_lines_and_commands_of_a_page():
+  page = """
+```
+st-moe train --workdir=a \\
+  --config.data.mixture="{'a b': 1.0}"   # why
+$vm create && $vm setup; ls
+```
+```python
+st-moe = 1
+```
+`st-moe list
+tasks` and `x`
+"""
+  typed = first_hour.lines(page)
+  assert len(typed) == 2
+  assert [first_hour.commands(line) for line in typed] == [
+    [['st-moe', 'train', '--workdir=a', "--config.data.mixture={'a b': 1.0}"]],
+    [['$vm', 'create'], ['$vm', 'setup'], ['ls']],
+  ]
+  assert first_hour.spans(page) == ['st-moe list tasks', 'x']
+
+
+def _said() -> list[tuple[str, bool, str]]:
+  """(place, whether it is whole, command) of all that the pages say."""
+  found = []
+  for page in PAGES:
+    text = (ROOT / page).read_text()
+    found += [(page, True, line) for line in first_hour.lines(text)]
+    found += [(page, False, span) for span in first_hour.spans(text)]
+  for path in config_file.shipped():
+    text = ast.get_docstring(ast.parse(path.read_text()))
+    typed = re.findall(r'^ *(st-moe .*)$', text.replace('\\\n', ' '), re.M)
+    found += [(path.name, True, line) for line in typed]
+  return found
+
+
+def _st_moe():
+  for place, whole, line in _said():
+    commands = first_hour.commands(line) if whole else [line.split()]
+    for words in commands:
+      if words[0] == 'st-moe' and len(words) > 1:
+        yield place, whole, words[1:]
+
+
+def _fields(words) -> dict[str, str]:
+  pairs = (word.partition('=') for word in words)
+  return {
+    name.removeprefix('--config.'): value
+    for name, _, value in pairs
+    if name.startswith('--config.') and '*' not in name
+  }
+
+
+@pytest.fixture(scope='module')
+def verbs():
+  """The parser of each verb."""
+  (found,) = cli._parser()._subparsers._group_actions
+  return found.choices
+
+
+def test_there_are_commands_to_check():
+  verbs = {words[0] for _, _, words in _st_moe()}
+  assert set(cli._VERBS) <= verbs
+  assert len(list(_st_moe())) > 40
+
+
+@pytest.mark.parametrize(
+  ('place', 'whole', 'words'),
+  list(_st_moe()),
+  ids=lambda x: ' '.join(x)[:60] if isinstance(x, list) else '',
+)
+def test_a_command_is_one(verbs, place, whole, words, capsys):
+  verb, *rest = words
+  assert verb in verbs or verb.startswith('-'), place
+  flags = [word.partition('=')[0] for word in rest if word.startswith('--')]
+  known = verbs[verb]._option_string_actions if verb in verbs else flags
+  assert {f for f in flags if not f.startswith('--config.')} <= set(known)
+  fields = _fields(rest)
+  for field, value in fields.items():
+    config_file.merge(Config, {}, field, value)
+  if not whole:  # In passing: what matters of it.
+    return
+  asked, more = cli._parser().parse_known_args(words)
+  assert cli._overrides(more) == fields
+  if verb == 'convert':
+    for uri in (getattr(asked, 'from'), asked.to):
+      convert.split(uri)
+  # `...` and PATH are for the reader to fill in.
+  given = getattr(asked, 'config', '')
+  if given and not re.search('[.]{3}|=[A-Z]+', given):
+    config_file.load(given, fields)
+
+
+def test_a_path_that_is_named_is_there():
+  folders = 'configs|scripts|benchmarks|tests|st_moe|docs'
+  path = re.compile(rf'(?<![\w/])((?:{folders})/[\w./]*\w)')
+  for place, _, text in _said():
+    for name in path.findall(text):
+      if name.endswith('NAME.py'):  # Of one to be written.
+        continue
+      assert (ROOT / name).exists(), f'{place}: {name} in {text!r}'
+  for page in PAGES:
+    links = re.findall(r'\]\(([^)#:]+)\)', (ROOT / page).read_text())
+    for link in links:
+      assert (ROOT / page).parent.joinpath(link).exists(), f'{page}: {link}'
+
+
+def test_a_field_that_is_named_is_one():
+  # `data.workers`, `config.init`, `model.moe.eval_capacity` in passing.
+  heads = 'model|data|loss|optimizer|mesh|checkpoint|evaluate|log'
+  field = re.compile(rf'(?:config[.])?((?:{heads})[.][\w.]*\w)(=.*)?')
+  found = 0
+  for place, whole, text in _said():
+    match = field.fullmatch(text)
+    if match and not whole:
+      found += 1
+      try:
+        config_file.merge(Config, {}, match[1], 'x')
+      except ValueError as e:
+        raise AssertionError(f'{place}: {text}: {e}') from None
+  assert found > 10
+
+
+@pytest.mark.slow
+def test_the_first_hour(tmp_path):
+  assert first_hour.main([f'--directory={tmp_path}/hour', '--quick']) == 0

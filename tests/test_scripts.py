@@ -1,4 +1,7 @@
-"""The launchers, with stand-ins for gcloud, Slurm, uv and st-moe on PATH."""
+"""The launchers, with stand-ins for gcloud, Slurm, uv and st-moe on PATH.
+
+And what they are launched from, with a stand-in for Python.
+"""
 
 import os
 import pathlib
@@ -464,3 +467,123 @@ def test_the_job_is_told_before_its_time_is_up():
   assert '--signal=TERM@120' in options
   assert '--requeue' in options
   assert lines.index('#SBATCH --requeue') < lines.index('set -euo pipefail')
+
+
+# The environment.
+
+# A Python without ensurepip, as Debian's. Its `-m MODULE` works if $ROOT/has
+# lists it; a pip, once in .venv, installs whatever it is asked for, unless
+# $ROOT/broken is there: then it dies half way.
+PYTHON = r"""
+has() { grep -qx "$1" "$ROOT/has" 2>/dev/null; }
+own() { cp "$ROOT/bin/python3" .venv/bin/python; }
+case "$*" in
+  '-c '*) ;;
+  '-m venv .venv') mkdir -p .venv/bin && own && has ensurepip &&
+    touch .venv/pip ;;
+  '-m venv --without-pip .venv') has venv && mkdir -p .venv/bin && own ;;
+  '-m virtualenv .venv') has virtualenv && mkdir -p .venv/bin && own &&
+    touch .venv/pip ;;
+  '-m ensurepip') has ensurepip && touch .venv/pip ;;
+  '-m pip --python '*) has pip && touch .venv/pip ;;
+  '-m pip --version') [ -e .venv/pip ] ;;
+  '-m pip install '*)
+    [ -e .venv/pip ] || exit 1
+    if [ -e "$ROOT/broken" ]; then
+      touch .venv/rubbish
+      eval "$(cat "$ROOT/broken")"
+    fi
+    echo "$*" >>.venv/installs
+    printf '#!%s/bash\n' "$(dirname "$(command -v bash)")" >.venv/bin/st-moe
+    chmod +x .venv/bin/st-moe ;;
+  *) exit 1 ;;
+esac || { echo "No module named ${2:-}" >&2; exit 1; }
+"""
+
+
+@pytest.fixture
+def bare(root):
+  """A checkout on a machine that has a Python, and no .venv yet."""
+  path = root / 'bin' / 'python3'
+  path.write_text(f'#!/bin/bash\n{PYTHON}\n')
+  path.chmod(0o755)
+  (root / 'bin' / 'uv').unlink()
+  (root / 'checkout' / 'setup.py').write_text('')
+  return root
+
+
+def _has(root, *modules):
+  (root / 'has').write_text('\n'.join(modules) + '\n')
+
+
+def _installed(root):
+  path = root / 'checkout' / '.venv' / 'installs'
+  return path.exists() and 'install --quiet -e .[dev]' in path.read_text()
+
+
+@pytest.mark.parametrize(
+  'modules', [('venv', 'ensurepip'), ('venv', 'pip'), ('virtualenv',)]
+)
+def test_an_environment_is_made_with_what_there_is(bare, modules):
+  _has(bare, *modules)
+  done = _run(bare, 'env.sh')
+  assert done.returncode == 0, done.stderr
+  assert _installed(bare) and 'source .venv/bin/activate' in done.stdout
+  again = _run(bare, 'env.sh')
+  assert again.returncode == 0 and again.stdout + again.stderr == ''
+
+
+@pytest.mark.parametrize('modules', [('venv',), ()])
+def test_without_pip_nothing_is_left_behind(bare, modules):
+  _has(bare, *modules)
+  done = _run(bare, 'env.sh')
+  assert done.returncode == 1
+  assert 'sudo apt install python3-venv' in done.stderr
+  assert not (bare / 'checkout' / '.venv').exists()
+  _has(bare, 'venv', 'ensurepip')  # The advice was taken.
+  assert _run(bare, 'env.sh').returncode == 0 and _installed(bare)
+
+
+@pytest.mark.parametrize('end', ['exit 1', 'kill -9 $PPID; exit 1'])
+def test_an_install_cut_short_is_begun_anew(bare, end):
+  _has(bare, 'venv', 'ensurepip')
+  (bare / 'broken').write_text(end)
+  assert _run(bare, 'env.sh').returncode != 0
+  venv = bare / 'checkout' / '.venv'
+  assert venv.exists() == end.startswith('kill')  # Else cleared away.
+  (bare / 'broken').unlink()
+  assert _run(bare, 'env.sh').returncode == 0 and _installed(bare)
+  assert not (venv / 'rubbish').exists()
+
+
+def test_a_venv_without_pip_gets_one(bare):
+  # Of `uv venv`, or of a Python that had no ensurepip then.
+  _has(bare, 'venv', 'ensurepip')
+  venv = bare / 'checkout' / '.venv'
+  (venv / 'bin').mkdir(parents=True)
+  shutil.copy(bare / 'bin' / 'python3', venv / 'bin' / 'python')
+  (venv / 'mine').touch()
+  assert _run(bare, 'env.sh').returncode == 0 and _installed(bare)
+  assert (venv / 'mine').exists()
+
+
+def test_an_environment_that_was_moved_is_installed_again(bare):
+  _has(bare, 'venv', 'ensurepip')
+  assert _run(bare, 'env.sh').returncode == 0
+  # Its scripts name the interpreter by the path where it was.
+  script = bare / 'checkout' / '.venv' / 'bin' / 'st-moe'
+  script.write_text('#!/where/it/was/.venv/bin/python\n')
+  done = _run(bare, 'env.sh')
+  assert done.returncode == 0 and 'Installed into .venv' in done.stdout
+  assert subprocess.run([script]).returncode == 0
+
+
+def test_the_quickstart_ends_with_what_to_type_next(root):
+  (root / 'checkout' / 'scripts' / 'env.sh').write_text('set -e\n')
+  done = _run(root, 'quickstart.sh', HOME=str(root / 'worker0'))
+  assert done.returncode == 0, done.stderr
+  assert [words[0] for words in _calls(root / 'worker0' / 'runs')] == [
+    *['train'] * 3,
+    'report',
+  ]
+  assert 'source .venv/bin/activate' in done.stdout.splitlines()[-1]

@@ -111,9 +111,7 @@ def into_groups(a: jax.Array, group_size: int) -> jax.Array:
   batch, length, *rest = a.shape
   tokens = batch * length
   size = min(group_size, tokens)
-  parts = sharding.shards('group')
-  g = -(-tokens // size)
-  g = -(-g // parts) * parts
+  g = sharding.whole_groups(tokens, size, sharding.shards('group'))
   a = a.reshape(tokens, *rest)
   a = jnp.pad(a, ((0, g * size - tokens), *((0, 0) for _ in rest)))
   return a.reshape(g, size, *rest)

@@ -34,8 +34,8 @@ class Work:
 
   @property
   def ideal(self) -> float:
-    """FLOPs that no dispatcher and no recomputation adds to."""
-    spare = 'dispatch', 'recomputed'
+    """FLOPs that neither dispatcher, padding nor recomputation adds to."""
+    spare = 'dispatch', 'recomputed', 'padded groups'
     return sum(n for part, n in self.flops.items() if part not in spare)
 
 
@@ -57,12 +57,15 @@ def work(config: Config, sizes: dict[str, int]) -> Work:
     p.size * math.prod(sizes[a] for a in p.gathered)
     for p in memory.parameters(config, mesh)
   )
+  padding = tuple(step.padding(config, mesh).items())
   flops = dict(counts.train_flops(model, *lengths))
+  padded = counts.train_flops(model, *lengths, padding)
+  flops['padded groups'] = sum(padded.values()) - sum(flops.values())
   if config.loss.positions:  # Logits are made again.
     flops['recomputed'] += flops['logits'] / 3
   return Work(
     flops={part: n * share for part, n in flops.items()},
-    traffic=counts.train_moved(model, *lengths) * share * item
+    traffic=counts.train_moved(model, *lengths, padding) * share * item
     + weights * item * passes * config.microbatches
     # Read and written by the optimizer, gradients once more.
     + 2 * sum(held.values())
@@ -90,12 +93,14 @@ def cost(config: Config, sizes: dict[str, int]) -> Cost:
   return Cost(found, memory.state(config, mesh), memory.of_step(config, mesh))
 
 
-def fitting(config: Config, sizes: dict[str, int], chip: Chip) -> Cost | None:
-  """The cost of `config`, or None where it does not fit on `chip`."""
+def fitting(
+  config: Config, sizes: dict[str, int], chip: Chip, work: Work
+) -> Cost | None:
+  """`work`, and what `config` holds; None where it does not fit on `chip`."""
   mesh = sharding.abstract_mesh(sizes)
   if memory.at_least(config, mesh) > chip.memory:
     return None
-  found = cost(config, sizes)
+  found = Cost(work, memory.state(config, mesh), memory.of_step(config, mesh))
   return found if found.peak <= chip.memory else None
 
 

@@ -117,8 +117,8 @@ def _places(found: _Sum, config: Config):
   """(stack, bytes of all places that a device fills in one layer)."""
   moe = config.model.moe
   for stack, size, tokens in step.groups(config):
-    groups = -(-tokens // size)
-    groups = -(-groups // sharding.batch_shards(found.mesh))
+    shards = sharding.batch_shards(found.mesh)
+    groups = sharding.whole_groups(tokens, size, shards) // shards
     places = moe.num_experts * moe.slots(size, deterministic=False)
     yield stack, groups * places * config.model.embed_dim * found.item
 

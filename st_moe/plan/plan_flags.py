@@ -27,7 +27,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     help='compile the train step for TPUs, as v5p:4x4x8; takes jax[tpu]',
   )
   parser.add_argument(
-    '--output', metavar='FILE.json', default='plan.json', help='all figures'
+    '--output', metavar='FILE.json', default='', help='for all figures'
   )
 
 
@@ -55,19 +55,16 @@ def run(flags, load: Callable) -> int:
     raise ValueError('--search needs --chip and --devices.')
   # No accelerator is needed, and none should be waited for.
   os.environ['JAX_PLATFORMS'] = 'cpu'
-  if flags.count:
-    from st_moe.plan import tables
-
-    tables.count(load())
-    return 0
   if flags.topology:
     prepare()
-  output = pathlib.Path(flags.output)
-  if not output.parent.is_dir():
-    raise ValueError(f'--output={output}: there is no {output.parent}.')
-  make = (
-    _compiled if flags.topology else _searched if flags.search else _reckoned
-  )
+  _check_output(flags.output)
+  if flags.count:
+    make = _counted
+  elif flags.topology:
+    make = _compiled
+  else:
+    make = _searched if flags.search else _reckoned
+  from st_moe.data import files
   from st_moe.plan import cost
 
   try:
@@ -75,22 +72,45 @@ def run(flags, load: Callable) -> int:
   except cost.DoesNotFit as e:
     print(e)
     found, fits = {'fits': False, 'why': str(e)}, False
-  output.write_text(json.dumps(found, indent=2))
+  if flags.output:
+    files.write_whole(flags.output, json.dumps(found, indent=2).encode())
   return 0 if fits else 1
+
+
+def _check_output(output: str) -> None:
+  """Refuses what could not be written after minutes of work."""
+  path = pathlib.Path(output)
+  if not output or '://' in output:
+    return
+  if not path.parent.is_dir():
+    raise ValueError(f'--output={output}: there is no {path.parent}.')
+  if path.is_dir():
+    raise ValueError(f'--output={output} is a directory; name a file.')
+
+
+def _counted(flags, load):
+  from st_moe.plan import tables, topology
+
+  return tables.count(topology.resolved(load())), True
 
 
 def _reckoned(flags, load):
   from st_moe import sharding
   from st_moe.plan import chips, cost, tables, topology
+  from st_moe.train import step
 
   config, chip = topology.resolved(load()), chips.named(flags.chip)
   cost.check_room(config, flags.devices, chip)
-  mesh = dataclasses.asdict(config.mesh)
-  mesh.pop('across_slices')
-  sizes = sharding.mesh_sizes(flags.devices, config.model.num_experts, **mesh)
+  asked = dataclasses.asdict(config.mesh)
+  asked.pop('across_slices')
+  sizes = sharding.mesh_sizes(flags.devices, config.model.num_experts, **asked)
+  mesh = sharding.abstract_mesh(sizes)
+  step.check_sizes(config, mesh)
+  step.check_padding(config, mesh)
   found = cost.cost(config, sizes)
   title = f'{flags.devices} {flags.chip}: {tables.mesh_name(sizes)}'
-  tables.estimated(found, chip, sizes, title)
+  notes = step.astride(config, mesh)
+  tables.estimated(found, chip, sizes, title, notes)
   fits = found.peak <= chip.memory
   if not fits:
     print(
@@ -103,6 +123,7 @@ def _reckoned(flags, load):
     'chip': flags.chip,
     'sizes': sizes,
     'fits': fits,
+    'notes': notes,
     'peak': found.peak,
     'cost': dataclasses.asdict(found),
     'seconds': dataclasses.asdict(seconds) | {'step': seconds.step},
@@ -111,12 +132,21 @@ def _reckoned(flags, load):
 
 def _searched(flags, load):
   from rich.console import Console
+  from rich.progress import track
 
   from st_moe.plan import chips, search, tables, topology
 
   config, chip = topology.resolved(load()), chips.named(flags.chip)
-  with Console(stderr=True).status('every mesh, dispatcher and batch ...'):
-    ranked = search.candidates(config, flags.devices, chip)
+  console = Console(stderr=True)
+
+  def watch(meshes):
+    said = f'{len(meshes)} meshes of {flags.devices} {flags.chip}'
+    print(f'{said}, several ways to train on each')
+    quiet = not console.is_terminal
+    return track(meshes, said, console=console, transient=True, disable=quiet)
+
+  ranked = search.candidates(config, flags.devices, chip, watch=watch)
+  with console.status(f'which of {len(ranked):,} ways fit, the fastest first'):
     found = list(search.fitting(config, ranked, chip, count=10))
   if not found:
     print(

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from st_moe import sharding
 from st_moe.config import Config
@@ -16,6 +16,7 @@ MICROBATCHES = (1, 2, 4, 8, 16)
 REMAT = ('none', 'dots', 'full')
 SHARES = (1, 2, 4, 8)  # Of the groups of a config.
 SMALLEST = 64  # Tokens in a share.
+MESHES = 1000  # That are tried: a minute or two.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,24 +29,44 @@ class Candidate:
   seconds: cost.Seconds
 
 
-def candidates(config: Config, devices: int, chip: Chip) -> list[Candidate]:
+def candidates(
+  config: Config,
+  devices: int,
+  chip: Chip,
+  *,
+  watch: Callable[[list], Iterable] = iter,
+) -> list[Candidate]:
   """All ways there are, the fastest first; whether they fit is not asked.
 
+  Args:
+    watch: given all meshes, gives one after the other, to be tried next.
+
   Raises:
-    ValueError: none divides; what is said is of the last one.
+    ValueError: there are more meshes than `MESHES`, or none divides; what is
+      said is of the first one.
   """
+  tried = list(itertools.islice(meshes(config, devices), MESHES + 1))
+  if len(tried) > MESHES:
+    raise ValueError(
+      f'{devices} devices make more than {MESHES:,} meshes, which is as many as'
+      ' a search tries. Take a number of them with fewer divisors, or name one'
+      ' mesh (--config.mesh.expert and so on) instead of --search.'
+    )
   found, refused = [], None
-  for sizes in meshes(config, devices):
+  for sizes in watch(tried):
     for changed in variants(config, sizes):
       try:
         work = cost.work(changed, sizes)
       except ValueError as e:  # Something does not divide.
-        refused = e
+        refused = refused or e
         continue
       seconds = cost.seconds(work, chip, sizes)
       found.append(Candidate(changed, sizes, work, seconds))
   if not found:
-    raise refused
+    raise ValueError(
+      f'None of the {len(tried)} meshes of {devices} devices can train this.'
+      f' The first: {refused}'
+    )
   return sorted(
     found, key=lambda c: (round(c.seconds.step, 2), c.seconds.worst)
   )
@@ -53,13 +74,13 @@ def candidates(config: Config, devices: int, chip: Chip) -> list[Candidate]:
 
 def meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
   """Sizes of all axes: every factorisation, experts never repeated in one."""
-  divisors = [n for n in range(1, devices + 1) if devices % n == 0]
-  experts = config.model.num_experts or 1
-  for fsdp, expert, model in itertools.product(divisors, repeat=3):
-    if devices % (fsdp * expert * model) == 0 and experts % expert == 0:
-      yield sharding.mesh_sizes(
-        devices, experts, fsdp=fsdp, expert=expert, model=model
-      )
+  experts, divisors = config.model.num_experts or 1, sharding.divisors
+  for fsdp in divisors(devices):
+    for expert in divisors(math.gcd(devices // fsdp, experts)):
+      for model in divisors(devices // fsdp // expert):
+        yield sharding.mesh_sizes(
+          devices, experts, fsdp=fsdp, expert=expert, model=model
+        )
 
 
 def variants(config: Config, sizes: dict[str, int]) -> Iterator[Config]:
@@ -74,7 +95,7 @@ def variants(config: Config, sizes: dict[str, int]) -> Iterator[Config]:
 
 
 def _with_groups(config: Config, sizes: dict[str, int]) -> Iterator[Config]:
-  """Its own groups where they lie within a device, and shares of them.
+  """Its own groups, or the largest that lie within a device; shares of them.
 
   Smaller ones drop more tokens, and only `mask` pays for large ones.
   """
@@ -83,7 +104,8 @@ def _with_groups(config: Config, sizes: dict[str, int]) -> Iterator[Config]:
   for share in shares:
     stacks = {}
     for stack, size, tokens in step.groups(config):
-      size = max(1, math.gcd(size, tokens // shards) // share)
+      whole = sharding.divisors(max(tokens // shards, 1))
+      size = max(1, max(n for n in whole if n <= size) // share)
       of_stack = dataclasses.replace(config.model.stack(stack), group_size=size)
       stacks[stack] = of_stack
     if share == 1 or all(s.group_size >= SMALLEST for s in stacks.values()):
@@ -105,7 +127,7 @@ def fitting(
     if config.model.moe.dispatcher != 'mask':
       # Only its memory depends on groups, and each group is to be traced.
       config = dataclasses.replace(config, model=_groups_of(given, config))
-    if found := cost.fitting(config, candidate.sizes, chip):
+    if found := cost.fitting(config, candidate.sizes, chip, candidate.work):
       seen.add(mesh)
       yield candidate, found
       if len(seen) == count:

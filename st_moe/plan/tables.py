@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -14,7 +15,7 @@ from st_moe.plan.topology import Compiled
 _GIB, _G = 2**30, 1e9
 
 
-def count(config: Config) -> None:
+def count(config: Config) -> dict:
   """Parameters by role, those a token meets, and forward FLOPs."""
   roles = cost.count_params(config)
   total = sum(roles.values())
@@ -38,10 +39,20 @@ def count(config: Config) -> None:
     f'{flops:.4g} forward FLOPs for {data.inputs_length} input and'
     f' {data.targets_length} target tokens, {3 * flops:.4g} in training'
   )
+  return {
+    'parameters': roles,
+    'all': total,
+    'met_by_a_token': active,
+    'forward_flops': flops,
+  }
 
 
 def estimated(
-  found: cost.Cost, chip: Chip, sizes: Mapping[str, int], title: str
+  found: cost.Cost,
+  chip: Chip,
+  sizes: Mapping[str, int],
+  title: str,
+  notes: Iterable[str] = (),
 ) -> None:
   """What arithmetic says of one mesh, for each device."""
   console = Console()
@@ -72,6 +83,8 @@ def estimated(
     table.add_row(name, f'{e.sent / _G:,.2f} GB', _ms(e.sent / rate))
   console.print(table)
   console.print(said(found.work, chip, sizes))
+  for note in notes:
+    console.print(note)
 
 
 def said(work: cost.Work, chip: Chip, sizes: Mapping[str, int]) -> str:
@@ -88,40 +101,39 @@ def said(work: cost.Work, chip: Chip, sizes: Mapping[str, int]) -> str:
 def ranked(
   found: Iterable[tuple[search.Candidate, cost.Cost]], chip: Chip
 ) -> None:
-  """Meshes, the fastest first, with the numbers that decide."""
-  table = _table(
-    'mesh',
-    'dispatcher',
-    'groups',
-    'microbatches',
-    'remat',
-    'ms at best',
-    'products',
-    'memory',
-    'weights',
-    'tokens',
-    'alone',
-    'MFU',
-    f'GiB of {_gib(chip.memory)}',
+  """Meshes, the fastest first: how to run on each, and what decides."""
+  ways = _table(
+    *('', 'mesh', 'dispatcher', 'groups', 'micro-\nbatches', 'remat'),
+    title='how to train, the fastest first',
   )
-  for candidate, held in found:
+  ways.columns[1].justify = 'left'
+  times = _table(
+    *('', 'at best', 'products', 'memory', 'weights', 'tokens', 'alone'),
+    *('MFU', f'GiB of {_gib(chip.memory)}'),
+    title='ms a step',
+  )
+  for n, (candidate, held) in enumerate(found, 1):
     config, seconds = candidate.config, candidate.seconds
     model = config.model
-    times = (seconds.step, seconds.products, seconds.memory)
-    times += seconds.weights, seconds.tokens, seconds.worst
-    ideal = candidate.work.ideal / chip.flops
-    table.add_row(
+    ways.add_row(
+      str(n),
       mesh_name(candidate.sizes),
       model.moe.dispatcher,
       ' '.join(str(model.stack(s).group_size) for s in model.stacks),
       str(config.microbatches),
       model.remat,
-      *map(_ms, times),
+    )
+    parts = (seconds.step, seconds.products, seconds.memory)
+    parts += seconds.weights, seconds.tokens, seconds.worst
+    ideal = candidate.work.ideal / chip.flops
+    times.add_row(
+      str(n),
+      *map(_ms, parts),
       f'{ideal / seconds.step:.0%}',
       _gib(held.peak),
     )
   console = Console()
-  console.print(table)
+  console.print(ways, '', times, sep='\n')
   console.print(
     'ms at best: the longest of products, memory and exchanged weights, and'
     ' tokens on their way to experts and heads; alone: nothing beside anything.'
@@ -147,8 +159,9 @@ def compiled(found: Compiled, chip: Chip, title: str) -> None:
     ('beside them', memory['peak'] - memory['arguments'], step),
     ('peak memory', memory['peak'], by.peak),
   ):
-    row = _beside(size, expected, _GIB, 'GiB')
-    table.add_row(name, *row, f'{size / chip.memory:.0%} of the chip')
+    row = _beside(size, expected, _GIB)
+    share = f'{size / chip.memory:.0%} of the chip'
+    table.add_row(f'{name}, GiB', *row, share)
   table.add_section()
   sent = sum(e.sent for e in found.exchanges)
   sums = by.work
@@ -157,9 +170,8 @@ def compiled(found: Compiled, chip: Chip, title: str) -> None:
     ('read and written', found.bytes, sums.traffic, 'GB', chip.bandwidth),
     ('sent', sent, sum(e.sent for e in sums.exchanges), 'GB', chip.link),
   ):
-    table.add_row(
-      name, *_beside(amount, expected, _G, unit), _ms(amount / rate)
-    )
+    row = _beside(amount, expected, _G)
+    table.add_row(f'{name}, {unit}', *row, _ms(amount / rate))
   console.print(table)
   table = _table('exchange', 'along', 'times', 'GB sent', 'by arithmetic')
   table.columns[1].justify = 'left'
@@ -179,9 +191,19 @@ def compiled(found: Compiled, chip: Chip, title: str) -> None:
 
 
 def _table(*heads: str, title: str | None = None) -> Table:
-  table = Table(title=title)
+  # Without lines between columns there is room for all in 80 characters, and
+  # what is longer goes on below.
+  table = Table(
+    title=title,
+    title_justify='left',
+    box=box.SIMPLE,
+    padding=(0, 1, 0, 0),
+    pad_edge=False,
+    show_edge=False,
+  )
   for i, head in enumerate(heads):
-    table.add_column(head, justify='right' if i else 'left')
+    justify = 'right' if i else 'left'
+    table.add_column(head, justify=justify, overflow='fold')
   return table
 
 
@@ -190,13 +212,13 @@ def _gib(size: float) -> str:
 
 
 def _ms(seconds: float) -> str:
-  return f'{seconds * 1e3:,.1f}'
+  return f'{seconds * 1e3:,.{1 if seconds >= 1e-3 else 3}f}'
 
 
-def _beside(measured: float, expected: float, unit: float, name: str):
-  """('1.25 GB', '1.20 GB', '-4.0%')."""
+def _beside(measured: float, expected: float, unit: float):
+  """('1.25', '1.20', '-4.0%')."""
   return (
-    f'{measured / unit:,.2f} {name}',
-    f'{expected / unit:,.2f} {name}',
+    f'{measured / unit:,.2f}',
+    f'{expected / unit:,.2f}',
     f'{expected / measured - 1:+.1%}' if measured else '',
   )

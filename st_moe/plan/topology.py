@@ -70,6 +70,7 @@ def compile_step(config: Config, topology: str) -> Compiled:
       devices=slice_,
     )
     step.check_sizes(config, mesh)
+    step.check_padding(config, mesh)
     with sharding.use(mesh):
       lowered = lower(config, mesh)
       try:

@@ -25,6 +25,7 @@ from st_moe.train.report import Clock, Report, Silence, read_rows
 _FREE = (
   'name',
   'paper_params',
+  'max_padding',
   'total_steps',
   'checkpoint.',
   'evaluate.',
@@ -72,6 +73,7 @@ def train(
     **dataclasses.asdict(config.mesh), num_experts=config.model.num_experts
   )
   step.check_sizes(config, mesh)
+  step.check_padding(config, mesh)
   loss.check_names(config.loss)
   if config.init and config.init_take != 'architecture':
     rules.named(config.init_take, config.init_rules)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 
 import flax.struct
@@ -263,12 +264,52 @@ def check_sizes(config: Config, mesh) -> None:
       )
 
 
+def check_padding(config: Config, mesh) -> None:
+  """Refuses groups far larger than what a device has, with sizes that fit.
+
+  Raises:
+    ValueError: more than `config.max_padding` places for each that is needed.
+  """
+  shards, factors = sharding.batch_shards(mesh), padding(config, mesh)
+  wide = [g for g in groups(config) if factors[g[0]] > config.max_padding > 0]
+  if wide:
+    each = lambda text: ' and '.join(
+      text.format(
+        stack=stack, size=size, share=tokens // shards, factor=factors[stack]
+      )
+      for stack, size, tokens in wide
+    )
+    raise ValueError(
+      f'A device computes whole groups. Of {shards} devices each has'
+      f' {each("{share} {stack} tokens for groups of {size}")}, so that sparse'
+      f' layers would compute {each("{factor:.1f}")} times the places. Set'
+      f' {each("model.{stack}.group_size={share}")}, or, to have it so,'
+      f' max_padding={math.ceil(max(factors.values()))}.'
+    )
+
+
+def padding(config: Config, mesh) -> dict[str, float]:
+  """Places computed for each that tokens need, by sparse stack; 1: none more.
+
+  A device computes whole groups, so that groups do not depend on the mesh: with
+  a tenth of the tokens of one, ten times the places.
+  """
+  shards, moe = sharding.batch_shards(mesh), config.model.moe
+  return {
+    stack: sharding.whole_groups(tokens, size, shards) * size / tokens
+    if moe.computes_places
+    else 1.0
+    for stack, size, tokens in groups(config)
+  }
+
+
 def astride(config: Config, mesh) -> list[str]:
-  """What to tell where groups lie astride devices, so that tokens travel."""
-  shards = sharding.batch_shards(mesh)
+  """What to tell where groups lie astride devices: what that costs."""
+  shards, factors = sharding.batch_shards(mesh), padding(config, mesh)
   return [
     f'{stack} groups of {size} tokens lie astride devices of {tokens // shards}'
-    f' tokens each, which pass them on in every sparse layer; with'
+    f' tokens each, which pass them on in every sparse layer'
+    f'{_more(factors[stack])}; with'
     f' model.{stack}.group_size={tokens // shards}, or a divisor of it, they'
     ' would not.'
     for stack, size, tokens in groups(config)
@@ -276,12 +317,19 @@ def astride(config: Config, mesh) -> list[str]:
   ]
 
 
+def _more(factor: float) -> str:
+  return f' and compute {factor:.2f} times the places' if factor > 1 else ''
+
+
 def groups(config: Config) -> Iterator[tuple[str, int, int]]:
   """(sparse stack, tokens of a group, tokens of a microbatch)."""
   for stack in config.model.stacks:
     if config.model.plan(stack).num_sparse:
-      whole = config.data.batch_size * config.data.length(stack)
+      length = config.data.length(stack)
+      whole = config.data.batch_size * length
       size = min(config.model.stack(stack).group_size, whole)
+      if config.model.moe.group_by == 'sequence':
+        size = length
       yield stack, size, whole // config.microbatches
 
 

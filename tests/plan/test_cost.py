@@ -6,7 +6,14 @@ import jax
 import pytest
 
 from st_moe import cli, config_file, counts
-from st_moe.config import Config, ModelConfig, MoEConfig, Part, StackConfig
+from st_moe.config import (
+  Config,
+  DataConfig,
+  ModelConfig,
+  MoEConfig,
+  Part,
+  StackConfig,
+)
 from st_moe.model.transformer import Transformer
 from st_moe.plan import cost, hlo
 from st_moe.train import step
@@ -129,6 +136,25 @@ def test_the_verb(capsys):
 def test_an_unknown_size():
   with pytest.raises(ValueError, match="size 'lage'. Did you mean 'large'"):
     load('switch.py:size=lage')
+
+
+def test_groups_astride_devices_are_counted():
+  # 8 x 16 tokens in groups of 32 are 4, filled up to 8 on as many devices.
+  model = tiny(encoder=StackConfig(2, 2, 1, group_size=32))
+  data = DataConfig(batch_size=8, inputs_length=16, targets_length=8)
+  mesh = dict(data=8, fsdp=1, expert=1, model=1)
+  found = cost.work(Config(model=model, data=data), mesh)
+  # As many empty places in the encoder as filled ones: 32 tokens of capacity 10
+  # in each of 4 experts, once forward and twice backward, by rows of 16.
+  experts = 3 * 2 * 4 * 10 * 3 * 16 * 24 // 2
+  router = 3 * 2 * 16 * 4 * 16
+  assert found.flops['padded groups'] == experts + router
+  within = dataclasses.replace(
+    model, encoder=StackConfig(2, 2, 1, group_size=16)
+  )
+  whole = cost.work(Config(model=within, data=data), mesh)
+  assert whole.flops['padded groups'] == 0
+  assert found.ideal == whole.ideal
 
 
 @pytest.mark.parametrize('dispatcher', ['index', 'mask'])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from st_moe import sharding
+from st_moe import config_file, sharding
 from st_moe.config import (
   Capacity,
   Config,
@@ -22,6 +22,7 @@ from st_moe.config import (
   StackConfig,
 )
 from st_moe.model import layout
+from st_moe.model.moe import into_groups
 from st_moe.model.transformer import Transformer
 from st_moe.train import optimizer, step
 from tests.helpers import (
@@ -280,6 +281,85 @@ def test_groups_astride_devices_are_told():
   assert 'model.encoder.group_size=16' in line
   one = sharding.make_mesh(devices=jax.devices()[:1])
   assert step.astride(_config(wider), one) == []
+
+
+def _paper(**overrides):
+  """Fine-tuning ST-MoE-32B with the paper's batch on 128 devices."""
+  fields = {k.replace('__', '.'): v for k, v in overrides.items()}
+  fields['init'] = 'x'
+  whole = config_file.to_dict(config_file.load('configs/st_moe_32b.py'))
+  config = config_file.load(
+    'configs/finetune_superglue.py', fields, base=lambda init: whole
+  )
+  sizes = dict(data=1, fsdp=2, expert=64, model=1)
+  return config, sharding.abstract_mesh(sizes)
+
+
+def test_the_fine_tuning_of_the_paper_computes_no_empty_groups():
+  config, mesh = _paper()
+  step.check_padding(config, mesh)
+  assert step.padding(config, mesh) == {'encoder': 1, 'decoder': 1}
+  assert step.astride(config, mesh) == []
+
+
+# With the groups of pre-training: 128 x 512 tokens are 16 groups of 4096 and
+# 128 x 62 are 9 of 912, but 128 devices compute 128 of each.
+PRETRAINED = dict(
+  model__encoder__group_size='4096', model__decoder__group_size='912'
+)
+
+
+def test_groups_far_larger_than_a_device_are_refused():
+  config, mesh = _paper(**PRETRAINED)
+  factors = step.padding(config, mesh)
+  assert factors == {'encoder': 8, 'decoder': 128 * 912 / (128 * 62)}
+  message = (
+    '512 encoder tokens for groups of 4096 and 62 decoder tokens for groups of'
+    ' 912, .* 8.0 and 14.7 times the places. Set model.encoder.group_size=512'
+    ' and model.decoder.group_size=62, .* max_padding=15'
+  )
+  with pytest.raises(ValueError, match=message):
+    step.check_padding(config, mesh)
+  # The advice is good, both ways.
+  step.check_padding(_paper(model__encoder__group_size='512')[0], mesh)
+  step.check_padding(dataclasses.replace(config, max_padding=15.0), mesh)
+  told = ' '.join(step.astride(config, mesh))
+  assert 'compute 8.00 times the places' in told
+  assert 'compute 14.71 times the places' in told
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    dict(model__moe__dispatcher='grouped'),  # Computes what sits, no more.
+    dict(model__moe__train_capacity__dropless='true'),
+    dict(model__moe__group_by='sequence'),
+    dict(model__dense='true'),
+  ],
+)
+def test_groups_that_cost_nothing_are_not_refused(changes):
+  config, mesh = _paper(**PRETRAINED, **changes)
+  step.check_padding(config, mesh)
+  assert not any('times the places' in s for s in step.astride(config, mesh))
+
+
+def test_up_to_twice_the_places_is_told_and_not_refused():
+  # 128 tokens in groups of 32 are 4, but 8 devices compute 8.
+  mesh = sharding.make_mesh()
+  wider = lambda n: _config(
+    dataclasses.replace(
+      MODEL, encoder=dataclasses.replace(MODEL.encoder, group_size=n)
+    )
+  )
+  step.check_padding(wider(32), mesh)
+  assert 'and compute 2.00 times the places' in step.astride(wider(32), mesh)[0]
+  with pytest.raises(ValueError, match='8 devices each has 16 encoder tokens'):
+    step.check_padding(wider(40), mesh)
+  # As the layer cuts them.
+  with sharding.use(mesh):
+    for size in (16, 32, 40):
+      whole = into_groups(jnp.zeros((8, 16, 1)), size).size
+      assert step.padding(wider(size), mesh)['encoder'] == whole / 128
 
 
 def test_sizes_that_fit():
