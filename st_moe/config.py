@@ -238,6 +238,7 @@ class LayerPlan:
 _WORDS = {
   'activation': ('geglu', 'gelu', 'relu'),
   'dtype': ('auto', 'float32', 'bfloat16'),
+  'gradient_sums': ('float32', 'activations'),
   'remat': ('none', 'full', 'dots'),
 }
 
@@ -274,6 +275,9 @@ class ModelConfig:
   relpos_init_scale: float | None = None
 
   dtype: str = 'auto'  # Of activations: bfloat16 on TPU and GPU, else float32.
+  # In which gradients of weights add up over tokens and devices: 'float32', as
+  # in the paper (section 3.4), or that of 'activations': fewer bytes travel.
+  gradient_sums: str = 'float32'
   scan_layers: bool = True
   remat: str = (
     'none'  # What the backward pass recomputes: 'none', 'full', 'dots'.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from st_moe.model.attend import Sight, attend
-from st_moe.model.layers import Kernel, flat
+from st_moe.model.layers import Kernel, flat, product
 from st_moe.sharding import annotate, constrain
 
 
@@ -20,6 +20,7 @@ class Attention(nn.Module):
   dropout: float
   init_scale: float
   dtype: jnp.dtype
+  sums: jnp.dtype = jnp.float32  # In which gradients of weights add up.
 
   @nn.compact
   def __call__(
@@ -47,6 +48,7 @@ class Attention(nn.Module):
     d, joined = x.shape[-1], (self.num_heads, self.head_dim)
     # Flat once, or the backward pass would keep it for each projection.
     here = x, flat(x)
+    times = lambda x, w: product('td,df->tf', x, w, self.sums)
     there = here if memory is None else (memory, flat(memory))
 
     def project(of, name, scale=1.0):
@@ -58,7 +60,7 @@ class Attention(nn.Module):
         self.dtype,
         name=name,
       )()
-      y = tokens @ kernel.reshape(d, -1)
+      y = times(tokens, kernel.reshape(d, -1))
       return y.reshape(*x.shape[:2], *joined).swapaxes(1, 2)
 
     query = project(here, 'query', scale=1 / self.head_dim)  # Of the variance.
@@ -85,7 +87,7 @@ class Attention(nn.Module):
       name='out',
     )()
     y = _by_row(y, len(x)).swapaxes(1, 2).reshape(len(here[1]), -1)
-    return (y @ out.reshape(-1, d)).reshape(x.shape)
+    return times(y, out.reshape(-1, d)).reshape(x.shape)
 
   def _kept(self, name, memory, project):
     if self.has_variable('memory', name):

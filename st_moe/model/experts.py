@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from st_moe.model import grouped_tpu
 from st_moe.model.layers import ACTIVATIONS, Kernel, activate
+from st_moe.model.layers import product as weighted
 from st_moe.sharding import annotate
 
 
@@ -22,6 +23,8 @@ class Bank:
   key: jax.Array | None  # Of dropout on the hidden units; None: none.
   activation: str = flax.struct.field(pytree_node=False)
   dropout: float = flax.struct.field(pytree_node=False)
+  # In which gradients of weights add up.
+  sums: jnp.dtype = flax.struct.field(pytree_node=False, default=jnp.float32)
 
   def __call__(self, x: jax.Array, expert=None) -> jax.Array:
     """Block b of `x` [b, ..., d] through expert `expert[b]` (None: b)."""
@@ -32,7 +35,7 @@ class Bank:
     """What the activation is of: [b, ..., f], of each matrix of `wi`."""
     # A CPU would transpose an axis of one.
     tokens = x.squeeze(1) if x.shape[1:-2] == (1,) else x
-    return tuple(product(tokens, w, expert) for w in self.wi)
+    return tuple(product(tokens, w, expert, self.sums) for w in self.wi)
 
   @jax.named_scope('experts')
   def answers(self, hidden, expert=None) -> jax.Array:
@@ -47,7 +50,7 @@ class Bank:
       keep = 1 - self.dropout
       stays = jax.random.bernoulli(self.key, keep, h.shape)
       h = jnp.where(stays, h / keep, 0)
-    return product(h, self.wo, expert)
+    return product(h, self.wo, expert, self.sums)
 
   def axes(self) -> 'Bank':
     """The logical axes of its arrays, of weights that are whole along d."""
@@ -61,15 +64,16 @@ class Bank:
     )
 
 
-def product(x: jax.Array, w: jax.Array, expert=None) -> jax.Array:
+def product(x, w, expert=None, sums=jnp.float32) -> jax.Array:
   """x[b] [..., d] by w[expert[b]] [d, f] (None: w[b])."""
   if expert is not None:
     if x.shape[-2] > 1:
       return grouped_tpu.product(x, w, expert)
     w = w[expert]
-  # A single one as a plain product: else a CPU transposes first.
-  one = len(w) == 1
-  return (x[0] @ w[0])[None] if one else jnp.einsum('b...d,bdf->b...f', x, w)
+  rows = 'xyz'[: x.ndim - 2]
+  if len(w) == 1:  # As a plain product: else a CPU transposes first.
+    return weighted(f'{rows}d,df->{rows}f', x[0], w[0], sums)[None]
+  return weighted(f'b{rows}d,bdf->b{rows}f', x, w, sums)
 
 
 class Experts(nn.Module):
@@ -82,6 +86,7 @@ class Experts(nn.Module):
   multiplicative_bias: bool
   init_scale: float
   dtype: jnp.dtype
+  sums: jnp.dtype = jnp.float32  # In which gradients of weights add up.
 
   @nn.compact
   def __call__(self, d: int, *, deterministic: bool) -> Bank:
@@ -107,4 +112,4 @@ class Experts(nn.Module):
     wo = kernel((e, f, d), out, name='wo')()
     drops = self.dropout and not deterministic
     key = self.make_rng('dropout') if drops else None
-    return Bank(wi, wo, bias, key, self.activation, self.dropout)
+    return Bank(wi, wo, bias, key, self.activation, self.dropout, self.sums)

@@ -53,7 +53,10 @@ def grouped(
 
   def own(a):
     if _is_number(a):
-      return jax.lax.pcast(a, ('data', 'fsdp'), to='varying')
+      # The slopes of all who share it are summed on the way back.
+      wide = a.astype(experts.sums)
+      wide = jax.lax.pcast(wide, ('data', 'fsdp'), to='varying')
+      return wide.astype(a.dtype)
     return jax.random.fold_in(a, jax.lax.axis_index(AXES))
 
   def local(x, seats, experts):

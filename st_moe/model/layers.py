@@ -6,7 +6,9 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from st_moe.config import ModelConfig
 from st_moe.sharding import annotate, constrain
 
 
@@ -47,6 +49,13 @@ def activation_dtype(name: str) -> jnp.dtype:
   return jnp.dtype(name)
 
 
+def sums_dtype(config: ModelConfig) -> jnp.dtype:
+  """In which gradients of weights add up."""
+  if config.gradient_sums == 'activations':
+    return activation_dtype(config.dtype)
+  return jnp.dtype(jnp.float32)
+
+
 def light(function):
   """`function`, of which the backward pass keeps the arguments alone.
 
@@ -54,6 +63,47 @@ def light(function):
   """
   # A scan keeps the compiler from merging the two passes by itself.
   return jax.checkpoint(function, prevent_cse=False)
+
+
+PRODUCT = 'product'  # The name by which remat policies know one.
+
+
+def product(names: str, x: jax.Array, w: jax.Array, sums) -> jax.Array:
+  """einsum of `x` and a weight `w` of its dtype.
+
+  The gradient of `w` adds up in the dtype `sums`, over tokens and over devices,
+  and is rounded once (float32: arXiv:2202.08906, section 3.4).
+  """
+  if w.dtype == sums:
+    return jnp.einsum(names, x, w)
+  y = _product(names, sums, x, w)
+  # A policy does not look into it.
+  batched = set.intersection(*map(set, _axes(names)))
+  return y if batched else checkpoint_name(y, PRODUCT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(names, sums, x, w):
+  return jnp.einsum(names, x, w)
+
+
+def _product_backward(names, sums, kept, dy):
+  x, w = kept
+  of_x, of_w, of_y = _axes(names)
+  dx = jnp.einsum(f'{of_y},{of_w}->{of_x}', dy, w)
+  dw = jnp.einsum(f'{of_x},{of_y}->{of_w}', x, dy, preferred_element_type=sums)
+  return dx, dw.astype(w.dtype)
+
+
+_product.defvjp(
+  lambda names, sums, x, w: (_product(names, sums, x, w), (x, w)),
+  _product_backward,
+)
+
+
+def _axes(names: str) -> list[str]:
+  """'td,df->tf' as ['td', 'df', 'tf']."""
+  return names.replace('->', ',').split(',')
 
 
 def flat(x: jax.Array) -> jax.Array:
@@ -150,9 +200,10 @@ class Embed(nn.Module):
     )
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
-    # T5X initialises with float tokens.
-    table = self.embedding.astype(self.dtype)
-    return jnp.take(table, tokens.astype(jnp.int32), axis=0)
+    # T5X initialises with float tokens. Cast after the rows are taken, or the
+    # gradients of a token would add up in `dtype`.
+    rows = jnp.take(self.embedding, tokens.astype(jnp.int32), axis=0)
+    return rows.astype(self.dtype)
 
   def attend(self, x: jax.Array) -> jax.Array:
     """Logits of float32 `x`; unit variance in the table needs 1 / sqrt(d)."""
@@ -168,6 +219,7 @@ class Mlp(nn.Module):
   dropout: float
   init_scale: float
   dtype: jnp.dtype
+  sums: jnp.dtype = jnp.float32  # In which gradients of weights add up.
 
   @nn.compact
   def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
@@ -176,12 +228,13 @@ class Mlp(nn.Module):
     n = len(ACTIVATIONS[self.activation])
     names = ['wi'] if n == 1 else [f'wi_{i}' for i in range(n)]
     wi = [kernel((d, f), ('embed', 'mlp'), name=name)() for name in names]
+    times = lambda x, w: product('td,df->tf', x, w, self.sums)
     tokens = flat(x)  # Once, or the backward pass would keep it twice.
-    h = activate(self.activation, [tokens @ w for w in wi])
+    h = activate(self.activation, [times(tokens, w) for w in wi])
     h = h.reshape(*x.shape[:-1], f)
     h = nn.Dropout(self.dropout, broadcast_dims=(-2,))(
       h, deterministic=deterministic
     )
     h = constrain(h, 'batch', 'length', 'activation_mlp')
     wo = kernel((f, d), ('mlp', 'embed'), name='wo')()
-    return (flat(h) @ wo).reshape(x.shape)
+    return times(flat(h), wo).reshape(x.shape)

@@ -12,7 +12,7 @@ from st_moe.model.dispatch import DISPATCHERS
 from st_moe.model.experts import Experts
 from st_moe.model.gates import GATES
 from st_moe.model.grouped import BLOCK
-from st_moe.model.layers import activation_dtype
+from st_moe.model.layers import activation_dtype, sums_dtype
 from st_moe.routing.losses import LOSSES, gauges
 from st_moe.routing.selectors import SELECTORS
 from st_moe.routing.types import RouteContext
@@ -59,6 +59,7 @@ class MoE(nn.Module):
       multiplicative_bias=moe.multiplicative_bias,
       init_scale=cfg.init_scale,
       dtype=activation_dtype(cfg.dtype),
+      sums=sums_dtype(cfg),
       name='experts',
     )(x.shape[-1], deterministic=ctx.deterministic)
     dispatch = self._dispatcher(seats, ctx).choose('dispatcher', DISPATCHERS)

@@ -14,12 +14,14 @@ from st_moe.model.attend import Sight
 from st_moe.model.attention import Attention, RelativePositionBias
 from st_moe.model.dispatch import SAVED_NAMES
 from st_moe.model.layers import (
+  PRODUCT,
   Embed,
   Kernel,
   Mlp,
   RMSNorm,
   activation_dtype,
   flat,
+  sums_dtype,
 )
 from st_moe.model.moe import MoE
 from st_moe.routing.types import RouteContext, RouteOverride
@@ -32,7 +34,8 @@ REMAT = {
   # Both keep what travelled to and from the experts.
   'full': _exchange,
   'dots': _policies.save_from_both_policies(
-    _policies.dots_with_no_batch_dims_saveable, _exchange
+    _policies.dots_with_no_batch_dims_saveable,
+    _policies.save_only_these_names(*SAVED_NAMES, PRODUCT),
   ),
 }
 
@@ -87,6 +90,7 @@ def _attention(layer: Layer, sublayer: Sublayer):
     cfg.dropout,
     cfg.init_scale,
     activation_dtype(cfg.dtype),
+    sums_dtype(cfg),
     name=sublayer.name,
   )
 
@@ -121,6 +125,7 @@ def _mlp(layer, sublayer, x, around):
     cfg.dropout,
     cfg.init_scale,
     activation_dtype(cfg.dtype),
+    sums_dtype(cfg),
     name=sublayer.name,
   )(x, deterministic=around.ctx.deterministic)
 

@@ -16,8 +16,8 @@ _FLOAT32 = 4
 def exchanges(config: Config, mesh) -> list[Exchange]:
   """Of one step of `config`, the most bytes first.
 
-  Weights and gradients travel in the dtype of activations, which must be
-  settled: not 'auto'.
+  Weights travel in the dtype of activations, which must be settled: not 'auto';
+  their gradients in that of `model.gradient_sums`.
   """
   found = _Sum(mesh, memory.ITEM[config.model.dtype])
   same, data = memory.same_parameters(config), config.data
@@ -92,13 +92,16 @@ def _weight(found: _Sum, config: Config, p: memory.Parameter) -> None:
     # Looked up in parts, for the tokens of all; the parts come together there.
     for stack in model.stacks:
       tokens = _rows(config, mesh) * config.data.length(stack)
-      looked_up = tokens * model.embed_dim * found.item
-      found.add('all-to-all', p.gathered, looked_up, 1 + trained)
+      numbers = tokens * model.embed_dim
+      looked_up = numbers * found.item
+      found.add('all-to-all', p.gathered, looked_up)
+      found.add('all-to-all', p.gathered, numbers * _FLOAT32, trained)
       found.add('all-reduce', p.axes['vocab'], looked_up)
-      found.add('all-reduce', summed, p.size * found.item, trained * times)
+      found.add('all-reduce', summed, p.size * _FLOAT32, trained * times)
   else:
     whole = p.size * math.prod(mesh.shape[a] for a in p.gathered)
-    item = found.item if p.cast else _FLOAT32
+    early = p.cast and model.gradient_sums == 'activations'
+    item = found.item if early else _FLOAT32
     # There for the forward pass, and again for the backward one.
     found.add('all-gather', p.gathered, p.size * found.item, 2 * times)
     found.add('reduce-scatter', p.gathered, whole * item, trained * times)

@@ -6,6 +6,7 @@ import math
 import re
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from st_moe.config import (
   StackConfig,
 )
 from st_moe.model import layout
+from st_moe.model.layers import Embed
 from st_moe.model.moe import into_groups
 from st_moe.model.transformer import Transformer
 from st_moe.train import optimizer, step
@@ -197,6 +199,48 @@ def test_gradients_stay_as_they_arise():
   jax.tree.map(
     lambda a, b: np.testing.assert_array_equal(a, b.astype('f4')), late, early
   )
+
+
+def _products(jaxpr):
+  """The dtype of the result of every matrix product; loops count once."""
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == 'dot_general':
+      yield eqn.outvars[0].aval.dtype
+    for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+      yield from _products(inner)
+
+
+def test_gradients_of_weights_add_up_in_float32():
+  # For each weight read in bfloat16 one product, that of its gradient, leaves
+  # float32 to whatever adds up its parts over devices. The rest are the same.
+  wide, count = {}, {}
+  for sums in ('float32', 'activations'):
+    model = dataclasses.replace(MODEL, dtype='bfloat16', gradient_sums=sums)
+    (module, _, config), state = _parts(model)
+    read, batch = module.as_read(state.params), _batch(model)
+    frozen = jax.tree.map(lambda _: None, read)
+    of_read = functools.partial(step.objective, module, config, frozen)
+    loss = lambda p, of=of_read, batch=batch: of(
+      p, batch, jax.random.key(0), jnp.int32(0)
+    )[0]
+    grad = jax.make_jaxpr(jax.grad(loss))(read)
+    found = list(_products(grad.jaxpr))
+    wide[sums], count[sums] = found.count(jnp.float32), len(found)
+  weights = [w for w in jax.tree.leaves(read) if w.dtype == jnp.bfloat16]
+  # Attention, one of two more in the decoder, and three matrices of a bank.
+  assert len(weights) == 4 + 8 + 2 * 3
+  assert wide['float32'] == wide['activations'] + len(weights)
+  assert count['float32'] == count['activations']
+
+
+def test_what_a_frequent_token_learns_adds_up_in_float32():
+  # 1000 times 1: in bfloat16 it would stop at 256, which 1 more does not move.
+  embed = Embed(8, 4, jnp.bfloat16)
+  tokens = jnp.full((10, 100), 3)
+  params = embed.init(jax.random.key(0), tokens)
+  loss = lambda p: embed.apply(p, tokens).astype(jnp.float32).sum()
+  found = sharding.unbox(jax.grad(loss)(params))['params']['embedding']
+  np.testing.assert_array_equal(found, 1000 * np.eye(8)[:, [3, 3, 3, 3]])
 
 
 def test_the_weighing_pass_costs_nothing():
