@@ -9,15 +9,17 @@ _PUBLIC = {
   'MoEConfig': 'st_moe.config',
   'StackConfig': 'st_moe.config',
   'Transformer': 'st_moe.model.transformer',
+  'evaluate': 'st_moe.infer.evaluate',
   'load': 'st_moe.infer.load',
-  'train': 'st_moe.train.loop',
+  'load_config': 'st_moe.interop.convert',
 }
-__all__ = sorted(_PUBLIC)
+_PACKAGES = ('interop', 'train')
+__all__ = sorted([*_PUBLIC, *_PACKAGES])
 
 
 def __getattr__(name: str):
-  if name == 'interop':
-    return importlib.import_module('st_moe.interop')
+  if name in _PACKAGES:
+    return importlib.import_module(f'st_moe.{name}')
   if name not in _PUBLIC:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
   return getattr(importlib.import_module(_PUBLIC[name]), name)

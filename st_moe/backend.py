@@ -14,6 +14,8 @@ import sys
 from collections.abc import MutableMapping
 from typing import NoReturn
 
+from st_moe import signals
+
 _TRIED = '0.10.'  # Of jaxlib.
 # Backend -> (variable that its compiler reads, flags).
 FLAGS = {
@@ -88,6 +90,7 @@ def prepare(env: MutableMapping[str, str]) -> bool:
 
 def start_anew(env: MutableMapping[str, str]) -> NoReturn:
   """The same command in the same process, from its first line, in `env`."""
+  signals.hold()
   os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], env)
 
 

@@ -5,7 +5,7 @@ import contextlib
 import os
 import sys
 
-from st_moe import backend
+from st_moe import backend, signals, stdio
 from st_moe.infer import generate_flags
 from st_moe.plan import plan_flags
 
@@ -59,6 +59,13 @@ def main(argv: list[str] | None = None) -> None:
       raise
     print(f'st-moe: {_plainly(e)}', file=sys.stderr)
     sys.exit(1)
+
+
+@contextlib.contextmanager
+def _lasting():
+  """Work of days: SIGTERM ends it in order, and what it prints never does."""
+  with stdio.lasting(), signals.orderly(interrupt=True):
+    yield
 
 
 @contextlib.contextmanager
@@ -317,6 +324,7 @@ def _load(flags, overrides):
   return config_file.load(flags.config, overrides, base=base)
 
 
+@_lasting()
 def _train(flags, overrides):
   _start(flags)
   with _hosts(flags, preemptible=True):
@@ -331,6 +339,7 @@ def _train(flags, overrides):
     )
 
 
+@_lasting()
 def _grid(flags, overrides):
   _start(flags)
   with _hosts(flags, preemptible=True):

@@ -401,6 +401,9 @@ class DataConfig:
   cache_dir: str = ''  # Where tokenised shards lie; '' is ~/.cache/st_moe.
   data_dir: str = ''  # Where tasks find their files; '': $ST_MOE_DATA.
   workers: int = 1
+  # Whether a run may go on where its training data have changed. It trains on
+  # other batches from there on.
+  may_change: bool = False
 
   def length(self, stack: str) -> int:
     """Tokens of a row of 'encoder' or 'decoder'."""
@@ -569,7 +572,9 @@ class Config:
   init_slots: str = 'reset'
   # What else is made of what: pattern of a path -> path there ('' is: new).
   init_rules: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  microbatches: int = 1  # Gradient accumulation; changes no number.
+  # Gradient accumulation. Each microbatch draws dropout and routing noise by a
+  # lot of its own; where a config has no noise it changes no number.
+  microbatches: int = 1
   # Places that sparse layers may compute for each that their tokens need, where
   # groups are larger than what a device has; 0: any number.
   max_padding: float = 2.0

@@ -269,8 +269,25 @@ def read(name: str) -> dict:
   """A config as plain dicts: of a workdir, or of FILE[:ARG]."""
   path = pathlib.Path(name) / 'config.json'
   if path.is_file():
-    return json.loads(path.read_text())
+    return to_dict(of_run(path))
   return to_dict(load(name))
+
+
+def of_run(path: pathlib.Path) -> config_lib.Config:
+  """What WORKDIR/config.json says, the fields that have come since included.
+
+  Raises:
+    ValueError: it is damaged, or of newer code.
+  """
+  try:
+    return from_dict(json.loads(path.read_text()))
+  except (ValueError, TypeError, AttributeError) as e:
+    decoding = isinstance(e, json.JSONDecodeError | UnicodeDecodeError)
+    what = 'is damaged' if decoding else f'is no config of this version ({e})'
+    raise ValueError(
+      f'{path} {what}: move it away and run the same command again. Every'
+      ' checkpoint of the run has a copy.'
+    ) from e
 
 
 def load(

@@ -23,10 +23,7 @@ import numpy as np
 from jax._src import distributed  # No public door to its key-value store.
 from jax.experimental import multihost_utils
 
-from st_moe import backend
-
-# Exit status of a run that was told to stop and can go on: EX_TEMPFAIL.
-PREEMPTED = 75
+from st_moe import backend, signals
 
 MEETING = 300  # Seconds in which all processes must have started.
 # Seconds after which a machine that says nothing counts as dead; a process that
@@ -260,18 +257,22 @@ def preemption() -> Iterator[Callable[[int], bool]]:
   Yes, after SIGTERM. Several processes all get their yes at the same step, one
   that none of them has finished when the signal arrives at any of them.
   """
-  if count() > 1:
-    yield multihost_utils.reached_preemption_sync_point
+  if count() > 1:  # JAX has taken SIGTERM, and nothing else.
+    restore = signals.handle(signal.SIG_DFL, [signal.SIGHUP])
+    try:
+      yield multihost_utils.reached_preemption_sync_point
+    finally:
+      restore()
     return
-  if threading.current_thread() is not threading.main_thread():
-    yield lambda step: False  # Only the main thread may handle signals.
+  if not signals.in_main_thread():
+    yield lambda step: False
     return
   came = []
-  before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+  restore = signals.handle(lambda *_: came.append(True))
   try:
     yield lambda step: bool(came)
   finally:
-    signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+    restore()
 
 
 def is_loss(e: Exception) -> bool:

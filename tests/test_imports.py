@@ -14,7 +14,15 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 LINES = (
-  ('config', 'counts', 'config_file', 'schedules', 'backend'),
+  (
+    'config',
+    'counts',
+    'config_file',
+    'schedules',
+    'backend',
+    'signals',
+    'stdio',
+  ),
   ('routing',),
   ('sharding', 'hosts'),
   ('model',),
@@ -30,7 +38,13 @@ LINES = (
     'train.stability',
   ),
   ('data',),
-  ('train.checkpoint', 'train.report', 'train.profile', 'interop'),
+  (
+    'train.checkpoint',
+    'train.owner',
+    'train.report',
+    'train.profile',
+    'interop',
+  ),
   (
     'infer.load',
     'infer.generate',
@@ -41,11 +55,12 @@ LINES = (
     'infer.evaluate',
     'infer.generate_flags',
   ),
-  ('train.loop',),
+  ('train.loop', 'train.workdir', 'train'),
   ('analysis', 'surgery', 'plan', 'train.compare', 'train.grid', 'doctor'),
   ('cli', 't5x_bridge', '__init__', '__main__'),  # Leaves.
 )
 LINE_OF = {room: i for i, line in enumerate(LINES) for room in line}
+ROOMS = LINE_OF.keys() - {'train'}
 
 # What a line above allows and the room does not want.
 NEVER = {
@@ -62,6 +77,8 @@ PACKAGES = {
   'config': ('numpy',),
   'counts': (),
   'backend': (),
+  'signals': (),
+  'stdio': (),
   'config_file': ('numpy',),
   'schedules': ('numpy', 'jax'),
   'routing': ('numpy', 'jax', 'flax.struct'),
@@ -75,6 +92,8 @@ HEAVY = ('seqio', 'tensorflow', 'tensorflow_datasets', 'tensorflow_text')
 # Modules that must not even need jax to be imported; the verbs import on use.
 LIGHT = (
   'backend',
+  'signals',
+  'stdio',
   'cli',
   'infer.generate_flags',
   'plan.plan_flags',
@@ -87,7 +106,9 @@ def room_of(module: str) -> str:
   """'model.moe' -> 'model'; 'train.loss' -> 'train.loss'; '' if unknown."""
   parts = module.split('.')
   names = ('.'.join(parts[:n]) for n in range(len(parts), 0, -1))
-  return next((name for name in names if name in LINE_OF), '')
+  # Its modules stand on lines of their own, and `train` is but its __init__.
+  known = lambda name: name in LINE_OF and name in (module, *ROOMS)
+  return next(filter(known, names), '')
 
 
 def imports(tree: ast.Module) -> list[tuple[str, bool]]:

@@ -63,6 +63,8 @@ class TrainData:
     library = mixture.Library(config, vocabulary, progress)
     opened = {name: library.open(name, 'train') for name in library.sources()}
     self.info = {name: _summary(found) for name, found in opened.items()}
+    # Of what is read, and not of where it lies.
+    self.digests = {name: found.digest for name, found in opened.items()}
     found = mixture.rates(
       config, {name: len(found) for name, found in opened.items()}, library
     )

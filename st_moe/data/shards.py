@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import pathlib
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -60,6 +61,14 @@ class Shards:
       size = os.path.getsize(file) if os.path.exists(file) else 0
       if size != part['bytes']:
         raise _damaged(file, f'{size} of {part["bytes"]} bytes')
+
+  @functools.cached_property
+  def digest(self) -> str:
+    """Of the records, wherever they and their sources lie; '' if unknown."""
+    parts = [part.get('digest') for part in self.info['parts']]
+    if None in parts:  # Older code wrote none.
+      return ''
+    return hashlib.sha256('\n'.join(parts).encode()).hexdigest()
 
   def __len__(self) -> int:
     return self._ends[-1]
@@ -172,11 +181,21 @@ def _run(todo, workers: int):
   # Not forked: a process with JAX or TensorFlow in it has threads.
   context = multiprocessing.get_context('spawn')
   size = min(workers, len(todo))
-  with concurrent.futures.ProcessPoolExecutor(size, context) as pool:
+  with concurrent.futures.ProcessPoolExecutor(
+    size,
+    context,
+    # Ctrl-C is heard by the whole terminal; who asked for the work ends it.
+    initializer=signal.signal,
+    initargs=(signal.SIGINT, signal.SIG_IGN),
+  ) as pool:
     futures = {pool.submit(_write_part, path, job): path for path, job in todo}
     try:
       for future in concurrent.futures.as_completed(futures):
         yield futures[future], future.result()
+    except (KeyboardInterrupt, SystemExit):
+      for worker in multiprocessing.active_children():
+        worker.kill()  # Parts appear whole; nobody waits for half of one.
+      raise
     except concurrent.futures.BrokenExecutor:
       raise ValueError(
         f'One of {size} workers died. If memory ran out, try again with fewer'
@@ -191,7 +210,7 @@ def _write_part(path: epath.Path, job: Job) -> dict:
   """Writes one part, then the note that says so."""
   from array_record.python import array_record_module
 
-  counts = collections.Counter()
+  counts, digest = collections.Counter(), hashlib.sha256()
   with files.appearing(path) as temp:
     writer = array_record_module.ArrayRecordWriter(
       os.fspath(temp), 'group_size:1'
@@ -199,11 +218,12 @@ def _write_part(path: epath.Path, job: Job) -> dict:
     try:
       for record in job(counts):
         writer.write(record)
+        digest.update(hashlib.sha256(record).digest())
         counts['records'] += 1
     finally:
       writer.close()
     counts['bytes'] = os.path.getsize(temp)
-  note = {'file': path.name, **counts}
+  note = {'file': path.name, 'digest': digest.hexdigest(), **counts}
   note['records'] = counts['records']
   files.write_whole(path.with_suffix('.json'), json.dumps(note).encode())
   return note

@@ -42,6 +42,21 @@ def open_source(uri: str):
     ) from e
 
 
+def load_config(spec: str, overrides: Mapping | None = None) -> Config:
+  """What `st-moe train --config=SPEC --config.FIELD=VALUE ...` would train.
+
+  Args:
+    spec: 'FILE' or 'FILE:argument,argument=value', as of configs/*.py.
+    overrides: dotted field -> value. A config with an `init` continues the
+      model of that checkpoint.
+
+  Raises:
+    ValueError: what is wrong and where.
+  """
+  base = lambda init: config_file.to_dict(open_source(init).config)
+  return config_file.load(spec, overrides, base=base)
+
+
 def load(uri: str, *, mesh=None) -> tuple[dict, ModelConfig]:
   """Parameters and model of the checkpoint at FORMAT:PLACE.
 

@@ -1,6 +1,6 @@
 """`st-moe report`: finished runs side by side, from the files they wrote."""
 
-import json
+import os
 
 import numpy as np
 from etils import epath
@@ -16,27 +16,31 @@ def compare(workdirs: list[str], *, baseline: str = '') -> None:
     workdirs: of runs, in order.
     baseline: of a run fine-tuned alike from random parameters.
   """
-  from rich import box
   from rich.console import Console
-  from rich.table import Table
 
   console = Console()
-  runs = [_Run(w) for w in (*workdirs, *([baseline] if baseline else []))]
-  stages = Table('stage', 'steps', 'tokens/s', 'loss first', 'loss last')
-  stages.title = 'Stages'
-  for column in ('load min..max of even', 'dropped tokens'):
-    stages.add_column(column)
+  paths = [*workdirs, *filter(None, [baseline])]
+  runs = [_Run(*each) for each in zip(paths, _names(paths), strict=True)]
+  stages = _table('Stages', ['run'], _STAGE)
   for run in runs:
     stages.add_row(*run.stage())
   console.print(stages)
 
-  scratch = _Run(baseline).scores if baseline else {}
+  losses = _table(
+    'Losses (validation)', ['run', 'source'], ['first', 'last', 'best at step']
+  )
+  for run in runs:
+    for name in run.scores:
+      if name.endswith('/loss'):
+        losses.add_row(run.name, name.split('/')[1], *run.losses(name))
+  if losses.row_count:
+    console.print(losses)
+
+  scratch = runs[-1].scores if baseline else {}
   untrained = ['untrained'] * bool(baseline)
-  tasks = Table(title='Tasks (validation)', box=box.SIMPLE, padding=0)
-  tasks.add_column('task', overflow='fold', min_width=18)
+  several = ['run'] * (len(workdirs) > 1)
   columns = 'examples', 'majority', *untrained, 'ours', 'best at step'
-  for column in ('metric', *columns):
-    tasks.add_column(column, overflow='fold')
+  tasks = _table('Tasks (validation)', [*several, 'task', 'metric'], columns)
   for run in runs[: len(workdirs)]:
     for name, value in run.scores.items():
       task, metric = name.split('/')[1:]
@@ -45,6 +49,7 @@ def compare(workdirs: list[str], *, baseline: str = '') -> None:
         continue
       score = lambda found, key: f'{found[key]:.1f}' if key in found else ''
       tasks.add_row(
+        *([run.name] if several else []),
         task,
         metric,
         score(run.scores, f'eval/{task}/examples').removesuffix('.0'),
@@ -60,6 +65,40 @@ def compare(workdirs: list[str], *, baseline: str = '') -> None:
     console.print(f'  {run.workdir}: {run.files()}', highlight=False)
 
 
+_STAGE = (
+  *('steps', 'tokens/s', 'loss first', 'loss last'),
+  *('load of even', 'dropped'),  # From the emptiest expert to the fullest.
+)
+
+
+def _table(title: str, names, numbers):
+  """A table that cuts nothing: where it is too wide, names go on below."""
+  from rich import box
+  from rich.table import Table
+
+  table = Table(title=title, box=box.SIMPLE, padding=0)
+  for column in names:
+    table.add_column(column, overflow='fold')
+  for column in numbers:
+    table.add_column(column, no_wrap=True)
+  return table
+
+
+def _names(workdirs: list[str]) -> list[str]:
+  """As much of the end of each path as tells it from the others."""
+  parts = [os.fspath(epath.Path(w).resolve()).split('/') for w in workdirs]
+
+  def name(own):
+    others = [p for p in parts if p != own]
+    for start in reversed(range(len(own))):
+      end = own[start:]
+      if all(p[-len(end) :] != end for p in others):
+        break
+    return '/'.join(end)
+
+  return [name(own) for own in parts]
+
+
 def draw_curves(workdirs: list[str], path: str) -> None:
   """Draws validation loss over steps, a panel per source, a line per run.
 
@@ -69,7 +108,7 @@ def draw_curves(workdirs: list[str], path: str) -> None:
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
-  runs = [_Run(w) for w in workdirs]
+  runs = [_Run(*each) for each in zip(workdirs, _names(workdirs), strict=True)]
   names = sorted({n for run in runs for n in run.scores if n.endswith('/loss')})
   columns = min(len(names), 4)
   rows = -(-len(names) // columns)
@@ -79,7 +118,7 @@ def draw_curves(workdirs: list[str], path: str) -> None:
     for run in runs:
       points = [(r['step'], float(r[name])) for r in run.measured if name in r]
       if points:
-        panel.plot(*zip(*points, strict=True), label=run.workdir.name)
+        panel.plot(*zip(*points, strict=True), label=run.name)
     panel.set_title(name.split('/')[1], fontsize='medium')
     panel.grid(alpha=0.3)
   for panel in figure.axes[len(names) :]:
@@ -100,11 +139,10 @@ def draw_curves(workdirs: list[str], path: str) -> None:
 class _Run:
   """What the files of a workdir say."""
 
-  def __init__(self, workdir: str):
-    self.workdir = epath.Path(workdir)
+  def __init__(self, workdir: str, name: str):
+    self.workdir, self.name = epath.Path(workdir).expanduser(), name
     if not (self.workdir / 'config.json').exists():
       raise ValueError(f'{workdir} is no workdir of `st-moe train`.')
-    self.config = json.loads((self.workdir / 'config.json').read_text())
     rows = read_rows(self.workdir)
     self.steps = [r for r in rows if 'loss' in r]
     self.measured = [r for r in rows if any(k.startswith('eval/') for k in r)]
@@ -119,11 +157,18 @@ class _Run:
       }
     )
 
-  def best(self, name: str) -> str:
+  def best(self, name: str, *, digits: int = 1) -> str:
     """The peak of a metric and its step, in brackets if that was not kept."""
+    if name not in self._best:  # It was never finite.
+      return ''
     step, value = self._best[name]
     there = (self.workdir / 'checkpoints' / f'{step}').exists()
-    return f'{value:.1f} {step if there else f"({step})"}'
+    return f'{value:.{digits}f} {step if there else f"({step})"}'
+
+  def losses(self, name: str) -> list[str]:
+    """The first and the last of a loss, which are text if not finite; best."""
+    found = [float(r[name]) for r in self.measured if name in r]
+    return [f'{found[0]:.3f}', f'{found[-1]:.3f}', self.best(name, digits=3)]
 
   def stage(self) -> list[str]:
     first, last = self.steps[0], self.steps[-1]
@@ -133,7 +178,7 @@ class _Run:
     even = [rows / max(rows.mean(), 1) for rows in load]
     dropped = [v for k, v in last.items() if k.endswith('/dropped_tokens')]
     return [
-      self.workdir.name,
+      self.name,
       f'{last["step"]}',
       f'{np.median(rates):,.0f}',
       f'{float(first["loss"]):.3f}',  # What is not finite was written as text.

@@ -6,16 +6,17 @@ on where it was, and a field may be given more values later.
 
 import itertools
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 from etils import epath
 
-from st_moe import hosts
+from st_moe import hosts, signals, stdio
 from st_moe.config import Config, unknown
 from st_moe.data import files
-from st_moe.train import loop
+from st_moe.train import loop, owner
 from st_moe.train.report import best_steps, read_rows
 
 Cell = dict[str, str]  # Field -> value, as on a command line.
@@ -74,13 +75,33 @@ def run(
       accuracies there are.
 
   Raises:
-    ValueError: a cell has no valid config (before anything is trained), or
-      some could not be trained (after all others were; of several processes,
-      at once).
+    ValueError: a cell has no valid config or measures no such metric (before
+      anything is trained), or some could not be trained (after all others were;
+      of several processes, at once).
   """
+  if not os.fspath(workdir):
+    raise ValueError('The workdir is empty: name a folder for the grid.')
   workdir = epath.Path(workdir).expanduser()
   wanted = cells(vary)
   configs = [make(cell) for cell in wanted]
+  with stdio.lasting(), signals.orderly(), owner.held(workdir):
+    if metrics:
+      _check_metrics(metrics, wanted, configs, workdir)
+    _run(wanted, configs, workdir, metrics, config_path)
+
+
+def _check_metrics(metrics, wanted, configs, workdir: epath.Path) -> None:
+  known = {}  # By what they depend on; cells may have a lot in common.
+  for cell, config in zip(wanted, configs, strict=True):
+    key = repr((config.data, config.evaluate, config.init))
+    if key not in known:
+      known[key] = loop.metric_names(config, workdir / directory(cell))
+    for metric in metrics if known[key] else ():
+      if metric not in known[key]:
+        raise unknown('metric', metric, known[key])
+
+
+def _run(wanted, configs, workdir: epath.Path, metrics, config_path) -> None:
   failed = {}
   for number, (cell, config) in enumerate(zip(wanted, configs, strict=True)):
     name = directory(cell)

@@ -3,22 +3,30 @@
 import contextlib
 import dataclasses
 import fnmatch
-import json
-import pathlib
-import subprocess
+import itertools
+import os
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 
-from st_moe import backend, config_file, counts, hosts, sharding
+from st_moe import (
+  backend,
+  config_file,
+  counts,
+  hosts,
+  sharding,
+  signals,
+  stdio,
+)
 from st_moe.config import Config, unknown
 from st_moe.data import files, pipeline, vocabulary
 from st_moe.infer.evaluator import Evaluator
 from st_moe.interop import convert, links, rules
 from st_moe.model.transformer import Transformer
-from st_moe.train import checkpoint, loss, optimizer, step
+from st_moe.train import checkpoint, loss, optimizer, owner, step
 from st_moe.train import profile as profiles
+from st_moe.train import workdir as workdirs
 from st_moe.train.report import Clock, Report, Silence, read_rows
 
 # A run may go on with other values of these: they change none of its numbers.
@@ -31,8 +39,16 @@ _FREE = (
   'evaluate.',
   'log.',
   'mesh.',
+  'model.remat',
+  'model.moe.dispatcher',
+  'model.moe.transport',
+  'loss.positions',
+  'microbatches',  # But see `_claim`.
   'data.workers',
   'data.cache_dir',
+  'data.may_change',
+  'data.files.',  # Of these two `_check_data` sees what lies there.
+  'data.data_dir',
   'optimizer.max_bad_steps',
 )
 
@@ -52,11 +68,20 @@ def train(
     The last row of metrics.
 
   Raises:
-    ValueError: what the user has to change, before any work is done.
+    ValueError: what the user has to change, before any work is done. Or another
+      run is at work in `workdir`.
     SystemExit: after SIGTERM, with what was done saved.
   """
+  if not os.fspath(workdir):
+    raise ValueError('The workdir is empty: name a folder for the run.')
   workdir = epath.Path(workdir).expanduser()
+  with stdio.lasting(), signals.orderly():
+    hosts.agreed(lambda: workdirs.check(workdir))
+    with owner.held(workdir) as check_owner:
+      return _train(config, workdir, config_path, profile, check_owner)
 
+
+def _train(config: Config, workdir, config_path, profile, check_owner) -> dict:
   # --- What is asked for, and may it be done here? ---------------------------
   if config.total_steps < 1:
     raise ValueError('config.total_steps is 0; set how long to train.')
@@ -84,7 +109,7 @@ def train(
   with sharding.use(mesh):
     tx = optimizer.make(config.optimizer, step.parameter_axes(model))
   if hosts.first():
-    _keep_config(workdir, asked, config_path)
+    workdirs.explain(workdir, asked, config_path)
 
   # --- Data ------------------------------------------------------------------
   vocab = hosts.in_turn(lambda: _keep_vocabulary(workdir, config, vocab))
@@ -93,12 +118,7 @@ def train(
   data = hosts.in_turn(
     lambda: pipeline.TrainData(config.data, vocab, rows=rows)
   )
-  evaluations = hosts.in_turn(
-    lambda: [
-      pipeline.open_eval(config.data, vocab, name, config.evaluate.split)
-      for name in data.sources
-    ]
-  )
+  evaluations = hosts.in_turn(lambda: _open_eval(config, vocab))
   evaluate = Evaluator(model, config, vocab, mesh)
   best = _best(config.checkpoint.keep_best, evaluate.names(evaluations))
 
@@ -117,6 +137,7 @@ def train(
       state, run = plan.begin(params), {'tokens_seen': {}}
       state = _with_slots(config, state)
       hosts.tell(*lines)
+    hosts.agreed(lambda: _check_data(config, data.digests, run))
     start = int(state.step)
     seen = {name: run['tokens_seen'].get(name, 0) for name in data.sources}
 
@@ -139,9 +160,19 @@ def train(
 
     def describe():
       return checkpoint.describe_run(
-        config_file.to_dict(config), vocab.model, tokens_seen=seen
+        config_file.to_dict(config),
+        vocab.model,
+        tokens_seen=seen,
+        data=data.digests,
       )
 
+    # Before SIGTERM is left to the steps: a compiler does not let go.
+    spread = lambda batch: hosts.spread(batch, split, rows, size)
+    batches = map(spread, data.iterate(start))
+    first = next(batches)
+    train_step = train_step.lower(state, first).compile()
+    plan.forget()
+    backend.give_back()
     try:
       with contextlib.ExitStack() as ending:
         stops = ending.enter_context(hosts.preemption())
@@ -149,14 +180,12 @@ def train(
         ending.push(checkpoints.leave)
         ending.callback(trace.close)
         for n, batch in zip(
-          range(start, config.total_steps), data.iterate(start), strict=False
+          range(start, config.total_steps),
+          itertools.chain([first], batches),
+          strict=False,
         ):
+          check_owner()
           trace.before(n, state)
-          batch = hosts.spread(batch, split, rows, size)
-          if n == start:
-            train_step = train_step.lower(state, batch).compile()
-            plan.forget()
-            backend.give_back()
           with jax.profiler.StepTraceAnnotation('step', step_num=n + 1):
             state, *found = train_step(state, batch)
           # The numbers of the step before are read while this one runs.
@@ -188,8 +217,26 @@ def train(
       raise
   if stop and done < config.total_steps:
     hosts.tell(f'Told to stop: step {done} is saved; the same command goes on.')
-    raise SystemExit(hosts.PREEMPTED)
+    raise SystemExit(signals.PREEMPTED)
   return {**row, **measured}
+
+
+def metric_names(config: Config, workdir) -> list[str]:
+  """The metrics that a run of `config` will find, before there is a run."""
+  if not config.data.mixture:  # A run refuses that in its own words.
+    return []
+  vocab = find_vocabulary(config, workdir) or vocabulary.load('bytes')
+  opened = hosts.in_turn(lambda: _open_eval(config, vocab))
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  evaluate = Evaluator(Transformer(config.model), config, vocab, mesh)
+  return evaluate.names(opened)
+
+
+def _open_eval(config: Config, vocab) -> list[pipeline.EvalData]:
+  return [
+    pipeline.open_eval(config.data, vocab, name, config.evaluate.split)
+    for name in pipeline.source_names(config.data, vocab)
+  ]
 
 
 def _first_params(config: Config, plan, abstract):
@@ -218,12 +265,24 @@ def _with_slots(config: Config, state):
 
 
 def find_vocabulary(config: Config, workdir) -> vocabulary.Vocabulary | None:
-  """The run's own, else the one given, else that of `init`; None: a new one."""
+  """The run's own, else the one given, else that of `init`; None: a new one.
+
+  Its own is there in every checkpoint too, if the file was lost.
+  """
   own = epath.Path(workdir) / 'vocabulary.model'
   if config.data.vocabulary == 'bytes':
     return vocabulary.load('bytes')
   if hosts.agreed(own.exists):
-    return vocabulary.load(own)
+    try:
+      return vocabulary.load(own)
+    except ValueError as e:
+      raise ValueError(
+        f'{own} is damaged: move it away and run the same command again, which'
+        " finds it in the run's checkpoints or makes it anew."
+      ) from e
+  if hosts.agreed(lambda: checkpoint.last_step(workdir)):
+    kept = checkpoint.vocabulary_of(checkpoint.read_run(workdir))
+    return vocabulary.Vocabulary(str(own), kept)
   if config.data.vocabulary:
     return vocabulary.load(config.data.vocabulary)
   if config.init:
@@ -272,10 +331,10 @@ def _claim(workdir: epath.Path, config: Config) -> int:
   if not path.exists():
     return done
   # By way of a Config, which knows the fields that have come since.
-  theirs = config_file.from_dict(json.loads(path.read_text()))
+  theirs = config_file.of_run(path)
   ours = config_file.to_dict(config)
-  lines = config_file.diff(config_file.to_dict(theirs), ours)
-  lines = [line for line in lines if not line.startswith(_FREE)]
+  changed = config_file.diff(config_file.to_dict(theirs), ours)
+  lines = [line for line in changed if not line.startswith(_FREE)]
   if lines and not done:
     # Nothing is lost, and the advice of an error may be followed on the spot.
     (workdir / 'vocabulary.model').unlink(missing_ok=True)
@@ -285,30 +344,40 @@ def _claim(workdir: epath.Path, config: Config) -> int:
       f'{workdir} belongs to another config:\n  {listed}\nUse another workdir,'
       ' or the config it was started with.'
     )
+  for line in changed:
+    if line.startswith('microbatches') and done:
+      hosts.tell(
+        f'{line}: each microbatch draws dropout, jitter and second experts by a'
+        ' lot of its own, so a run that has these goes on with other draws.'
+      )
   return done
 
 
-def _keep_config(workdir: epath.Path, config: Config, path: str):
-  text = config_file.to_json(config)
-  files.write_whole(workdir / 'config.json', text.encode())
-  if path:
-    source = config_file.find(path.partition(':')[0])
-    (workdir / 'config.py').write_text(source.read_text())
-  about = {'commit': _commit(), 'versions': checkpoint.versions()}
-  (workdir / 'about.json').write_text(json.dumps(about, indent=2))
+def _check_data(config: Config, digests: dict[str, str], run: dict) -> None:
+  """Refuses to go on with other data than a run has seen, unless asked to.
 
-
-def _commit() -> str:
-  """The commit of this code, '+' where files differ from it; '' if unknown."""
-  here = pathlib.Path(__file__).parent
-  git = lambda *args: subprocess.run(
-    ['git', '-C', here, *args], capture_output=True, text=True, check=True
-  ).stdout.strip()
-  try:
-    changed = git('status', '--porcelain', '--untracked-files=no')
-    return git('rev-parse', 'HEAD') + ('+' if changed else '')
-  except (OSError, subprocess.CalledProcessError):
-    return ''
+  What was begun by code that kept no digests is held to the names of files.
+  """
+  theirs, ours = run.get('data', {}), config_file.to_dict(config)
+  places = lambda values: [values['data'][k] for k in ('files', 'data_dir')]
+  changed = [
+    name
+    for name, digest in digests.items()
+    if digest and (theirs.get(name) or digest) != digest
+  ]
+  if 'config' in run and not theirs and places(run['config']) != places(ours):
+    changed = list(digests)
+  if not changed:
+    return
+  named = ', '.join(map(repr, changed))
+  if not config.data.may_change:
+    raise ValueError(
+      f'The training data of {named} are not known to be what this run began'
+      ' with: texts or rows, or the code that makes examples of them, have'
+      ' changed. Put back what was there, begin another run with init= this'
+      ' one, or go on with other batches by --config.data.may_change=true.'
+    )
+  hosts.tell(f'Going on with other training data of {named}.')
 
 
 def _announce(report, config: Config, workdir, start, mesh):

@@ -146,6 +146,8 @@ def make_train_step(model, optimizer, config: Config):
     updates, opt_state = optimizer.update(grads, state.opt_state, trained)
     params = roles.join(optax.apply_updates(trained, updates), frozen)
     norms['l2_updates'] = optax.tree.norm(updates)
+    # The schedule counts the updates, not the steps that were skipped.
+    rate = schedule(state.opt_state[-1].count)
     state = TrainState(
       step=state.step + 1,
       params=keep(params, state.params),
@@ -154,7 +156,7 @@ def make_train_step(model, optimizer, config: Config):
     )
     metrics = {
       'loss': loss,
-      'learning_rate': schedule(state.step - 1),
+      'learning_rate': rate,
       'bad_steps': state.bad_steps,
       **norms,
       **summary(terms, by_stack),

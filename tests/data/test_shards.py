@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import pathlib
 import pickle
+import re
+import shutil
 import time
 
 import pytest
@@ -90,6 +92,21 @@ def test_what_is_known_of_them(corpus, cache):
   assert recipe['raw_tokens'] == 40
   assert recipe['format'] == shards.FORMAT_VERSION
   assert pathlib.Path(found.directory).name.startswith('mine-train-')
+
+
+def test_a_digest_is_of_the_records(corpus, cache, tmp_path):
+  """Wherever text and shards lie; one more document is another one."""
+  known = write(cache, corpus).digest
+  moved = shutil.copytree(tmp_path / 'text', tmp_path / 'moved')
+  assert write(tmp_path / 'elsewhere', f'{moved}/*.txt').digest == known
+  with (moved / 'c.txt').open('a') as f:
+    f.write('\n\n' + 'one more ' * 10)
+  assert write(cache, f'{moved}/*.txt').digest != known
+  # Shards of older code have none.
+  found = write(cache, corpus)
+  info = pathlib.Path(found.directory) / 'info.json'
+  info.write_text(re.sub(r'"digest": "[^"]*",', '', info.read_text()))
+  assert write(cache, corpus).digest == ''
 
 
 def test_plan_shares_out_bytes(monkeypatch):

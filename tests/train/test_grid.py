@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from st_moe import cli
+from st_moe import cli, config_file
 from st_moe.config import Config, OptimizerConfig
-from st_moe.train import grid
+from st_moe.train import grid, owner
 
 
 def test_cells_are_all_combinations():
@@ -125,6 +125,33 @@ def test_a_metric_that_nobody_measured(tmp_path, monkeypatch):
   monkeypatch.setattr(grid.loop, 'train', train)
   with pytest.raises(ValueError, match="Did you mean 'eval/a/accuracy'"):
     grid.run(_make, ['seed=0'], tmp_path, metrics=['eval/a/acuracy'])
+
+
+def test_a_misspelt_metric_is_told_before_any_cell(tmp_path, monkeypatch):
+  train, done = _trains({})
+  monkeypatch.setattr(grid.loop, 'train', train)
+  (tmp_path / 'text.txt').write_text('one two three ' * 40)
+  fields = {
+    'data.mixture': {'mine': 1.0},
+    'data.files.mine.train': str(tmp_path / 'text.txt'),
+    'data.files.mine.validation': str(tmp_path / 'text.txt'),
+    'data.cache_dir': str(tmp_path),
+  }
+  config = config_file.load('configs/st_moe_tiny.py:runlocal', fields)
+  run = lambda metric: grid.run(
+    lambda cell: config, ['seed=0'], tmp_path / 'grid', metrics=[metric]
+  )
+  with pytest.raises(ValueError, match="Did you mean 'eval/mine/loss'"):
+    run('eval/mine/los')
+  assert not done and not (tmp_path / 'grid').exists()
+
+
+def test_two_grids_do_not_meet(tmp_path):
+  with owner.held(tmp_path):
+    with pytest.raises(ValueError, match='which is at work'):
+      grid.run(_make, ['seed=0'], tmp_path)
+  with pytest.raises(ValueError, match='workdir is empty: name a folder'):
+    grid.run(_make, ['seed=0'], '')
 
 
 def test_the_verb_sets_the_fields_of_each_cell(tmp_path, monkeypatch):

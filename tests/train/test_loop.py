@@ -4,9 +4,13 @@ import dataclasses
 import json
 import math
 import os
+import pathlib
 import random
+import re
 import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -19,7 +23,7 @@ from st_moe import config_file, sharding
 from st_moe.data import pipeline, vocabulary
 from st_moe.model import layout
 from st_moe.model.transformer import Transformer
-from st_moe.train import checkpoint, loop, optimizer, step
+from st_moe.train import checkpoint, loop, optimizer, owner, step, workdir
 from st_moe.train.report import Clock, read_rows
 
 _WORDS = {
@@ -277,6 +281,152 @@ def test_another_config_is_refused_by_its_fields(run, written):
   )
 
 
+def test_two_runs_do_not_meet_in_a_workdir(copy, written):
+  before = {p: p.stat().st_mtime_ns for p in copy.rglob('*') if p.is_file()}
+  longer = _load(written, total_steps='8')
+  with owner.held(copy):
+    with pytest.raises(ValueError, match=r'belongs to process \d+ on .*since'):
+      loop.train(longer, copy)
+    (copy / 'owner.json').unlink()
+  after = {p: p.stat().st_mtime_ns for p in copy.rglob('*') if p.is_file()}
+  assert after == before
+
+
+def test_a_smaller_machine_may_go_on(run, written, capsys):
+  # How a number is computed is free; which microbatch it is drawn in, told.
+  fields = {
+    'model__remat': 'full',
+    'model__moe__dispatcher': 'mask',
+    'model__moe__transport': 'gspmd',
+    'loss__positions': '4',
+    'mesh__expert': '1',
+  }
+  assert loop._claim(epath.Path(run), _load(written, **fields)) == 6
+  assert capsys.readouterr().out == ''
+  assert loop._claim(epath.Path(run), _load(written, microbatches='2')) == 6
+  assert capsys.readouterr().out == (
+    'microbatches: 1 -> 2: each microbatch draws dropout, jitter and second'
+    ' experts by a lot of its own, so a run that has these goes on with other'
+    ' draws.\n'
+  )
+  for other in ({'model__scan_layers': 'false'}, {'model__dtype': 'bfloat16'}):
+    with pytest.raises(ValueError, match='belongs to another config'):
+      loop._claim(epath.Path(run), _load(written, **other))
+
+
+class _Gone:
+  """A standard output whose reader has left."""
+
+  encoding = 'utf-8'
+
+  def write(self, *text):
+    raise BrokenPipeError(32, 'Broken pipe')
+
+  flush = write
+
+
+def test_other_data_are_refused_unless_they_may_change(
+  copy, written, tmp_path, monkeypatch
+):
+  """One more text in a file that was moved; and nobody reads what is said."""
+  texts = tmp_path / 'elsewhere.txt'
+  text = (pathlib.Path(written).parent / 'reds.txt').read_text()
+  texts.write_text(text)
+  moved = {'total_steps': '7', 'data.files.reds.train': str(texts)}
+  config = _load(written, **moved)
+  known = checkpoint.read_run(copy)['data']
+  vocab = vocabulary.load(copy / 'vocabulary.model')
+  assert pipeline.TrainData(config.data, vocab).digests == known
+  assert loop._claim(epath.Path(copy), config) == 6
+  texts.write_text(f'{text}\n\n{text[:200]}')
+  with pytest.raises(ValueError, match="data of 'reds' are not known to be wh"):
+    loop.train(config, copy)
+  assert _checkpoints(copy)[-1] == 6
+  changed = dataclasses.replace(config.data, may_change=True)
+  monkeypatch.setattr(sys, 'stdout', _Gone())
+  loop.train(dataclasses.replace(config, data=changed), copy)
+  assert _checkpoints(copy)[-1] == 7
+  now = checkpoint.read_run(copy)['data']
+  assert now['blues'] == known['blues'] and now['reds'] != known['reds']
+
+
+def test_data_of_runs_without_digests(run, written, capsys):
+  # Of older code: it goes on, with the files it was started with.
+  config = _load(written)
+  begun = {'config': config_file.to_dict(config), 'tokens_seen': {}}
+  digests = {'reds': 'a', 'blues': ''}
+  loop._check_data(config, digests, begun)
+  loop._check_data(config, digests, {'tokens_seen': {}})
+  loop._check_data(
+    config, digests, {**begun, 'data': {'reds': '', 'blues': 'b'}}
+  )
+  moved = _load(written, data__files__reds__train='elsewhere.txt')
+  with pytest.raises(ValueError, match='--config.data.may_change=true'):
+    loop._check_data(moved, digests, begun)
+  allowed = dataclasses.replace(moved.data, may_change=True)
+  loop._check_data(dataclasses.replace(moved, data=allowed), digests, begun)
+  said = 'Going on with other training data of '
+  assert capsys.readouterr().out == f"{said}'reds', 'blues'.\n"
+
+
+@pytest.mark.parametrize(
+  ('name', 'made', 'message'),
+  [
+    ('', 'file', 'copy is a file; a workdir is a folder.'),
+    ('config.json', 'folder', 'config.json is a folder, where a run keeps a f'),
+    ('about.json', 'folder', 'about.json is a folder, where a run keeps a fil'),
+    ('vocabulary.model', 'folder', 'vocabulary.model is a folder, where a run'),
+    ('metrics.jsonl', 'folder', 'metrics.jsonl is a folder, where a run keeps'),
+    ('checkpoints', 'file', 'checkpoints is a file, where a run keeps a folde'),
+    ('tensorboard', 'file', 'tensorboard is a file, where a run keeps a folde'),
+    ('config.json', 'file', 'config.json is damaged: move it away and run the'),
+    ('vocabulary.model', 'file', 'vocabulary.model is damaged: move it away a'),
+  ],
+)
+def test_what_stands_where_a_run_keeps_its_own(
+  copy, written, name, made, message
+):
+  path = copy / name
+  shutil.rmtree(path) if path.is_dir() else path.unlink()
+  path.mkdir() if made == 'folder' else path.write_bytes(b'\xff{')
+  with pytest.raises(ValueError) as e:
+    loop.train(_load(written, total_steps='8'), copy)
+  said = str(e.value)
+  assert message in said and str(path) in said
+  for word in ('Errno', 'codec', 'JSON', 'line 1', 'sentencepiece'):
+    assert word not in said
+
+
+def test_a_vocabulary_that_was_lost_is_in_the_checkpoint(copy, written):
+  kept = (copy / 'vocabulary.model').read_bytes()
+  (copy / 'vocabulary.model').unlink()
+  assert loop.find_vocabulary(_load(written), copy).model == kept
+
+
+def test_a_workdir_has_a_name(written):
+  with pytest.raises(ValueError, match='workdir is empty: name a folder'):
+    loop.train(_load(written), '')
+
+
+def test_a_commit_is_of_this_code_alone(tmp_path, monkeypatch):
+  """Installed in somebody's project, it has no part in the history of that."""
+  git = lambda *args: subprocess.run(
+    ['git', '-C', tmp_path, *args], check=True, capture_output=True
+  )
+  git('init')
+  git(
+    *('-c', 'user.name=a', '-c', 'user.email=a@b.c'),
+    *('commit', '--allow-empty', '-m', 'theirs'),
+  )
+  own = tmp_path / 'st_moe' / 'train' / 'workdir.py'
+  monkeypatch.setattr(workdir, '__file__', str(own))
+  assert re.fullmatch('[0-9a-f]{40}', workdir.commit())
+  own = tmp_path / '.venv' / 'lib' / 'st_moe' / 'train' / 'workdir.py'
+  own.parent.mkdir(parents=True)
+  monkeypatch.setattr(workdir, '__file__', str(own))
+  assert workdir.commit() == ''
+
+
 def test_a_workdir_where_nothing_was_trained_takes_any_config(
   written, tmp_path
 ):
@@ -314,6 +464,35 @@ def test_fine_tuning_takes_parameters_and_vocabulary(run, written, tmp_path):
   # The norm before its first step is that of the parameters it took.
   assert row['l2_params'] == pytest.approx(_norm(_params(run)), rel=1e-5)
   assert st_moe.load(tmp_path / 'tuned').step == 1
+
+
+def test_fine_tuning_in_python_as_the_readme_has_it(
+  run, written, tmp_path, monkeypatch
+):
+  readme = (pathlib.Path(__file__).parents[2] / 'README.md').read_text()
+  (code,) = re.findall(r'```\n(import st_moe\n.*?)```', readme, re.DOTALL)
+  for theirs, ours in {
+    'configs/finetune.py': f'{written}:tuned',
+    'runs/tiny': str(run),
+    'runs/tuned': str(tmp_path / 'tuned'),
+    "'total_steps': 200": "'total_steps': 1",
+  }.items():
+    assert theirs in code
+    code = code.replace(theirs, ours)
+  found = {}
+  exec(code, found)
+  assert found['config'].model == st_moe.load(run).config.model
+  (row,) = _steps(tmp_path / 'tuned')
+  assert row['l2_params'] == pytest.approx(_norm(_params(run)), rel=1e-5)
+  assert set(found['metrics']) == {'eval/reds/loss', 'eval/blues/loss'}
+  assert found['m'].step == 1
+
+
+def test_train_is_a_function_and_a_package_at_once(monkeypatch):
+  monkeypatch.setattr(loop, 'train', lambda *args, **more: (args, more))
+  for _ in range(2):
+    assert st_moe.train(1, 'w', profile='') == ((1, 'w'), {'profile': ''})
+    assert st_moe.train.loop is loop
 
 
 def test_only_the_architecture_is_taken(run, written, tmp_path):

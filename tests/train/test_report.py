@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import resource
 import struct
 import sys
 import types
@@ -72,6 +73,75 @@ def test_a_last_row_cut_short_is_dropped(tmp_path):
   _write(tmp_path, 3, start=3)
   assert _steps(tmp_path) == [1, 2, 3]
   assert json.loads(_lines(tmp_path)[-1]) == {'step': 3, 'loss': 0.375}
+
+
+_BROKEN = [b'{"step": 2, "lo', b'\x00\x00\xff\x00', b'7', b'{"loss": 2.0}']
+
+
+def test_a_broken_line_takes_no_other_along(tmp_path, caplog):
+  """As a crash of a machine leaves them: half a row, zeros, things that are
+  no rows."""
+  _write(tmp_path, 1, 2, 3)
+  first, *rest = (tmp_path / 'metrics.jsonl').read_bytes().splitlines()
+  lines = [first, *_BROKEN, b'', *rest]
+  (tmp_path / 'metrics.jsonl').write_bytes(b'\n'.join([*lines, b'{"step"']))
+  assert _steps(tmp_path) == [1, 2, 3]
+  where = f'{tmp_path}/metrics.jsonl, line 2 and 3 more: no row of numbers'
+  assert caplog.messages == [f'{where}: left out.']
+  # A run that goes on keeps them apart, and says so.
+  said, aside = [], tmp_path / 'damaged' / 'metrics.jsonl'
+  Rows(epath.Path(tmp_path), start=3, note=said.append)
+  assert said == [f'{where}: moved to {aside}.']
+  assert aside.read_bytes().splitlines() == _BROKEN
+  assert len(_lines(tmp_path)) == 3
+  Rows(epath.Path(tmp_path), start=3, note=said.append)
+  assert len(said) == 1
+
+
+def test_a_full_disk_stops_no_run_and_tears_no_row(tmp_path):
+  """A row has 12 bytes, and there is room for one and five bytes more."""
+  said = []
+  rows = Rows(epath.Path(tmp_path), start=0, note=said.append)
+  rows.write({'step': 1})
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (17, before[1]))
+  try:
+    rows.write({'step': 2})
+    rows.write({'step': 3})
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  assert said == [
+    f'Going on without {tmp_path}/metrics.jsonl, until it works:'
+    ' [Errno 27] File too large'
+  ]
+  assert _lines(tmp_path) == ['{"step": 1}']
+  rows.write({'step': 4})
+  assert _steps(tmp_path) == [1, 2, 3, 4]
+  assert len(said) == 1
+
+
+def test_a_store_that_does_not_answer_stops_no_run(bucket, monkeypatch):
+  (bucket / 'runs' / 'a').mkdir(parents=True)
+  made, said = _report('gs://runs/a')
+  made.write(1, {'loss': 0.5})
+  with monkeypatch.context() as patch:
+
+    def away(self, data):
+      raise ConnectionError('no network')
+
+    patch.setattr(epath.Path, 'write_bytes', away)
+    made.flush()
+  assert 'Going on without gs://runs/a/metrics-00000.jsonl' in said.getvalue()
+  made.close()
+  assert _steps('gs://runs/a') == [1]
+
+
+def test_rows_in_a_folder(tmp_path):
+  (tmp_path / 'metrics.jsonl').mkdir()
+  with pytest.raises(
+    ValueError, match='metrics.jsonl is a folder, where a run'
+  ):
+    read_rows(tmp_path)
 
 
 def test_an_object_store_gets_numbered_parts(bucket):
@@ -348,6 +418,41 @@ def test_runs_side_by_side(tmp_path, monkeypatch):
   assert ['cb', 'accuracy', '56', '40.0', '35.5', '70.0', '70.0', '(2)'] in rows
   assert any('metrics.jsonl' in line and tuned in line for line in
              said.getvalue().split('\n'))  # fmt: skip
+
+
+def test_two_runs_of_one_task_are_told_apart(tmp_path, monkeypatch, capsys):
+  """In 80 columns, nothing cut; losses of text are in a table of their own."""
+  monkeypatch.setenv('COLUMNS', '80')
+  task = 'eval/super_glue_multirc_1_sentinel'
+  scores = {
+    f'{task}/loss': 1.0,
+    f'{task}/f1': 70.0,
+    f'{task}/majority_f1': 40.0,
+    f'{task}/examples': 4848,
+  }
+  runs = []
+  for name in ('a/tuned', 'b/tuned', 'optimizer.train=non_moe,seed=11'):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    other = {**scores, f'{task}/f1': 70.0 + len(runs)}
+    runs.append(_finished(tmp_path / name, other))
+  text = _finished(tmp_path / 'text', {'eval/news/loss': 3.25})
+  compare.compare([*runs, text], baseline=_finished(tmp_path / 'new', scores))
+  said = capsys.readouterr().out
+  assert all(len(line) <= 80 for line in said.split('Files:')[0].splitlines())
+  assert '\u2026' not in said  # What is cut ends in three dots.
+  rows = [line.split() for line in said.splitlines()]
+  ends = {
+    row[0]: row[-2] for row in rows if row[-1:] == ['(2)'] and '4848' in row
+  }
+  assert ends['a/tuned'] == '70.0' and ends['b/tuned'] == '71.0'
+  assert ['text', 'news', '3.250', '3.250', '3.250', '(2)'] in rows
+
+
+def test_a_damaged_config_has_no_part_in_a_report(tmp_path, capsys):
+  run = _finished(tmp_path / 'run', {'eval/news/loss': 3.25})
+  (tmp_path / 'run' / 'config.json').write_bytes(b'\xff{')
+  compare.compare([run])
+  assert '3.250' in capsys.readouterr().out
 
 
 def test_curves_are_drawn(tmp_path, monkeypatch):

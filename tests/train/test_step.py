@@ -109,6 +109,18 @@ def test_the_objective_is_the_sum_of_its_parts():
   assert all(np.isfinite(v).all() for v in jax.tree.leaves(found))
 
 
+def test_the_rate_is_that_of_the_updates_there_were():
+  # All but 5 of 40,000 steps were skipped: the schedule is still at its start.
+  state = jax.tree.map(jnp.asarray, _parts()[1])
+  slots, schedule = state.opt_state
+  state = state.replace(
+    step=jnp.int32(40_000),
+    opt_state=(slots, schedule._replace(count=jnp.int32(5))),
+  )
+  _, found = _compiled(1)(state, _batch())
+  assert found['learning_rate'] == np.float32(0.01)
+
+
 def test_cross_entropy_by_a_loop_over_the_tokens():
   batch, (_, found) = _batch(), _run(_batch())
   logits = jax.jit(
