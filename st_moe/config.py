@@ -269,6 +269,7 @@ class ModelConfig:
   tie_embeddings: bool = False
   relpos_buckets: int = 32
   relpos_max_distance: int = 128
+  relpos_per_layer: bool = False  # A table for each layer (UMT5), not one.
   init_scale: float = 0.1  # Of every kernel; T5 had 1.0 (Switch, section 2.4).
   # Of the position biases; None: `init_scale`. Adafactor's steps are as large
   # as the weights are: a table that starts small learns word order late.
@@ -385,7 +386,8 @@ class DataConfig:
   noise_density: float = 0.15
   mean_span: float = 3.0
 
-  # Path of a SentencePiece model, or 'bytes'; both get 100 sentinels on top.
+  # Path of a SentencePiece model, or 'bytes'; both get 100 sentinels on top,
+  # unless the model has its own. 'byt5': bytes with the sentinels of ByT5.
   # '': that of `init`, else one of `vocabulary_size` ids, sentinels included,
   # trained on the mixture.
   vocabulary: str = ''

@@ -221,6 +221,8 @@ def _fill(kind, values: Mapping, path: list[str], value) -> dict:
     return {head: value, **values}
   hint = typing.get_type_hints(kind)[head]
   inner = values.get(head, {})
+  if inner is None:  # A stack that is not there.
+    return dict(values)
   if hint is config_lib.Part:
     inner = {'name': inner} if isinstance(inner, str) else dict(inner)
     inner.setdefault('name', getattr(kind(), head).name)

@@ -19,7 +19,8 @@ def params(model: ModelConfig) -> dict[str, int]:
   )
   roles['embedding'] = model.vocab_size * d * (1 if model.tie_embeddings else 2)
   for stack in model.stacks:
-    roles['attention'] += model.relpos_buckets * model.num_heads
+    tables = model.stack(stack).num_layers if model.relpos_per_layer else 1
+    roles['attention'] += tables * model.relpos_buckets * model.num_heads
     roles['norms'] += d
     for sublayer in (s for layer in model.plan(stack).layers for s in layer):
       roles['norms'] += d

@@ -66,8 +66,7 @@ def directory_appearing(path: epath.PathLike) -> Iterator[pathlib.Path]:
     ValueError: there is something at `path` already.
   """
   path = epath.Path(path).expanduser()
-  if path.exists() and (path.is_file() or any(path.iterdir())):
-    raise ValueError(f'{path} is not empty; name a new directory.')
+  check_new(path)
   folder = None if is_remote(path) else path.parent
   if folder:
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,6 +80,13 @@ def directory_appearing(path: epath.PathLike) -> Iterator[pathlib.Path]:
       copy_tree(temp, path)
   finally:
     shutil.rmtree(temp, ignore_errors=True)
+
+
+def check_new(path: epath.PathLike) -> None:
+  """Raises a ValueError where a new directory cannot be: something is there."""
+  path = epath.Path(path)
+  if path.exists() and (path.is_file() or any(path.iterdir())):
+    raise ValueError(f'{path} is not empty; name a new directory.')
 
 
 def write_whole(path: epath.PathLike, data: bytes) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from st_moe.config import DataConfig, unknown
 from st_moe.data import shards, sources, span_corruption, text_shards
-from st_moe.data.vocabulary import Vocabulary
+from st_moe.data.vocabulary import SENTINELS, Vocabulary
 
 
 class Library:
@@ -102,7 +102,7 @@ class Library:
       split,
       config.files[name][split] if name in config.files else embedded,
       vocabulary=self.vocabulary,
-      raw_tokens=raw_tokens(config),
+      raw_tokens=raw_tokens(config, len(self.vocabulary.sentinels)),
       text_field=config.text_field,
       cache_dir=config.cache_dir,
       workers=config.workers,
@@ -110,7 +110,7 @@ class Library:
     )
 
 
-def raw_tokens(config: DataConfig) -> int:
+def raw_tokens(config: DataConfig, num_sentinels: int = SENTINELS) -> int:
   """The length of raw chunks, if their targets fit into `targets_length`."""
   noise = dict(density=config.noise_density, mean_span=config.mean_span)
   tokens, needed = span_corruption.chunk_lengths(config.inputs_length, **noise)
@@ -121,7 +121,7 @@ def raw_tokens(config: DataConfig) -> int:
       f' {config.noise_density} and mean_span {config.mean_span} needs'
       f' {needed}.'
     )
-  span_corruption.check_sentinels(tokens, **noise)
+  span_corruption.check_sentinels(tokens, **noise, num_sentinels=num_sentinels)
   return tokens
 
 

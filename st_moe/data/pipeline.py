@@ -298,7 +298,7 @@ class _Convert:
       density=config.noise_density,
       mean_span=config.mean_span,
       first_sentinel=vocabulary.sentinel(0),
-      num_sentinels=vocabulary_lib.SENTINELS,
+      num_sentinels=len(vocabulary.sentinels),
       eos=vocabulary.eos,
     )
     self._eos, self._source = vocabulary.eos, source

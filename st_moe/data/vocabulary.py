@@ -2,7 +2,8 @@
 
 Both are used as T5 uses them: 0 pads, 1 ends, 2 is unknown, and the last 100
 ids are the sentinels of span corruption, counted downwards. So a vocabulary is
-100 ids larger than its SentencePiece model (T5: 32000 pieces, 32100 ids).
+100 ids larger than its SentencePiece model (T5: 32000 pieces, 32100 ids),
+unless the model has sentinels of its own (mT5) or says how many there are.
 """
 
 import dataclasses
@@ -12,18 +13,21 @@ import io
 import pathlib
 import re
 import string
-import struct
 import tempfile
 from collections.abc import Iterable
 from typing import ClassVar
 
 from etils import epath
 
-from st_moe.data import files
+from st_moe.data import files, pieces
+from st_moe.data.pieces import extended as _extended
 
-SENTINELS = 100
+SENTINELS = pieces.SENTINELS
 _BYTES = 3 + 256  # Ids before the sentinels where there are no pieces.
-_USER_DEFINED = 4  # SentencePiece's type of pieces that are never split.
+# Bytes as ByT5 was trained on them: its sentinels are the ids 258, 257, ... of
+# bytes that are in no text.
+BYT5 = b'byt5'
+_NEVER = 11  # 0xff down to 0xf5.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,16 +35,23 @@ class Vocabulary:
   """A tokenizer as a value: its model travels along when it is pickled."""
 
   path: str = dataclasses.field(compare=False)
-  model: bytes = dataclasses.field(repr=False)  # b'': ids are bytes.
+  # SentencePiece's; b'' and BYT5: ids are bytes.
+  model: bytes = dataclasses.field(repr=False)
 
   pad: ClassVar[int] = 0
   eos: ClassVar[int] = 1
   unk: ClassVar[int] = 2
 
   @property
+  def is_bytes(self) -> bool:
+    return self.model in (b'', BYT5)
+
+  @property
   def size(self) -> int:
     """Number of ids, sentinels included."""
-    return len(self._pieces) if self.model else _BYTES + SENTINELS
+    if self.is_bytes:
+      return _BYTES + (SENTINELS if not self.model else 0)
+    return len(self._pieces)
 
   @property
   def fingerprint(self) -> str:
@@ -50,17 +61,49 @@ class Vocabulary:
   def _pieces(self):
     return _processor(self.model)
 
+  @property
+  def sentinels(self) -> range:
+    """Ids of <extra_id_0>, <extra_id_1>, ..., counted downwards."""
+    if self.is_bytes:
+      count = SENTINELS if not self.model else _NEVER
+      return range(self.size - 1, self.size - 1 - count, -1)
+    return _sentinels(self.model)
+
   def sentinel(self, k: int) -> int:
-    """The id of <extra_id_k>; <extra_id_0> is the last id of all."""
-    if not 0 <= k < SENTINELS:
-      raise ValueError(f'Sentinel {k} is not among 0 ... {SENTINELS - 1}.')
-    return self.size - 1 - k
+    """The id of <extra_id_k>.
+
+    Raises:
+      ValueError: there is none.
+    """
+    if not 0 <= k < len(self.sentinels):
+      among = f'0 ... {len(self.sentinels) - 1}' if self.sentinels else 'any'
+      raise ValueError(f'Sentinel {k} is not among {among}.')
+    return self.sentinels[k]
+
+  @property
+  def tokens(self) -> dict[str, int]:
+    """Ids of what is cut out of a text first: sentinels and added tokens."""
+    found = {pieces.sentinel(k): i for k, i in enumerate(self.sentinels)}
+    if not self.is_bytes:
+      found |= {t: self._pieces.piece_to_id(t) for t in _added(self.model)}
+    return found
 
   def encode(self, text: str) -> list[int]:
-    """Ids of a text, without an EOS."""
-    if self.model:
+    """Ids of a text, without an EOS; those of SeqIO."""
+    if not self.is_bytes:
       return self._pieces.encode(text)
     return [byte + 3 for byte in text.encode()]
+
+  def encode_marked(self, text: str) -> list[int]:
+    """Ids of a text cut at its `tokens`; those of transformers.
+
+    A sentinel needs no space before it, and bytes have them too.
+    """
+    cut, tokens = _cut(self)
+    found = []
+    for part in cut.split(text) if tokens else [text]:
+      found += [tokens[part]] if part in tokens else self.encode(part)
+    return found
 
   def decode(self, ids: Iterable[int]) -> str:
     """The text of all ids: goes past an EOS, leaves pad and EOS out.
@@ -69,16 +112,16 @@ class Vocabulary:
     tokens.
     """
     ids = [int(i) for i in ids]
-    if self.model:
+    if not self.is_bytes:
       return self._pieces.decode(
         [i if i < self.size else self.unk for i in ids]
       )
-    text = b''
+    text, names = b'', {i: name for name, i in self.tokens.items()}
     for i in ids:
-      if 3 <= i < _BYTES:
+      if i in names:
+        text += names[i].encode()
+      elif 3 <= i < _BYTES:
         text += bytes([i - 3])
-      elif _BYTES <= i < self.size:
-        text += f'<extra_id_{self.size - 1 - i}>'.encode()
     return text.decode(errors='ignore')
 
   def check_fits(self, model_vocab_size: int) -> None:
@@ -86,34 +129,41 @@ class Vocabulary:
     if model_vocab_size < self.size:
       raise ValueError(
         f'model.vocab_size {model_vocab_size} is smaller than the vocabulary'
-        f' {self.path!r}: {self.size} ids, of which {SENTINELS} are sentinels;'
-        f' set it to {self.size} or more.'
+        f' {self.path!r}: {self.size} ids, of which {len(self.sentinels)} are'
+        f' sentinels; set it to {self.size} or more.'
       )
 
   def to_seqio(self):
     """The same vocabulary as SeqIO (and so T5X) knows it."""
     import seqio
 
-    if not self.model:
-      return seqio.ByteVocabulary(extra_ids=SENTINELS)
-    return seqio.SentencePieceVocabulary(self._file(), extra_ids=SENTINELS)
+    if self.is_bytes:
+      extra = SENTINELS if not self.model else 0
+      return seqio.ByteVocabulary(extra_ids=extra)
+    sentinels, added = pieces.behind(self.model)
+    if sentinels is None or added:  # All of them are pieces.
+      file = self._file(_extended(self.model))
+      return seqio.SentencePieceVocabulary(file, extra_ids=0)
+    file = self._file(self.model)
+    return seqio.SentencePieceVocabulary(file, extra_ids=sentinels)
 
-  def _file(self) -> str:
+  def _file(self, model: bytes) -> str:
     """A file with the model, which may have come out of a checkpoint."""
     path = epath.Path(self.path)
     if path.suffix == '.model' and path.exists():
-      if path.read_bytes() == self.model:
+      if path.read_bytes() == model:
         return self.path
-    copy = pathlib.Path(tempfile.gettempdir(), f'{self.fingerprint}.model')
+    name = hashlib.sha256(model).hexdigest()
+    copy = pathlib.Path(tempfile.gettempdir(), f'{name}.model')
     if not copy.exists():
-      files.write_whole(copy, self.model)
+      files.write_whole(copy, model)
     return str(copy)
 
 
 def load(path: str) -> Vocabulary:
-  """'bytes', or a SentencePiece model file."""
-  if path == 'bytes':
-    return Vocabulary(path, b'')
+  """'bytes', 'byt5' (the same with its sentinels), or a SentencePiece file."""
+  if path in _BYTE_NAMES:
+    return Vocabulary(path, _BYTE_NAMES[path])
   if not path:
     raise ValueError(
       "data.vocabulary is not set; give a SentencePiece model, 'bytes', or"
@@ -125,17 +175,31 @@ def load(path: str) -> Vocabulary:
       f"data.vocabulary {path}: no such file; a SentencePiece model or 'bytes'"
       ' is needed.'
     )
-  vocabulary = Vocabulary(str(file), file.read_bytes())
+  return checked(str(file), file.read_bytes())
+
+
+_BYTE_NAMES = {'bytes': b'', 'byt5': BYT5}
+
+
+def checked(path: str, model: bytes) -> Vocabulary:
+  """The vocabulary of a model that lay at `path` or came with a checkpoint.
+
+  Raises:
+    ValueError: it is none, or its special ids are not T5's.
+  """
+  vocabulary = Vocabulary(path, model)
+  if vocabulary.is_bytes:
+    return vocabulary
   try:
-    pieces = vocabulary._pieces
-  except RuntimeError as e:
+    processor = vocabulary._pieces
+  except (RuntimeError, ValueError) as e:
     raise ValueError(
-      f'data.vocabulary {path} is not a SentencePiece model ({e}).'
+      f'The vocabulary {path} is not a SentencePiece model ({e}).'
     ) from None
-  ids = pieces.pad_id(), pieces.eos_id(), pieces.unk_id()
+  ids = processor.pad_id(), processor.eos_id(), processor.unk_id()
   if ids != (0, 1, 2):
     raise ValueError(
-      f'data.vocabulary {path} has pad, eos, unk = {ids}, but T5 models need'
+      f'The vocabulary {path} has pad, eos, unk = {ids}, but T5 models need'
       ' (0, 1, 2); train it with --pad_id=0 --eos_id=1 --unk_id=2 --bos_id=-1.'
     )
   return vocabulary
@@ -231,23 +295,33 @@ def _too_small(size: int, lines: int, message: str) -> ValueError:
 
 @functools.lru_cache(maxsize=8)
 def _processor(model: bytes):
-  """SentencePiece with the sentinels appended, loaded once per process."""
+  """SentencePiece with all that stands behind its pieces, loaded once."""
   import sentencepiece
 
   return sentencepiece.SentencePieceProcessor(model_proto=_extended(model))
 
 
-def _extended(model: bytes) -> bytes:
-  """The model with <extra_id_99> ... <extra_id_0> as its last pieces.
+@functools.lru_cache(maxsize=8)
+def _sentinels(model: bytes) -> range:
+  found = _processor(model)
+  for name in ('▁<extra_id_{}>', '<extra_id_{}>'):
+    id_of = lambda k, name=name: found.piece_to_id(name.format(k))
+    first, count = id_of(0), 0
+    if first == found.unk_id():
+      continue
+    while id_of(count) == first - count != found.unk_id():
+      count += 1
+    return range(first, first - count, -1)
+  return range(0)
 
-  This is what SeqIO does, so that a sentinel in a text is one id. A serialised
-  list grows by appending items, hence no protobuf module is needed; that of
-  SentencePiece clashes with the copies of it in other packages.
-  """
-  for k in reversed(range(SENTINELS)):
-    name = f'▁<extra_id_{k}>'.encode()
-    piece = b'\x0a' + bytes([len(name)]) + name  # Field 1: string.
-    piece += b'\x15' + struct.pack('<f', 0.0)  # Field 2: score.
-    piece += b'\x18' + bytes([_USER_DEFINED])  # Field 3: type.
-    model += b'\x0a' + bytes([len(piece)]) + piece
-  return model
+
+@functools.lru_cache(maxsize=8)
+def _cut(vocabulary: Vocabulary) -> tuple[re.Pattern, dict[str, int]]:
+  """What finds the tokens of a vocabulary in a text, and their ids."""
+  tokens = vocabulary.tokens
+  longest = sorted(tokens, key=len, reverse=True)
+  return re.compile(f'({"|".join(map(re.escape, longest))})'), tokens
+
+
+def _added(model: bytes) -> tuple[str, ...]:
+  return pieces.behind(model)[1]

@@ -11,7 +11,7 @@ import numpy as np
 
 from st_moe import sharding
 from st_moe.config import ModelConfig, unknown
-from st_moe.data.vocabulary import SENTINELS, Vocabulary
+from st_moe.data.vocabulary import Vocabulary
 from st_moe.infer import decoding
 from st_moe.infer.batching import bucket, padded
 from st_moe.infer.methods import Method
@@ -19,7 +19,7 @@ from st_moe.model import layout
 from st_moe.model.transformer import Transformer
 from st_moe.routing import steering
 
-_SENTINEL = re.compile(r'<extra_id_(\d+)>')
+_SENTINEL = re.compile(r'<extra_id_\d+>')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,16 +227,22 @@ class Generator:
   def fill(self, text: str, answer: Answer) -> str:
     """`text` with its <extra_id_N> replaced by the spans of an answer."""
     spans, ids = {}, None
-    sentinels = {self.vocabulary.sentinel(k): k for k in range(SENTINELS)}
+    names = {
+      name: i
+      for name, i in self.vocabulary.tokens.items()
+      if _SENTINEL.fullmatch(name)
+    }
+    sentinels = set(names.values())
     for token in answer.tokens:
       if token in sentinels:
-        ids = spans.setdefault(sentinels[token], [])
+        ids = spans.setdefault(token, [])
       elif ids is not None and token != self.vocabulary.eos:
         ids.append(token)
-    pieces = _SENTINEL.split(text)  # Text and numbers in turn.
+    # Text and sentinels in turn; a number past the last is text.
+    pieces = re.split(f'({"|".join(names) or "(?!)"})', text)
     filled = pieces[0]
-    for number, after in zip(pieces[1::2], pieces[2::2], strict=True):
-      span = self.vocabulary.decode(spans.get(int(number), [])).strip()
+    for name, after in zip(pieces[1::2], pieces[2::2], strict=True):
+      span = self.vocabulary.decode(spans.get(names[name], [])).strip()
       # Where nothing is said, one space of two stays.
       filled += span
       filled += after.lstrip(' ') if not span and filled[-1:] == ' ' else after
@@ -282,17 +288,8 @@ class Generator:
         due += 1
 
   def ids(self, text: str) -> list[int]:
-    """Of a text, its <extra_id_N> included; no EOS."""
-    if self.vocabulary.model:
-      return self.vocabulary.encode(text)
-    found, start = [], 0
-    for match in _SENTINEL.finditer(text):  # Bytes know none.
-      if int(match[1]) >= SENTINELS:
-        continue  # Text like any other.
-      found += self.vocabulary.encode(text[start : match.start()])
-      found.append(self.vocabulary.sentinel(int(match[1])))
-      start = match.end()
-    return found + self.vocabulary.encode(text[start:])
+    """Of a text, its <extra_id_N> and added tokens included; no EOS."""
+    return self.vocabulary.encode_marked(text)
 
   def _prompts(self, prompts, numbers, long: str) -> list[list[int]]:
     """Ids of each prompt, ending in an EOS."""

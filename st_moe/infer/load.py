@@ -33,23 +33,32 @@ class Loaded:
     """An `infer.generate.Generator` with the defaults; made once."""
     return self.serve()
 
+  @functools.cached_property
+  def _reader(self):
+    """What encodes: an encoder alone can."""
+    config = self.model.config
+    return self._prepared() if not config.decoder else self.generator
+
   def serve(self, *, max_inputs: int = 0, batch_size: int = 16):
     """A Generator for prompts of up to `max_inputs` tokens (0: as trained).
 
     It holds a copy of the parameters, unless they were loaded `for_answers`.
     """
-    from st_moe.infer.generate import Generator
-
     config = self.model.config
     if not (config.encoder and config.decoder):
       raise ValueError(
         f'{self.path} has no {"decoder" if config.encoder else "encoder"}:'
         ' texts are answered by an encoder and a decoder.'
       )
+    return self._prepared(max_inputs, batch_size)
+
+  def _prepared(self, max_inputs: int = 0, batch_size: int = 16):
+    from st_moe.infer.generate import Generator
+
     if self.vocabulary is None:
       raise ValueError(no_vocabulary(self.path))
     return Generator(
-      config,
+      self.model.config,
       self.params,
       self.vocabulary,
       max_inputs=max_inputs or self.config.data.inputs_length,
@@ -80,7 +89,7 @@ class Loaded:
 
   def encode(self, prompts: list[str]) -> list:
     """What the encoder makes of each prompt, float [tokens, embed]."""
-    return self.generator.encode(prompts)
+    return self._reader.encode(prompts)
 
   def fill(self, texts: list[str], **options) -> list[str]:
     """Texts with <extra_id_0>, <extra_id_1>, ... replaced by what belongs."""
@@ -146,11 +155,14 @@ def load(
       abstract = layout.map_by_path(_as_used(config.model), abstract)
     params = source.load(abstract)
   own = None
+  if vocabulary == 'bytes' and name == 'hf' and source.vocabulary != b'':
+    vocabulary = 'byt5'  # The bytes of HuggingFace are those of ByT5.
   if vocabulary:
     own = vocabulary_lib.load(vocabulary)
-    own.check_fits(config.model.vocab_size)
   elif source.vocabulary is not None:
-    own = vocabulary_lib.Vocabulary(where, source.vocabulary)
+    own = vocabulary_lib.checked(where, source.vocabulary)
+  if own:
+    own.check_fits(config.model.vocab_size)
   number = where.rstrip('/').rpartition('/')[2]
   return Loaded(
     model=model,

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
+from etils import epath
 
 from st_moe import config_file, sharding
 from st_moe.config import Config, ModelConfig, unknown
+from st_moe.data import files, vocabulary
+from st_moe.interop import links
 from st_moe.model import layout
 from st_moe.model.transformer import Transformer
 from st_moe.train import step
@@ -89,27 +92,51 @@ def convert(
 
   Returns:
     What was done with every tensor, in lines.
+
+  Raises:
+    ValueError: the source is damaged or of another model, the target is there
+      already or has no names for a part of the model, or logits differ; then
+      nothing is written.
   """
+  name, where = split(target)
+  if not files.is_remote(where):  # Not every library takes a relative one.
+    where = str(epath.Path(where).expanduser().resolve())
+  files.check_new(where)
   opened = open_source(source)
   values = config_file.to_dict(opened.config)
   for field, value in (overrides or {}).items():
     values = config_file.set_field(values, field, value)
   opened.config = config_file.from_dict(values)
-  name, where = split(target)
   module = importlib.import_module(FORMATS[name])
   config = opened.config
-  if hasattr(module, 'check_export'):
-    module.check_export(config)
+  if opened.vocabulary is not None:
+    known = vocabulary.checked(source, opened.vocabulary)
+    known.check_fits(config.model.vocab_size)
   # Arrays of JAX, which Orbax writes without a copy.
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   with sharding.use(mesh):
     abstract = step.abstract_params(Transformer(config.model), mesh)
+  check_export(name, config, abstract)
   params = opened.load(abstract)
   lines = report(opened, abstract)
   if verify:
     lines.append(_verify(source, params, config))
   module.save(where, params, config, opened.vocabulary)
   return [*lines, f'wrote {target}']
+
+
+def check_export(format: str, config: Config, abstract) -> None:
+  """Raises a ValueError for a part of a model that a format has no place for.
+
+  Args:
+    abstract: shapes of the parameters.
+  """
+  module = importlib.import_module(FORMATS[format])
+  if hasattr(module, 'check_export'):
+    module.check_export(config)
+  if hasattr(module, 'names'):
+    names = module.names(config.model)
+    links.check_named(abstract, config.model, names, format)
 
 
 def report(opened, abstract) -> list[str]:
@@ -149,11 +176,19 @@ def _verify(source: str, params, config: Config) -> str:
   inputs[1, 8:] = 0
   shifted = np.pad(targets[:, :-1], ((0, 0), (1, 0)))
   model = Transformer(dataclasses.replace(config.model, dtype='float32'))
-  got = model.apply(
-    {'params': params}, inputs, shifted, targets, enable_dropout=False
-  )
+  given, what = {'enable_dropout': False}, 'logits'
+  batch = [inputs, shifted, targets]
+  if not config.model.decoder:
+    given['method'], what, batch = 'encode', 'encodings', [inputs]
+  got = model.apply({'params': params}, *batch, **given)
   want = module.logits(where, inputs, shifted)
-  return (
-    f'logits differ from {name} by at most {np.abs(got - want).max():.2g}, of'
-    f' {np.abs(want).max():.2g}'
-  )
+  if not config.model.decoder:  # Padding has encodings too; nobody reads them.
+    got, want = got[inputs > 0], want[inputs > 0]
+  off, most = np.abs(got - want).max(), np.abs(want).max()
+  line = f'{what} differ from {name} by at most {off:.2g}, of {most:.2g}'
+  if not off <= _BOUND * most:  # Nor is NaN.
+    raise ValueError(f'{source}: {line}. Nothing was written.')
+  return line
+
+
+_BOUND = 1e-3  # Of the largest logit, in float32.

@@ -75,6 +75,25 @@ def attention(config: ModelConfig, name: Callable) -> dict[str, Link]:
   return found
 
 
+def positions(config: ModelConfig, stack: str) -> list[str]:
+  """Paths of a stack's position biases: one for all layers, or one for each."""
+  name = 'relpos_bias/rel_embedding'
+  if not config.relpos_per_layer:
+    return [f'{stack}/{name}']
+  count = config.stack(stack).num_layers
+  return [f'{stack}/layers_{i}/{name}' for i in range(count)]
+
+
+def has_extra_ffn(config: ModelConfig) -> bool:
+  """Is there a layer with an FFN beside the one that all have?"""
+  return any(
+    sublayer.name == 'extra_mlp'
+    for stack in config.stacks
+    for layer in config.plan(stack).layers
+    for sublayer in layer
+  )
+
+
 def stack_of(
   stack: str, count: int, sparse: Collection[int], group_size: int
 ) -> dict:
@@ -93,6 +112,19 @@ def stack_of(
   raise ValueError(
     f'The {stack} is sparse in layers {sorted(sparse)}, not in every n-th.'
   )
+
+
+def check_named(
+  abstract, config: ModelConfig, links: Mapping[str, Link], format: str
+) -> None:
+  """Raises a ValueError for a parameter that a format has no name for."""
+  for path in layout.by_path(abstract):
+    for piece, _ in layout.unrolled_paths(path, config):
+      if piece not in links:
+        raise ValueError(
+          f'{format} has no name for {piece}: a part of this model is unknown'
+          ' there.'
+        )
 
 
 @dataclasses.dataclass

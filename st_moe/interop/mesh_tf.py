@@ -13,7 +13,14 @@ import numpy as np
 
 from st_moe import config_file
 from st_moe.config import Config, ModelConfig
-from st_moe.interop.links import Link, Source, attention, matrices, stack_of
+from st_moe.interop.links import (
+  Link,
+  Source,
+  attention,
+  matrices,
+  positions,
+  stack_of,
+)
 
 _STACKS = ('encoder', 'decoder')
 # A sublayer's class -> our kind.
@@ -100,6 +107,8 @@ def _config(where: str, shapes: dict, layers: dict) -> Config:
   banks = find(r'MoE1D/wi(_0)?/kernel$')
   width = dense[0][1] if dense else banks[0][2]
   extra, stacks = 'none', {}
+  # One table for all layers, or one for each.
+  tables = find(r'^encoder/.*/SelfAttention/relative_attention_bias$')
   for stack, depth in layers.items():
     kinds = [[kind for _, kind in layer] for layer in depth]
     sparse = [i for i, layer in enumerate(kinds) if 'MoE1D' in layer]
@@ -118,6 +127,7 @@ def _config(where: str, shapes: dict, layers: dict) -> Config:
       'mlp_dim': width,
       'activation': 'geglu' if find(r'/wi_0/kernel$') else 'relu',
       'relpos_buckets': buckets,
+      'relpos_per_layer': 1 < len(tables) == len(layers['encoder']),
       'tie_embeddings': 'decoder/logits/kernel' not in shapes,
       **stacks,
     },
@@ -148,13 +158,13 @@ def _links(config: ModelConfig, shapes, layers) -> dict[str, Link]:
   if not config.tie_embeddings:
     found['logits_dense/kernel'] = Link.to('decoder/logits/kernel')
   for stack, depth in layers.items():
-    first = f'{depth[0][0][0]}/SelfAttention'
     final = f'{stack}/final_layer_norm/scale'
     if final not in shapes:  # As older gin files called it.
       final = f'{stack}/rms_norm/scale'
-    found[f'{stack}/relpos_bias/rel_embedding'] = Link.to(
-      f'{first}/relative_attention_bias'
-    )
+    for path, ((place, kind), *_) in zip(
+      positions(config, stack), depth, strict=False
+    ):
+      found[path] = Link.to(f'{place}/{kind}/relative_attention_bias')
     found[f'{stack}/{stack}_norm/scale'] = Link.to(final)
     plan = config.plan(stack).layers
     for i, (sublayers, places) in enumerate(zip(plan, depth, strict=True)):

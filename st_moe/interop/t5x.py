@@ -23,7 +23,9 @@ from st_moe.interop.links import (
   Link,
   Source,
   attention,
+  has_extra_ffn,
   matrices,
+  positions,
   stack_of,
   tensors,
 )
@@ -39,6 +41,7 @@ def open_source(where: str) -> Source:
     ValueError: no such place, or no T5X checkpoint of a model we have.
   """
   path = epath.Path(where).expanduser()
+  path = path if files.is_remote(where) else path.resolve()  # As Orbax wants.
   if not path.exists():
     raise ValueError(f'{where} is not there.')
   if path.is_dir() and not (path / 'checkpoint').exists():
@@ -53,14 +56,14 @@ def open_source(where: str) -> Source:
   if any(re.match(r'(en|de)coder/(en|de)coder/', name) for name in shapes):
     raise ValueError(
       f'{where} is of a scanned Flaxformer model, which has a table of position'
-      ' biases for every layer: another function than ours.'
+      ' biases for every layer in one array: not read here.'
     )
   config = _config(epath.Path(where).name, shapes)
   return Source(
     where=f't5x:{where}',
     config=config,
     vocabulary=None,
-    links=links(config.model),
+    links=names(config.model),
     shapes=shapes,
     dtypes=dtypes,
     read=read,
@@ -192,7 +195,10 @@ def _broken(name: str, e: Exception) -> ValueError:
 def _config(name: str, shapes: dict) -> Config:
   vocab, d = shapes['token_embedder/embedding']
   stacks = {s: _stack(shapes, s) for s in _STACKS}
-  heads, buckets = shapes['encoder/relpos_bias/rel_embedding']
+  # One for all layers, or one for each (UMT5).
+  table = 'relpos_bias/rel_embedding'
+  each = f'encoder/{table}' not in shapes
+  heads, buckets = shapes[f'encoder/{"layers_0/" if each else ""}{table}']
   joined = shapes['encoder/layers_0/attention/query/kernel'][1]
   find = lambda pattern: [
     shapes[n] for n in sorted(shapes) if re.search(pattern, n)
@@ -212,6 +218,7 @@ def _config(name: str, shapes: dict) -> Config:
       'mlp_dim': width,
       'activation': 'geglu' if gated else 'relu',
       'relpos_buckets': buckets,
+      'relpos_per_layer': each,
       'tie_embeddings': 'decoder/logits_dense/kernel' not in shapes,
       'init_scale': 1.0,
       **stacks,
@@ -244,7 +251,7 @@ def _stack(shapes: dict, stack: str) -> dict:
 # ---- Names ------------------------------------------------------------------
 
 
-def links(config: ModelConfig) -> dict[str, Link]:
+def names(config: ModelConfig) -> dict[str, Link]:
   """Our unrolled parameters, by T5X's names."""
   found = {
     'token_embedder/embedding': Link.to('token_embedder/embedding'),
@@ -252,8 +259,8 @@ def links(config: ModelConfig) -> dict[str, Link]:
   if not config.tie_embeddings:
     found['logits_dense/kernel'] = Link.to('decoder/logits_dense/kernel')
   for stack in config.stacks:
-    for path in ('relpos_bias/rel_embedding', f'{stack}_norm/scale'):
-      found[f'{stack}/{path}'] = Link.to(f'{stack}/{path}')
+    for path in (*positions(config, stack), f'{stack}/{stack}_norm/scale'):
+      found[path] = Link.to(path)
     for i, sublayers in enumerate(config.plan(stack).layers):
       here = f'{stack}/layers_{i}'
       for sublayer in sublayers:
@@ -299,13 +306,26 @@ def check_export(config: Config) -> None:
     raise ValueError('Flaxformer has the extra FFN after the sparse one only.')
   if sparse and model.moe.multiplicative_bias:
     raise ValueError('Flaxformer has no multiplicative bias in its experts.')
+  if not sparse and has_extra_ffn(model):
+    raise ValueError('T5X has one FFN in each layer; here some have an extra.')
+  widths = {
+    s.mlp_dim
+    for stack in model.stacks
+    for layer in model.plan(stack).layers
+    for s in layer
+    if s.kind == 'mlp'
+  }
+  if len(widths) > 1:
+    raise ValueError(
+      f'T5X has one width for all dense FFNs; here are {sorted(widths)}.'
+    )
 
 
 def save(where: str, params, config: Config, vocabulary: bytes | None) -> None:
   """Writes the legacy layout, parameters only; whole or not at all."""
   del vocabulary  # T5X names one in its gin files.
   with files.directory_appearing(where) as directory:
-    theirs = tensors(params, config.model, links(config.model))
+    theirs = tensors(params, config.model, names(config.model))
     leaves = {t[0]: _write_array(directory, *t) for t in theirs}
     target = traverse_util.unflatten_dict(leaves, sep='/')
     state = {'step': np.int32(0), 'param_states': {}}

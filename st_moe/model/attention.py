@@ -134,7 +134,7 @@ def _by_row(y, rows: int):
 
 
 class RelativePositionBias(nn.Module):
-  """T5's bucketed bias on attention logits, one table for a whole stack."""
+  """T5's bucketed bias on attention logits: the table of a stack or layer."""
 
   num_heads: int
   num_buckets: int

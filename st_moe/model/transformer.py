@@ -45,12 +45,14 @@ class Surroundings:
   """What every layer of a stack sees besides the residual stream."""
 
   ctx: RouteContext
-  bias: jax.Array  # float32 [1, heads, q, k].
+  bias: jax.Array | None  # float32 [1, heads, q, k]; None: each layer's own.
+  positions: tuple[jax.Array, jax.Array]  # int32 [q] and [k].
   sight: Sight
   encoded: jax.Array | None = None  # [batch, k, embed].
   encoded_sight: Sight | None = None
   index: jax.Array | None = None  # int32 [], the step when decoding.
   room: int = flax.struct.field(pytree_node=False, default=0)  # Of a cache.
+  causal: bool = flax.struct.field(pytree_node=False, default=False)
 
   def at_layer(self, n: int) -> 'Surroundings':
     """What the n-th sparse layer sees, where a caller overrides routes."""
@@ -95,11 +97,25 @@ def _attention(layer: Layer, sublayer: Sublayer):
   )
 
 
+def _position_bias(config: ModelConfig, causal: bool):
+  return RelativePositionBias(
+    config.num_heads,
+    config.relpos_buckets,
+    config.relpos_max_distance,
+    bidirectional=not causal,
+    init_scale=config.position_init_scale,
+    name='relpos_bias',
+  )
+
+
 def _self_attention(layer, sublayer, x, around):
+  bias = around.bias
+  if bias is None:
+    bias = _position_bias(layer.config, around.causal)(*around.positions)
   return _attention(layer, sublayer)(
     x,
     None,
-    around.bias,
+    bias,
     around.sight,
     deterministic=around.ctx.deterministic,
     index=around.index,
@@ -169,7 +185,7 @@ def _layer(config, sublayers, group_size, name) -> Layer:
 
 
 class Stack(nn.Module):
-  """An encoder or decoder: its layers, shared position bias and final norm."""
+  """An encoder or decoder: its layers, position biases and final norm."""
 
   config: ModelConfig
   kind: str  # 'encoder' or 'decoder'.
@@ -212,19 +228,16 @@ class Stack(nn.Module):
         sight = _of_all((keys <= index)[None])
     around = Surroundings(
       ctx=ctx,
-      bias=RelativePositionBias(
-        cfg.num_heads,
-        cfg.relpos_buckets,
-        cfg.relpos_max_distance,
-        bidirectional=not causal,
-        init_scale=cfg.position_init_scale,
-        name='relpos_bias',
-      )(positions, keys),
+      bias=None
+      if cfg.relpos_per_layer
+      else _position_bias(cfg, causal)(positions, keys),
+      positions=(positions, keys),
       sight=sight,
       encoded=encoded,
       encoded_sight=encoded_sight,
       index=index,
       room=room,
+      causal=causal,
     )
     drop = nn.Dropout(cfg.dropout, broadcast_dims=(-2,))
     x = drop(x.astype(dtype), deterministic=ctx.deterministic)

@@ -86,8 +86,8 @@ def _weight(found: _Sum, config: Config, p: memory.Parameter) -> None:
     stack = p.path.partition('/')[0]
     heads = p.size // model.relpos_buckets
     bias = heads * config.data.length(stack) ** 2 * _FLOAT32
-    layers = model.stack(stack).num_layers
-    found.add('all-reduce', summed, bias, trained * layers * times)
+    uses = 1 if model.relpos_per_layer else model.stack(stack).num_layers
+    found.add('all-reduce', summed, bias, trained * uses * times)
   elif [*p.axes] == ['vocab', 'embed']:
     # Looked up in parts, for the tokens of all; the parts come together there.
     for stack in model.stacks:

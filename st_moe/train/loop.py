@@ -292,7 +292,7 @@ def find_vocabulary(config: Config, workdir) -> vocabulary.Vocabulary | None:
         f'{config.init} comes without a vocabulary: set data.vocabulary to its'
         ' SentencePiece model.'
       )
-    return vocabulary.Vocabulary(config.init, model)
+    return vocabulary.checked(config.init, model)
   return None
 
 

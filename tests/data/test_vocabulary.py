@@ -9,7 +9,7 @@ import pickle
 import pytest
 import sentencepiece
 
-from st_moe.data import sources, vocabulary
+from st_moe.data import pieces, sources, vocabulary
 
 TEXT = 'I like <extra_id_0> and <extra_id_99> sandwiches; naïve 漢字 cafés.'
 
@@ -119,6 +119,47 @@ def test_t5():
   for row in map(json.loads, rows):
     assert v.encode(row['text']) == row['ids']
     assert v.decode(row['ids']) == row['decoded']
+
+
+def test_a_model_with_sentinels_of_its_own(trained, tmp_path):
+  """As mT5's, whose last 100 pieces they are: nothing is appended."""
+  own = pieces.extended(trained.model)
+  (tmp_path / 'mt5.model').write_bytes(own)
+  v = vocabulary.load(str(tmp_path / 'mt5.model'))
+  assert (v.size, v.sentinel(0), v.sentinel(99)) == (500, 499, 400)
+  assert v.encode(TEXT) == trained.encode(TEXT)
+  seqio = v.to_seqio()
+  assert list(seqio.encode(TEXT)) == v.encode(TEXT)
+  assert seqio.vocab_size == 500
+
+
+def test_as_many_sentinels_as_a_model_says(trained):
+  for count in (0, 7, 300):
+    v = vocabulary.checked('x', pieces.with_tokens(trained.model, count, ()))
+    assert (v.size, len(v.sentinels)) == (400 + count, count)
+    assert v.encode('The return value') == trained.encode('The return value')
+    seqio = v.to_seqio()
+    assert seqio.vocab_size == v.size
+    text = 'a <extra_id_0> b <extra_id_6>'
+    assert list(seqio.encode(text)) == v.encode(text)
+    if count:
+      assert v.sentinel(count - 1) == 400
+    with pytest.raises(ValueError, match=f'Sentinel {count} is not among'):
+      v.sentinel(count)
+
+
+def test_sentinels_need_no_space_in_prompts(trained):
+  one, two = trained.encode('('), trained.encode(')')
+  ids = trained.encode_marked('(<extra_id_0><extra_id_99>)')
+  assert ids == [*one, 499, 400, *two]
+  assert trained.encode_marked(TEXT) == trained.encode(TEXT)
+  assert vocabulary.load('bytes').encode_marked('a<extra_id_1>') == [100, 357]
+
+
+def test_half_a_model_is_none(trained):
+  for cut in (100, len(trained.model) - 1):
+    with pytest.raises(ValueError, match='x is not a SentencePiece model'):
+      vocabulary.checked('x', trained.model[:cut])
 
 
 def test_check_fits(trained):

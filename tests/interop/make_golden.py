@@ -38,6 +38,10 @@ CASES = {
     _SMALL, model_type='mt5', num_layers=2, feed_forward_proj='gated-gelu',
     tie_word_embeddings=False,
   ),
+  'umt5': dict(
+    _SMALL, model_type='umt5', num_layers=2, feed_forward_proj='gated-gelu',
+    tie_word_embeddings=False,
+  ),
   'switch_8': dict(
     _SWITCH, num_layers=4, num_decoder_layers=4, num_sparse_encoder_layers=2,
     num_sparse_decoder_layers=2, num_experts=8, expert_capacity=3,
@@ -76,7 +80,7 @@ def theirs(case: str):
   about = dict(CASES[case])
   config = transformers.AutoConfig.for_model(about.pop('model_type'), **about)
   model = transformers.AutoModelForSeq2SeqLM.from_config(config)
-  if case in ('t5_1_1', 'mt5'):  # Released ones are untied.
+  if case in ('t5_1_1', 'mt5', 'umt5'):  # Released ones are untied.
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
   for name, parameter in model.named_parameters():
     parameter.data = torch.tensor(weight(name, parameter.shape))
@@ -145,6 +149,26 @@ def run(case: str) -> dict:
     'experts': chosen,
     'greedy': answer(),
     'beams': answer(num_beams=3, num_return_sequences=2, length_penalty=0.5),
+  }
+
+
+def encoder(kind: str) -> dict:
+  """What an encoder alone makes of the batch."""
+  import torch
+  import transformers
+
+  config = transformers.AutoConfig.for_model(kind, **_SMALL, num_layers=2)
+  model = getattr(transformers, f'{kind.upper()}EncoderModel')(config).eval()
+  for name, parameter in model.named_parameters():
+    parameter.data = torch.tensor(weight(name, parameter.shape))
+  config.architectures = [type(model).__name__]
+  ids = torch.tensor(batch()['inputs'], dtype=torch.long)
+  with torch.no_grad():
+    found = model(input_ids=ids, attention_mask=(ids > 0).long())
+  return {
+    'config': json.loads(config.to_json_string()),
+    'shapes': {n: list(p.shape) for n, p in model.named_parameters()},
+    'encodings': found.last_hidden_state.numpy().tolist(),
   }
 
 
@@ -222,6 +246,10 @@ def main():
     found = _rounded(found)
     (GOLDEN / f'hf_{case}.json').write_text(json.dumps(found) + '\n')
     print(case, found['loss'])
+  for kind in ('t5', 'umt5'):
+    found = {'transformers': transformers.__version__, **encoder(kind)}
+    text = json.dumps(_rounded(found))
+    (GOLDEN / f'hf_{kind}_encoder.json').write_text(f'{text}\n')
   found = _rounded(t5x_tiny(sys.argv[1]))
   (GOLDEN / 't5x_tiny.json').write_text(json.dumps(found) + '\n')
 

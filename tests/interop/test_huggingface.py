@@ -15,8 +15,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import st_moe
-from st_moe import config_file
+from st_moe import cli, config_file
 from st_moe.config import Capacity, Config, Part, StackConfig
+from st_moe.data import pieces
 from st_moe.infer import decoding, methods
 from st_moe.interop import convert, huggingface, links
 from st_moe.model import layout
@@ -32,6 +33,7 @@ from tests.interop.make_golden import (
   theirs,
   weight,
 )
+from tests.interop.test_hf_tokenizer import MODEL
 
 EOS = 1
 
@@ -246,8 +248,12 @@ def test_a_hundred_prompts_as_transformers_answers_today(case, loaded, name):
 
 
 def _t5(path, **changes):
-  """The case t5 in `path`, its config changed; returns the tensors."""
-  found = golden('t5')
+  return _saved(path, 't5', **changes)
+
+
+def _saved(path, case, **changes):
+  """A case in `path`, its config changed; returns the tensors."""
+  found = golden(case)
   about = {**found['config'], **changes}
   (path / 'config.json').write_text(json.dumps(about))
   tensors = {n: weight(n, s) for n, s in found['shapes'].items()}
@@ -272,6 +278,39 @@ def test_st_moe_has_no_class_there(tmp_path):
   ('changes', 'message'),
   [
     ({'model_type': 'bert'}, "is a 'bert'; known are t5, mt5, switch"),
+    ({'num_layers': -1}, 'config.json: num_layers is -1; it should be a whole'),
+    (
+      {'num_layers': 10**9},
+      'num_layers is 1000000000; .* from 1 to 47, as many',
+    ),
+    ({'num_layers': 1e9}, 'num_layers is 1000000000.0; it should be a whole'),
+    ({'num_layers': True}, 'num_layers is True; it should be a whole number'),
+    ({'num_decoder_layers': 0}, 'num_decoder_layers is 0; it should be'),
+    ({'d_model': 0}, 'd_model is 0; it should be a whole number from 1 to 48'),
+    ({'d_model': '16'}, "d_model is '16'; it should be a whole number"),
+    ({'d_ff': 10**12}, 'd_ff is 1000000000000; .* the longest side'),
+    ({'vocab_size': 10**30}, 'vocab_size is 1000'),
+    ({'d_kv': None}, 'has no d_kv: it is damaged, or of another model'),
+    ({'num_heads': [2]}, r'num_heads is .2.; it should be'),
+    ({'dropout_rate': float('nan')}, 'dropout_rate is nan; .* from 0 to 1'),
+    ({'dropout_rate': -0.1}, 'dropout_rate is -0.1; it should be a number'),
+    ({'dropout_rate': '0.1'}, "dropout_rate is '0.1'; it should be a number"),
+    (
+      {'relative_attention_num_buckets': 1},
+      'relative_attention_num_buckets is 1; it should be .* from 4 to 48',
+    ),
+    (
+      {'relative_attention_max_distance': 16},
+      'relative_attention_max_distance is 16; .* from 17 to',
+    ),
+    ({'tie_word_embeddings': 'false'}, "is 'false'; it should be true or fal"),
+    ({'feed_forward_proj': ['relu']}, 'no activation .*relu.* here'),
+    (
+      {'pad_token_id': 1, 'eos_token_id': 2},
+      'config.json: pad_token_id 1, eos_token_id 2, decoder_start_token_id 0',
+    ),
+    ({'eos_token_id': [1, 7]}, r'eos_token_id .1, 7., .* that end in 1'),
+    ({'decoder_start_token_id': 5}, 'decoder_start_token_id 5; known here'),
     ({'layer_norm_epsilon': 1e-5}, 'layer_norm_epsilon 1e-05 is not the 1e-06'),
     ({'feed_forward_proj': 'gated-silu'}, "no activation 'gated-silu' here"),
     (
@@ -302,6 +341,227 @@ def test_a_config_that_is_damaged(tmp_path):
   file.write_text('{"d_kv": ')
   with pytest.raises(ValueError, match='config.json is no JSON'):
     convert.open_source(f'hf:{tmp_path}')
+  for text in ('[1]', '3', 'null'):
+    file.write_text(text)
+    with pytest.raises(ValueError, match='config.json holds no JSON object'):
+      convert.open_source(f'hf:{tmp_path}')
+  file.write_bytes(b'\xff\xfe')
+  with pytest.raises(ValueError, match='config.json is no JSON'):
+    convert.open_source(f'hf:{tmp_path}')
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'num_experts': 10**9}, 'num_experts is 1000000000; .* as many as it has'),
+    ({'num_experts': 0}, 'num_experts is 0; it should be'),
+    ({'expert_capacity': -3}, 'expert_capacity is -3; it should be'),
+    ({'num_sparse_encoder_layers': 'x'}, 'num_sparse_encoder_layers is .x.;'),
+    ({'router_jitter_noise': float('inf')}, 'router_jitter_noise is inf; it'),
+    ({'router_z_loss_coef': float('nan')}, 'router_z_loss_coef is nan; it'),
+    ({'router_aux_loss_coef': -1}, 'router_aux_loss_coef is -1; it should'),
+  ],
+)
+def test_a_switch_that_cannot_be(changes, message, tmp_path):
+  _saved(tmp_path, 'switch_8', **changes)
+  with pytest.raises(ValueError, match=message):
+    convert.open_source(f'hf:{tmp_path}')
+
+
+def test_how_texts_end_as_generation_config_says(tmp_path):
+  _saved(tmp_path, 't5', eos_token_id=[1])
+  assert convert.open_source(f'hf:{tmp_path}').config.model.vocab_size == 48
+  file = tmp_path / 'generation_config.json'
+  file.write_text(json.dumps({'eos_token_id': 1, 'pad_token_id': None}))
+  convert.open_source(f'hf:{tmp_path}')
+  file.write_text(json.dumps({'eos_token_id': [1, 32]}))
+  with pytest.raises(ValueError, match=r'generation_config.json.*_id .1, 32.'):
+    convert.open_source(f'hf:{tmp_path}')
+
+
+# Where the embedding lies
+
+
+def _table(seed):
+  return np.random.default_rng(seed).standard_normal((48, 16)).astype('f4')
+
+
+@pytest.mark.parametrize(
+  ('own', 'named'),
+  [
+    ({'encoder.embed_tokens': 1}, 'encoder.embed_tokens.weight,'),
+    ({'decoder.embed_tokens': 1}, 'decoder.embed_tokens.weight,'),
+    (
+      {'encoder.embed_tokens': 1, 'decoder.embed_tokens': 2},
+      'decoder.embed_tokens.weight and encoder.embed_tokens.weight,',
+    ),
+  ],
+)
+@pytest.mark.parametrize('case', ['t5', 'mt5', 'switch_8'])
+def test_tables_of_its_own(case, own, named, tmp_path):
+  tensors = _saved(tmp_path, case, tie_word_embeddings=False)
+  tensors |= {f'{name}.weight': _table(seed) for name, seed in own.items()}
+  save_file(tensors, tmp_path / 'model.safetensors')
+  message = f'has tables of its own for {named} which differ from shared.weight'
+  with pytest.raises(ValueError, match=message):
+    convert.convert(f'hf:{tmp_path}', f'{tmp_path}/to')
+  assert not (tmp_path / 'to').exists()
+
+
+@pytest.mark.parametrize(
+  ('layout_', 'tied'),
+  [
+    ('shared', 'lm_head'),
+    ('decoder.embed_tokens', 'encoder.embed_tokens'),
+    ('encoder.embed_tokens', ''),
+    ('decoder.embed_tokens', ''),
+  ],
+)
+def test_one_table_by_any_name(layout_, tied, tmp_path):
+  tensors = _saved(tmp_path, 't5')
+  table = tensors.pop('shared.weight')
+  for name in filter(None, (layout_, tied)):
+    tensors[f'{name}.weight'] = table.copy()
+  save_file(tensors, tmp_path / 'model.safetensors')
+  lines = convert.convert(f'hf:{tmp_path}', f'{tmp_path}/to')
+  params = st_moe.load(f'{tmp_path}/to').params
+  np.testing.assert_array_equal(params['token_embedder']['embedding'], table)
+  assert 'logits_dense' not in params  # As one tensor of theirs.
+  said = f'  tied: {tied}.weight = {layout_}.weight'
+  assert [line for line in lines if 'tied:' in line] == [said] * bool(tied)
+
+
+def test_a_head_beside_a_table_of_the_decoder(tmp_path):
+  """MADLAD's layout: no tensor is called shared."""
+  tensors = _saved(tmp_path, 't5', tie_word_embeddings=False)
+  tensors['decoder.embed_tokens.weight'] = tensors.pop('shared.weight')
+  tensors['lm_head.weight'] = _table(3)
+  save_file(tensors, tmp_path / 'model.safetensors')
+  params, config = st_moe.interop.load(f'hf:{tmp_path}')
+  assert not config.tie_embeddings
+  kernel = params['logits_dense']['kernel']
+  np.testing.assert_array_equal(kernel, _table(3).T / (
+    1 if not golden('t5')['config'].get('scale_decoder_outputs') else 4
+  ))  # fmt: skip
+
+
+# The encoder alone
+
+
+@pytest.mark.parametrize('kind', ['t5', 'umt5'])
+def test_an_encoder_alone(kind, tmp_path):
+  found = golden(f'{kind}_encoder')
+  _saved(tmp_path, f'{kind}_encoder')
+  (tmp_path / 'spiece.model').write_bytes(pieces.with_tokens(MODEL, 0, ()))
+  (tmp_path / 'tokenizer_config.json').write_text('{"extra_ids": 0}')
+  convert.convert(f'hf:{tmp_path}', f'{tmp_path}/a')
+  convert.convert(f'{tmp_path}/a', f'hf:{tmp_path}/b')
+  loaded = st_moe.load(f'hf:{tmp_path}/b')
+  inputs, want = batch()['inputs'], np.array(found['encodings'])
+  encode = functools.partial(loaded.model.apply, enable_dropout=False)
+  got = encode({'params': loaded.params}, inputs, method='encode')
+  real = inputs > 0
+  np.testing.assert_allclose(got[real], want[real], rtol=0, atol=1e-5)
+  back = json.loads((tmp_path / 'b' / 'config.json').read_text())
+  assert back['architectures'] == found['config']['architectures']
+  written = load_file(tmp_path / 'b' / 'model.safetensors')
+  assert written.keys() == found['shapes'].keys()
+  for name, array in written.items():
+    np.testing.assert_array_equal(array, weight(name, array.shape))
+  # Texts are encoded; there is nobody to answer.
+  (encoded,) = loaded.encode(['the class'])
+  assert encoded.shape == (3, 16)
+  with pytest.raises(ValueError, match='has no decoder'):
+    loaded.generate(['the class'])
+
+
+def test_the_encoder_of_a_whole_model(tmp_path):
+  """As transformers: the class that is asked for says what is read."""
+  _saved(tmp_path, 't5', architectures=['T5EncoderModel'])
+  source = convert.open_source(f'hf:{tmp_path}')
+  assert source.config.model.stacks == ('encoder',)
+  assert all(name.startswith('decoder.') for name in source.unused)
+  # And one that should have a decoder is damaged.
+  tensors = _saved(tmp_path, 't5', architectures=['T5ForConditionalGeneration'])
+  tensors = {n: a for n, a in tensors.items() if not n.startswith('decoder.')}
+  save_file(tensors, tmp_path / 'model.safetensors')
+  with pytest.raises(ValueError, match='has no tensor decoder.final_'):
+    st_moe.interop.load(f'hf:{tmp_path}')
+
+
+# What is written
+
+
+_ROUTER = {'router_aux_loss_coef': 0.05, 'router_z_loss_coef': 0.02}
+
+
+@pytest.mark.parametrize(
+  ('kind', 'changes'),
+  [
+    ('t5', {'dropout_rate': 0.25, 'relative_attention_max_distance': 99}),
+    ('t5_1_1', {'num_decoder_layers': 2}),
+    ('umt5', {'dropout_rate': 0.0}),
+    (
+      'switch_8',
+      {'router_jitter_noise': 0.03, 'num_sparse_decoder_layers': 1, **_ROUTER},
+    ),
+  ],
+)
+def test_every_field_that_is_read_is_written(kind, changes, tmp_path):
+  """Of a config.json with no number as it is by default."""
+  _saved(tmp_path, kind, **changes)
+  read = set()
+
+  class Watched(huggingface._Fields):
+    def get(self, name, default=None):
+      read.add(name)
+      return super().get(name, default)
+
+  about = Watched(tmp_path / 'config.json')
+  huggingface._check_special(about)
+  shapes = convert.open_source(f'hf:{tmp_path}').shapes
+  config, _ = huggingface._config(about, shapes, 'x')
+  tied = convert.open_source(f'hf:{tmp_path}').config.model.tie_embeddings
+  model = dataclasses.replace(config.model, tie_embeddings=tied)
+  back = huggingface.check_export(dataclasses.replace(config, model=model))
+  about = golden(kind)['config'] | changes
+  for name in read & about.keys():
+    # An untied head is a projection of ours, whatever they call it.
+    if name not in ('tie_word_embeddings', 'scale_decoder_outputs'):
+      assert back[name] == about[name], name
+  assert {'vocab_size', 'd_ff', 'dropout_rate', *changes} <= read
+
+
+# What --verify is for
+
+
+@pytest.mark.parametrize(
+  ('wrong', 'message'),
+  [(0.01, 'logits differ from hf by at most 0.01, of'), (np.nan, 'most nan')],
+)
+def test_verify_refuses(wrong, message, tmp_path, monkeypatch, capsys):
+  _saved(tmp_path, 't5')
+  params, config = st_moe.interop.load(f'hf:{tmp_path}')
+
+  def theirs(where, inputs, shifted):  # transformers is not always here.
+    found = Transformer(config).apply(
+      {'params': params}, inputs, shifted, shifted + 1, enable_dropout=False
+    )
+    return found.at[0, 0, 0].add(monkeypatch.off)
+
+  monkeypatch.off = 1e-4  # Of logits of about 5.
+  monkeypatch.setattr(huggingface, 'logits', theirs)
+  lines = convert.convert(f'hf:{tmp_path}', f'{tmp_path}/a', verify=True)
+  assert 'logits differ from hf by at most 0.0001' in lines[-2]
+  monkeypatch.off = wrong
+  monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+  with pytest.raises(SystemExit) as status:
+    cli.main(
+      ['convert', f'--from=hf:{tmp_path}', f'--to={tmp_path}/b', '--verify']
+    )
+  assert status.value.code == 1
+  assert message in capsys.readouterr().err
+  assert not (tmp_path / 'b').exists()
 
 
 def test_places_are_exported_as_they_are():
@@ -448,6 +708,10 @@ def test_what_a_config_continues(tmp_path):
   assert config.model.dropout == 0.3
   with pytest.raises(ValueError, match='without a vocabulary: set data.vocab'):
     loop.find_vocabulary(config, tmp_path / 'run')
+  # A vocabulary that is none is no vocabulary.
   (tmp_path / 'spiece.model').write_bytes(b'pieces')
+  with pytest.raises(ValueError, match='is not a SentencePiece model'):
+    loop.find_vocabulary(config, tmp_path / 'run')
+  (tmp_path / 'spiece.model').write_bytes(MODEL)
   found = loop.find_vocabulary(config, tmp_path / 'run')
-  assert found.model == b'pieces'
+  assert found.model == MODEL

@@ -123,6 +123,24 @@ def test_every_variable_finds_its_place(case, tmp_path):
     )
 
 
+def test_tables_of_layers(tmp_path):
+  shapes = _variables(**CASES['t5'])
+  for stack in ('encoder', 'decoder'):
+    where = f'{stack}/block_001/layer_000/SelfAttention'
+    shapes[f'{where}/relative_attention_bias'] = (H, 32)
+  prefix, tensors = _write(tmp_path, shapes)
+  source = mesh_tf.open_source(prefix)
+  assert source.config.model.relpos_per_layer and source.unused == []
+  params, model = convert.load(f'mtf:{prefix}')
+  unrolled = layout.by_path(layout.unroll(params, model))
+  name = 'SelfAttention/relative_attention_bias'
+  for stack in ('encoder', 'decoder'):
+    np.testing.assert_array_equal(
+      unrolled[f'{stack}/layers_1/relpos_bias/rel_embedding'],
+      tensors[f'{stack}/block_001/layer_000/{name}'],
+    )
+
+
 def test_what_cannot_be(tmp_path):
   with pytest.raises(ValueError, match='no TensorFlow checkpoint, or'):
     mesh_tf.open_source(f'{tmp_path}/model.ckpt-1')

@@ -30,6 +30,11 @@ MODELS = {
   'all sparse': tiny(
     encoder=StackConfig(3, 1, 0), decoder=StackConfig(5, 4, 3), moe=SWITCH
   ),
+  'tables of layers': tiny(
+    encoder=StackConfig(2, 0, 0),
+    decoder=StackConfig(1, 0, 0),
+    relpos_per_layer=True,
+  ),
   'dense': tiny(encoder=StackConfig(2, 0, 0), decoder=StackConfig(1, 0, 0)),
 }
 

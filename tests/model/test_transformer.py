@@ -91,6 +91,7 @@ def _step(config):
     tiny(encoder=None, decoder=StackConfig(5, 2, 1)),  # A layer remains.
     tiny(decoder=None, encoder=StackConfig(3, 0, 0)),
     tiny(scan_layers=False),
+    tiny(relpos_per_layer=True),
   ],
   ids=[
     'st-moe',
@@ -101,6 +102,7 @@ def _step(config):
     'decoder-only 5 layers',
     'encoder-only dense',
     'unrolled',
+    'tables of layers',
   ],
 )
 def test_parameters_are_counted_right(config):
@@ -303,6 +305,32 @@ def test_scanned_and_unrolled_models_are_equal():
   loss_flat, grads_flat = _step(flat)(unrolled, batch)
   np.testing.assert_allclose(loss, loss_flat, rtol=1e-6)
   assert_trees_close(grads_flat, layout.unroll(grads, ODD))
+
+
+def test_layers_with_equal_tables_are_a_stack_with_one():
+  """Scanned, and unrolled; and each layer hears of its own table alone."""
+  dense = {'encoder': StackConfig(2, 0, 0), 'decoder': StackConfig(2, 0, 0)}
+  one, each = (tiny(**dense, relpos_per_layer=own) for own in (False, True))
+  params, batch = _params(one), _batch(one)
+  copied = {**params}
+  for stack in one.stacks:
+    tree = {**params[stack]}
+    table = tree.pop('relpos_bias')['rel_embedding']
+    both = {'relpos_bias': {'rel_embedding': np.stack([table, table])}}
+    tree['layers'] = {'layer_0': {**tree['layers']['layer_0'], **both}}
+    copied[stack] = tree
+  want = _forward(one)(params, batch)
+  np.testing.assert_allclose(
+    _forward(each)(copied, batch), want, rtol=1e-5, atol=1e-5
+  )
+  flat = dataclasses.replace(each, scan_layers=False)
+  own = layout.unroll(copied, each)
+  np.testing.assert_allclose(
+    _forward(flat)(own, batch), want, rtol=1e-5, atol=1e-5
+  )
+  second = own['encoder']['layers_1']['relpos_bias']['rel_embedding']
+  own['encoder']['layers_1']['relpos_bias'] = {'rel_embedding': second[:, ::-1]}
+  assert np.abs(_forward(flat)(own, batch) - want).max() > 0.01
 
 
 @pytest.mark.parametrize('config', [tiny(), ODD], ids=['both stacks', 'odd'])
