@@ -5,12 +5,14 @@ ids are the sentinels of span corruption, counted downwards. So a vocabulary is
 100 ids larger than its SentencePiece model (T5: 32000 pieces, 32100 ids).
 """
 
+import atexit
 import dataclasses
 import functools
 import hashlib
 import io
 import pathlib
 import re
+import shutil
 import string
 import struct
 import tempfile
@@ -104,10 +106,20 @@ class Vocabulary:
     if path.suffix == '.model' and path.exists():
       if path.read_bytes() == self.model:
         return self.path
-    copy = pathlib.Path(tempfile.gettempdir(), f'{self.fingerprint}.model')
-    if not copy.exists():
-      files.write_whole(copy, self.model)
-    return str(copy)
+    return str(_copy(self.model))
+
+
+@functools.lru_cache(maxsize=8)
+def _copy(model: bytes) -> pathlib.Path:
+  """A file with `model`, of this process alone.
+
+  One that others could find, and write before us, might hold anything.
+  """
+  folder = tempfile.mkdtemp(prefix='st_moe-')  # Nobody else may enter it.
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
+  copy = pathlib.Path(folder, 'vocabulary.model')
+  copy.write_bytes(model)
+  return copy
 
 
 def load(path: str) -> Vocabulary:

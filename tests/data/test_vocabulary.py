@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import pickle
+import tempfile
 
 import pytest
 import sentencepiece
@@ -105,6 +106,20 @@ def test_seqio_reads_a_model_out_of_a_checkpoint(trained, tmp_path):
   (tmp_path / 'v.model').write_text('another model')
   loose = vocabulary.Vocabulary(str(tmp_path / 'v.model'), trained.model)
   assert list(loose.to_seqio().encode(TEXT)) == trained.encode(TEXT)
+
+
+def test_nobody_can_put_another_model_in_the_place_of_a_copy(
+  trained, tmp_path, monkeypatch
+):
+  """A temporary folder is everybody's: what lies there is not believed."""
+  monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+  vocabulary._copy.cache_clear()
+  planted = tmp_path / f'{trained.fingerprint}.model'
+  planted.write_text('another model')
+  found = vocabulary.Vocabulary('gone.model', trained.model).to_seqio()
+  assert list(found.encode(TEXT)) == trained.encode(TEXT)
+  (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+  assert folder.stat().st_mode & 0o077 == 0
 
 
 def test_t5():
