@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from st_moe import hosts, sharding
-from st_moe.config import Config
+from st_moe.config import Config, ModelConfig
 from st_moe.data import vocabulary as vocabulary_lib
 from st_moe.interop import convert
 from st_moe.model import layout
@@ -40,16 +40,11 @@ class Loaded:
     """
     from st_moe.infer.generate import Generator
 
-    config = self.model.config
-    if not (config.encoder and config.decoder):
-      raise ValueError(
-        f'{self.path} has no {"decoder" if config.encoder else "encoder"}:'
-        ' texts are answered by an encoder and a decoder.'
-      )
+    check_answers(self.path, self.model.config)
     if self.vocabulary is None:
       raise ValueError(no_vocabulary(self.path))
     return Generator(
-      config,
+      self.model.config,
       self.params,
       self.vocabulary,
       max_inputs=max_inputs or self.config.data.inputs_length,
@@ -60,9 +55,14 @@ class Loaded:
   def generate(self, prompts: list[str], **options) -> list:
     """A text for each prompt, or a list of `num_return` texts.
 
+    Warns if the model's logits are no numbers, as of weights that hold NaN.
+
     Args:
       options: fields of `infer.generate.Asked` and `infer.methods.Method`:
         max_length, temperature, top_k, top_p, seed, num_beams, stop, ...
+
+    Raises:
+      ValueError: an option that breaks its rule, a prompt that is no text.
     """
     from st_moe.infer.generate import asked
 
@@ -84,8 +84,9 @@ class Loaded:
 
   def fill(self, texts: list[str], **options) -> list[str]:
     """Texts with <extra_id_0>, <extra_id_1>, ... replaced by what belongs."""
-    from st_moe.infer.generate import asked
+    from st_moe.infer.generate import asked, texts_of
 
+    texts = texts_of('texts', texts)
     answers = self.generator.answers(texts, asked(**options))
     return [
       self.generator.fill(text, found[0])
@@ -106,6 +107,15 @@ def _as_used(model):
     return leaf.update(dtype=dtype) if kernel else leaf
 
   return used
+
+
+def check_answers(path: str, config: ModelConfig) -> None:
+  """Raises if a model has not what it takes to answer a text."""
+  if not (config.encoder and config.decoder):
+    raise ValueError(
+      f'{path} has no {"decoder" if config.encoder else "encoder"}:'
+      ' texts are answered by an encoder and a decoder.'
+    )
 
 
 def no_vocabulary(path: str) -> str:
@@ -131,6 +141,11 @@ def load(
     ValueError: there is no checkpoint, or it is damaged.
   """
   name, where = convert.split(path)
+  if not where:
+    raise ValueError(
+      f'{path!r} names no checkpoint: give a workdir of `st-moe train`, its'
+      ' checkpoints/STEP, or FORMAT:PLACE as hf:DIR.'
+    )
   if name == 'st_moe':
     where = hosts.agreed(lambda: str(checkpoint.find(where)))
   source = convert.open_source(f'{name}:{where}')
@@ -138,6 +153,8 @@ def load(
     unrolled = dataclasses.replace(source.config.model, scan_layers=False)
     source.config = dataclasses.replace(source.config, model=unrolled)
   config = source.config
+  if for_answers:
+    check_answers(where, config.model)
   mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
   model = Transformer(config.model)
   with sharding.use(mesh):
