@@ -35,6 +35,7 @@ LINES = (
     'infer.load',
     'infer.generate',
     'infer.stream',
+    'infer.output',
     'infer.questions',
     'infer.evaluator',
     'infer.submission',
