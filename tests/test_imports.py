@@ -39,6 +39,7 @@ LINES = (
     'infer.questions',
     'infer.evaluator',
     'infer.submission',
+    'infer.results',
     'infer.evaluate',
     'infer.generate_flags',
   ),

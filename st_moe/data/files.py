@@ -19,6 +19,11 @@ def is_remote(path: epath.PathLike) -> bool:
   return '://' in os.fspath(path)
 
 
+def is_writable(folder: epath.PathLike) -> bool:
+  """Whether a directory that is there takes files, as far as one can tell."""
+  return is_remote(folder) or os.access(folder, os.W_OK | os.X_OK)
+
+
 def stamp(path: epath.PathLike) -> list:
   """What changes when a file does: its name, size and time of change."""
   path = os.fspath(path)
