@@ -161,8 +161,15 @@ def train(
   Like T5's own: NMT-NFKC normalisation, spaces folded, the rarest 0.05 % of
   characters unknown (never ASCII). Equal texts, size and seed give an equal
   file.
+
+  Raises:
+    ValueError: too little text for `size`; another file at `path`.
   """
   import sentencepiece
+
+  files.check_free(path, lambda _: _size_of(path) > 0)
+  if _size_of(path) not in (0, size):
+    raise _other(path)
 
   if size <= SENTINELS + 3:
     raise ValueError(
@@ -192,8 +199,26 @@ def train(
     )
   except RuntimeError as e:
     raise lines.error or _too_small(size, lines.count, str(e)) from None
-  files.write_whole(path, model.getvalue())
+  file = epath.Path(path).expanduser()
+  if file.exists() and file.read_bytes() not in (b'', model.getvalue()):
+    raise _other(path)
+  files.write_whole(file, model.getvalue())
   return load(path)
+
+
+def _other(path: epath.PathLike) -> ValueError:
+  return ValueError(
+    f'{path} holds another vocabulary, of {_size_of(path)} ids: use it by'
+    f' --config.data.vocabulary={path}, or name another file by --vocabulary.'
+  )
+
+
+def _size_of(path: epath.PathLike) -> int:
+  """Ids of a vocabulary; 0 if it is none."""
+  try:
+    return load(path).size
+  except ValueError:
+    return 0
 
 
 _LONGEST = 4096  # Bytes; SentencePiece skips longer lines without a word.

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import importlib.util
-import json
 import os
 import pathlib
 from collections.abc import Callable
@@ -65,6 +64,12 @@ def run(flags, load: Callable) -> int:
   output = pathlib.Path(flags.output)
   if not output.parent.is_dir():
     raise ValueError(f'--output={output}: there is no {output.parent}.')
+  from st_moe.data import files
+
+  # Or a device, /dev/null say, which keeps nothing.
+  keeps = output.is_file() or output.is_dir() or not output.exists()
+  if keeps:
+    files.check_free(output, _is_plan)
   make = (
     _compiled if flags.topology else _searched if flags.search else _reckoned
   )
@@ -75,8 +80,17 @@ def run(flags, load: Callable) -> int:
   except cost.DoesNotFit as e:
     print(e)
     found, fits = {'fits': False, 'why': str(e)}, False
-  output.write_text(json.dumps(found, indent=2))
+  write = files.write_whole if keeps else pathlib.Path.write_bytes
+  write(output, files.as_json(found, indent=2).encode())
   return 0 if fits else 1
+
+
+def _is_plan(path) -> bool:
+  from st_moe.data import files
+
+  found = files.json_in(path).keys()
+  kinds = ('fits', 'why'), ('fits', 'cost'), ('fits', 'compiled')
+  return any({*kind} <= found for kind in (*kinds, ('tried', 'ranked')))
 
 
 def _reckoned(flags, load):

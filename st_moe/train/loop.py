@@ -267,7 +267,10 @@ def _keep_vocabulary(workdir, config: Config, vocab) -> vocabulary.Vocabulary:
 def _claim(workdir: epath.Path, config: Config) -> int:
   """The steps done in a workdir; refuses one where another config trained."""
   path, done = workdir / 'config.json', checkpoint.last_step(workdir)
+  files.check_free(path, lambda p: 'total_steps' in files.json_in(p))
   if not path.exists():
+    if not done:
+      _check_new(workdir)
     return done
   # By way of a Config, which knows the fields that have come since.
   theirs = config_file.from_dict(json.loads(path.read_text()))
@@ -284,6 +287,13 @@ def _claim(workdir: epath.Path, config: Config) -> int:
       ' or the config it was started with.'
     )
   return done
+
+
+def _check_new(workdir: epath.Path) -> None:
+  """Raises where files that no run wrote have names of ours."""
+  ours = ('config.py', 'about.json', 'metrics.jsonl')
+  for name in ours:
+    files.check_free(workdir / name, lambda _: False)
 
 
 def _keep_config(workdir: epath.Path, config: Config, path: str):

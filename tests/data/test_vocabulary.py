@@ -76,6 +76,22 @@ def test_object_store(trained, bucket):
   assert (bucket / 'b' / 'w.model').read_bytes() == remote.model
 
 
+def test_another_vocabulary_is_not_written_over(tmp_path):
+  path = tmp_path / 'v.model'
+  train = lambda texts, size=300: vocabulary.train(texts, str(path), size=size)
+  first = train(['one text to learn from', 'and a second'] * 9)
+  again = train(['one text to learn from', 'and a second'] * 9)
+  assert again == first  # The same command may be run again.
+  for texts, size in ((['some other text of words'] * 9, 300), (['a b'], 250)):
+    with pytest.raises(ValueError, match='another vocabulary, of 300 ids'):
+      train(texts, size)
+  assert path.read_bytes() == first.model
+  path.write_bytes(b'precious')
+  with pytest.raises(ValueError, match='v.model exists and it was not written'):
+    train(['one text'])
+  assert path.read_bytes() == b'precious'
+
+
 def test_a_vocabulary_is_a_value(trained):
   copy = pickle.loads(pickle.dumps(trained))
   assert copy == trained and hash(copy) == hash(trained)
