@@ -168,8 +168,6 @@ def train(
   import sentencepiece
 
   files.check_free(path, lambda _: _size_of(path) > 0)
-  if _size_of(path) not in (0, size):
-    raise _other(path)
 
   if size <= SENTINELS + 3:
     raise ValueError(
@@ -201,16 +199,12 @@ def train(
     raise lines.error or _too_small(size, lines.count, str(e)) from None
   file = epath.Path(path).expanduser()
   if file.exists() and file.read_bytes() not in (b'', model.getvalue()):
-    raise _other(path)
+    raise ValueError(
+      f'{path} holds another vocabulary, of {_size_of(path)} ids: use it by'
+      f' --config.data.vocabulary={path}, or name another file by --vocabulary.'
+    )
   files.write_whole(file, model.getvalue())
   return load(path)
-
-
-def _other(path: epath.PathLike) -> ValueError:
-  return ValueError(
-    f'{path} holds another vocabulary, of {_size_of(path)} ids: use it by'
-    f' --config.data.vocabulary={path}, or name another file by --vocabulary.'
-  )
 
 
 def _size_of(path: epath.PathLike) -> int:

@@ -270,7 +270,7 @@ def save(where: str, params, config: Config, vocabulary: bytes | None) -> None:
     beside['tokenizer_config.json'] = about
   with files.directory_appearing(where) as directory:
     for name, value in beside.items():
-      text = json.dumps(value, indent=2, sort_keys=True)
+      text = files.as_json(value, indent=2, sort_keys=True)
       (directory / name).write_text(f'{text}\n')
     if vocabulary:
       (directory / 'spiece.model').write_bytes(vocabulary)

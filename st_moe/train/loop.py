@@ -303,7 +303,7 @@ def _keep_config(workdir: epath.Path, config: Config, path: str):
     source = config_file.find(path.partition(':')[0])
     (workdir / 'config.py').write_text(source.read_text())
   about = {'commit': _commit(), 'versions': checkpoint.versions()}
-  (workdir / 'about.json').write_text(json.dumps(about, indent=2))
+  (workdir / 'about.json').write_text(files.as_json(about, indent=2))
 
 
 def _commit() -> str:

@@ -143,7 +143,7 @@ class Rows:
     kept = [r for r in read_rows(workdir) if r['step'] <= start]
     old = set(workdir.glob('metrics*.jsonl'))
     # In one file, and whole before the others go: it may be killed here too.
-    self._buffer: list[str] = [json.dumps(r) for r in kept]
+    self._buffer: list[str] = [files.as_json(r) for r in kept]
     if kept or self._appends:
       path = self._next()
       files.write_whole(path, self._text().encode())
@@ -166,7 +166,7 @@ class Rows:
     return text
 
   def write(self, row: dict):
-    self._buffer.append(json.dumps(row))
+    self._buffer.append(files.as_json(row))
     if self._appends or len(self._buffer) >= 100:
       self.flush()
 
