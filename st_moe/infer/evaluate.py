@@ -148,7 +148,7 @@ def _check_fields(overrides: dict) -> None:
 def _check_place(path) -> None:
   """Raises where a checkpoint of the hub has no place to write beside."""
   name, where = convert.split(path)
-  if name == 'hf' and not epath.Path(where).expanduser().is_dir():
+  if name == 'hf' and where and not epath.Path(where).expanduser().exists():
     raise ValueError(
       f'{path} is no directory here: say with --output=DIR where its'
       ' evaluation goes.'

@@ -1,5 +1,6 @@
 """Texts in, texts out: batches of like lengths, each shape compiled once."""
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -54,7 +55,11 @@ class Asked:
       self,
       method=(methods.ANY, 'a Method', lambda v: isinstance(v, Method)),
       # JAX would take what is left of a larger one.
-      seed=(methods.WHOLE, '0 to 2 ** 32 - 1', lambda v: 0 <= v < 1 << 32),
+      seed=(
+        methods.ANY,
+        'a whole number from 0 to 2 ** 32 - 1',
+        lambda v: methods.is_whole(v) and 0 <= v < 1 << 32,
+      ),
       prefix=(methods.ANY, 'a text', _is_text),
       stop=_each('texts that are not empty', lambda v: _is_text(v) and v),
       forbid=_each(
@@ -314,7 +319,8 @@ class Generator:
       batch = padded([rows[n] for n in filled], length)
       with sharding.use(self._mesh):
         batch = jax.device_put(batch, sharding.batch_sharding(self._mesh))
-        found = run(batch, filled)
+        with _told_if_large(*batch.shape):
+          found = run(batch, filled)
       ready |= {n: (found, row) for row, n in enumerate(numbers)}
       while due in ready:
         yield ready.pop(due)
@@ -385,6 +391,20 @@ class Generator:
       logprobs[:used].tolist(),
       float(score),
     )
+
+
+@contextlib.contextmanager
+def _told_if_large(rows: int, length: int) -> Iterator[None]:
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as e:
+    if 'RESOURCE_EXHAUSTED' not in str(e):
+      raise
+    raise ValueError(
+      f'Out of memory with {rows} prompts of {length} tokens at a time: make'
+      ' batch_size, max_length, num_beams or num_return smaller, or max_inputs,'
+      f' where prompts are cut. ({str(e).splitlines()[0]})'
+    ) from e
 
 
 def _check_numbers(logprobs) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
 from st_moe import hosts, sharding
@@ -109,6 +110,19 @@ def _as_used(model):
   return used
 
 
+def _find(where: str) -> epath.Path:
+  """One of our checkpoints; says what else a place may be."""
+  place = epath.Path(where).expanduser()
+  if place.exists() and not place.is_dir():
+    raise ValueError(f'{where} is a file; a checkpoint is a directory.')
+  try:
+    return checkpoint.find(where)
+  except ValueError as e:
+    if any(place.glob('*.safetensors')):
+      raise ValueError(f"{e} HuggingFace's is hf:{where}.") from None
+    raise
+
+
 def check_answers(path: str, config: ModelConfig) -> None:
   """Raises if a model has not what it takes to answer a text."""
   if not (config.encoder and config.decoder):
@@ -147,7 +161,7 @@ def load(
       ' checkpoints/STEP, or FORMAT:PLACE as hf:DIR.'
     )
   if name == 'st_moe':
-    where = hosts.agreed(lambda: str(checkpoint.find(where)))
+    where = hosts.agreed(lambda: str(_find(where)))
   source = convert.open_source(f'{name}:{where}')
   if for_answers:
     unrolled = dataclasses.replace(source.config.model, scan_layers=False)

@@ -19,7 +19,11 @@ def _is_number(value) -> bool:
   return real and math.isfinite(value)
 
 
-WHOLE = is_whole, 'a whole number, '
+def _is_count(value) -> bool:
+  return is_whole(value) and value < 1 << 31  # All that arrays can hold.
+
+
+WHOLE = _is_count, 'a whole number below 2 ** 31, '
 NUMBER = _is_number, 'a number, '
 ANY = lambda value: True, ''
 AT_LEAST_1 = WHOLE, 'at least 1', lambda v: v >= 1

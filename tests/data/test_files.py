@@ -55,8 +55,6 @@ def test_no_file_takes_the_place_of_a_device(tmp_path):
   """As it would have of /dev/null, for somebody who may."""
   fifo = tmp_path / 'fifo'
   os.mkfifo(fifo)
-  with pytest.raises(
-    ValueError, match='fifo is no file, and none can take'
-  ):
+  with pytest.raises(ValueError, match='fifo is no file, and none can take'):
     files.write_whole(fifo, b'x')
   assert fifo.is_fifo()

@@ -191,7 +191,7 @@ NAN, INF = float('nan'), float('inf')
   ('options', 'message'),
   [
     ({'max_length': 0}, 'max_length 0 must be at least 1'),
-    ({'max_length': 2.5}, 'max_length 2.5 must be a whole number, at least 1'),
+    ({'max_length': 2.5}, 'max_length 2.5 must be a whole number below'),
     ({'max_length': True}, 'max_length True must be a whole number'),
     (
       {'temperature': NAN},
@@ -211,8 +211,9 @@ NAN, INF = float('nan'), float('inf')
     ({'repetition_penalty': INF}, 'repetition_penalty inf must be a number'),
     ({'forbidden': (1.5,)}, r'forbidden \(1.5,\) must be a tuple of token ids'),
     ({'contrast': NAN}, 'contrast nan must be a Contrast'),
-    ({'seed': 10**20}, '00 must be 0 to 2'),
-    ({'seed': -1}, 'seed -1 must be 0 to 2'),
+    ({'seed': 10**20}, '00 must be a whole number from 0 to 2'),
+    ({'seed': -1}, 'seed -1 must be a whole number from 0'),
+    ({'max_length': 10**11}, '00 must be a whole number below 2'),
     ({'seed': 0.5}, 'seed 0.5 must be a whole number'),
     ({'prefix': None}, 'prefix None must be a text'),
     ({'stop': ['']}, r"stop \(''\,\) must be texts that are not empty"),
@@ -235,7 +236,7 @@ def test_an_option_that_breaks_its_rule(options, message):
     ({'beta': NAN}, 'beta nan must be a number, 0 or more'),
     ({'alpha': NAN}, 'alpha nan must be a number, above 0 and at most 1'),
     ({'alpha': 2}, 'alpha 2 must be above 0 and at most 1'),
-    ({'rank': 1.5}, 'rank 1.5 must be a whole number, at least 1'),
+    ({'rank': 1.5}, 'rank 1.5 must be a whole number below'),
   ],
 )
 def test_a_contrast_that_breaks_its_rule(fields, message):
@@ -268,6 +269,19 @@ def test_prompts_are_texts():
     }.items():
       with pytest.raises(ValueError, match=message):
         way(wrong)
+
+
+def test_what_is_too_large_says_what_to_make_smaller():
+  model = _loaded()
+
+  def full(*_):  # As a device says it; one might as well grant the memory.
+    raise jax.errors.JaxRuntimeError(
+      'RESOURCE_EXHAUSTED: Out of memory allocating 90400003120 bytes.'
+    )
+
+  model.generator._answer = lambda method: full
+  with pytest.raises(ValueError, match='memory with 1 prompts of 16 .*batch_s'):
+    model.generate(['a'])
 
 
 def test_weights_that_are_no_numbers_are_told():
