@@ -191,7 +191,7 @@ def from_dict(value: Mapping) -> config_lib.Config:
 
 
 def to_json(config: config_lib.Config) -> str:
-  return json.dumps(to_dict(config), indent=2, sort_keys=True)
+  return json.dumps(to_dict(config), indent=2, sort_keys=True, allow_nan=False)
 
 
 def diff(a: Mapping, b: Mapping, path: str = '') -> list[str]:

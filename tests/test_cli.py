@@ -442,6 +442,87 @@ def test_a_model_without_a_vocabulary(capsys, tiny_model, tmp_path):
     assert 'bare has no vocabulary: give the SentencePiece model' in said
 
 
+@pytest.fixture
+def measured(tmp_path):
+  """A workdir that `st-moe report` can read."""
+  workdir = tmp_path / 'measured'
+  workdir.mkdir()
+  config = config_file.to_json(config_file.load(TINY))
+  (workdir / 'config.json').write_text(config)
+  numbers = {'loss': 2.0, 'tokens_per_second': 9.0, 'eval/text/loss': 3.0}
+  row = json.dumps({'step': 1, **numbers})
+  (workdir / 'metrics.jsonl').write_text(row + '\n')
+  return workdir
+
+
+SHORT = ['--max_length=1', 'hi']
+# Every way to write: its flags, and the files under it. What stands below a
+# folder of theirs is theirs.
+WRITES = {
+  'generate': (['--checkpoint={model}', '--output={to}', *SHORT], ['']),
+  'generate, a note beside': (
+    ['--checkpoint={model}', '--output={to}/out', *SHORT],
+    ['out.about.json'],
+  ),
+  'evaluate': (
+    ['--checkpoint={model}', '--mixture=tiny_copa', '--output={to}'],
+    ['metrics.json', 'predictions-tiny_copa.jsonl', 'best.json'],
+  ),
+  'plan': (
+    [f'--config={TINY}', '--chip=v5e', '--devices=1', '--output={to}'],
+    [''],
+  ),
+  'report, a picture': (['{measured}', '--curves={to}.png'], ['.png']),
+  'report, a drawing': (['{measured}', '--curves={to}.svg'], ['.svg']),
+  'prepare': ([f'--config={TINY}', '--vocabulary={to}'], ['']),
+  'train': (
+    [f'--config={TINY}', '--workdir={to}'],
+    ['config.json', 'config.py', 'about.json', 'metrics.jsonl'],
+  ),
+  'grid': (
+    [f'--config={TINY}', '--workdir={to}', '--vary=seed=1'],
+    ['grid.json', 'grid.md'],
+  ),
+  'convert to ours': (['--from={model}', '--to={to}'], ['notes.txt']),
+  'convert to theirs': (['--from={model}', '--to=t5x:{to}'], ['notes.txt']),
+}
+CASES = [(verb, name) for verb, (_, names) in WRITES.items() for name in names]
+
+
+@pytest.mark.parametrize(('way', 'name'), CASES)
+def test_what_is_not_ours_is_never_written_over(
+  way, name, capsys, tmp_path, tiny_model, measured
+):
+  to = tmp_path / 'to'
+  path = to / name if name[:1] not in ('', '.') else to.with_suffix(name)
+  path.parent.mkdir(exist_ok=True)
+  path.write_text('{"precious": "and ended by no line"}')
+  before = path.read_bytes(), path.stat().st_mtime_ns
+  flags = [
+    flag.format(to=to, model=tiny_model, measured=measured)
+    for flag in WRITES[way][0]
+  ]
+  message = _fails(capsys, way.partition(',')[0].split()[0], *flags)
+  assert str(path) in message or f'{to} is not empty' in message
+  assert before == (path.read_bytes(), path.stat().st_mtime_ns)
+  there = {p for p in tmp_path.rglob('*') if p.is_file()}
+  assert there == {path, *measured.iterdir()}
+
+
+@pytest.mark.parametrize(
+  'way', ['plan', 'report, a picture', 'report, a drawing']
+)
+def test_the_same_command_may_be_run_again(way, capsys, tmp_path, measured):
+  flags = [
+    flag.format(to=tmp_path / 'to', measured=measured)
+    for flag in WRITES[way][0]
+  ]
+  for _ in range(2):
+    with pytest.raises(SystemExit) as e:
+      cli.main([way.partition(',')[0], *flags])
+    assert e.value.code == 0, capsys.readouterr().err
+
+
 def test_what_argparse_refuses(capsys):
   # Two, as everywhere; with the usage.
   for argv in (['trane'], ['train', f'--config={TINY}'], ['list', 'tusks']):

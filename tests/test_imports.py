@@ -49,9 +49,11 @@ LINES = (
     'infer.load',
     'infer.generate',
     'infer.stream',
+    'infer.output',
     'infer.questions',
     'infer.evaluator',
     'infer.submission',
+    'infer.results',
     'infer.evaluate',
     'infer.generate_flags',
   ),
@@ -234,6 +236,26 @@ def test_configs_import_their_own_kind_only():
 )
 def test_the_rules_themselves(module, line, allowed):
   assert (not wrong(module, line)) == allowed
+
+
+# What never leaves the program: between its processes, and in its cache.
+INSIDE = ('hosts', 'data.task_shards')
+
+
+def test_json_is_written_without_nan():
+  """Which is no JSON: other programs refuse a whole file for it."""
+  found = {}
+  for module, path in MODULES.items():
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+        'json.dump', 'json.dumps',
+      ):  # fmt: skip
+        strict = any(ast.unparse(k) == 'allow_nan=False' for k in node.keywords)
+        found.setdefault(module, []).append(strict)
+  loose = {module for module, calls in found.items() if not all(calls)}
+  assert loose <= set(INSIDE)
+  # Everybody else leaves it to one.
+  assert found.keys() - set(INSIDE) == {'data.files', 'config_file'}
 
 
 def test_every_planned_room_has_a_line():

@@ -2,12 +2,14 @@
 
 import contextlib
 import errno
+import json
+import math
 import os
 import pathlib
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from etils import epath
 
@@ -15,6 +17,11 @@ from etils import epath
 def is_remote(path: epath.PathLike) -> bool:
   """True for an object store, which has neither append nor rename."""
   return '://' in os.fspath(path)
+
+
+def is_writable(folder: epath.PathLike) -> bool:
+  """Whether a directory that is there takes files, as far as one can tell."""
+  return is_remote(folder) or os.access(folder, os.W_OK | os.X_OK)
 
 
 def stamp(path: epath.PathLike) -> list:
@@ -27,6 +34,60 @@ def stamp(path: epath.PathLike) -> list:
   return [path, stat.st_size, stat.st_mtime_ns]
 
 
+def check_free(path: epath.PathLike, is_ours: Callable) -> None:
+  """Refuses to write over what somebody else put at `path`.
+
+  Args:
+    is_ours: of the path of a file that is not empty, whether it is one that we
+      wrote and may write again.
+
+  Raises:
+    ValueError: there is a directory, a device, or a file that is not ours.
+  """
+  path = epath.Path(path)
+  if not path.exists():
+    return
+  if path.is_dir():
+    raise ValueError(f'{path} is a directory; name a file.')
+  if not is_remote(path) and not os.path.isfile(path):
+    raise ValueError(f'{path} is a device or a pipe; name a file.')
+  with path.open('rb') as file:
+    empty = not file.read(1)
+  if not empty and not is_ours(path):
+    raise ValueError(
+      f'{path} exists and it was not written by this command, or is damaged:'
+      ' name another place, or move it away.'
+    )
+
+
+_READ = 1 << 26  # Bytes; more than any JSON of ours.
+
+
+def json_in(path: epath.PathLike) -> dict:
+  """The object of JSON that a file holds; {} if it holds none."""
+  with epath.Path(path).open('rb') as file:
+    data = file.read(_READ)
+  try:
+    found = json.loads(data)
+  except (ValueError, RecursionError):
+    return {}
+  return found if isinstance(found, dict) else {}
+
+
+def as_json(value, **options) -> str:
+  """`value` as JSON, which knows no NaN: what is not finite becomes a text."""
+  return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value):
+  if isinstance(value, dict):
+    return {k: _finite(v) for k, v in value.items()}
+  if isinstance(value, list | tuple):
+    return [_finite(v) for v in value]
+  odd = isinstance(value, float) and not math.isfinite(value)
+  return str(value) if odd else value
+
+
 @contextlib.contextmanager
 def appearing(path: epath.PathLike) -> Iterator[pathlib.Path]:
   """A local file to write, which becomes `path` if nothing goes wrong.
@@ -35,6 +96,8 @@ def appearing(path: epath.PathLike) -> Iterator[pathlib.Path]:
   disk renames, an object store shows an object when all of it is there.
   """
   path = epath.Path(path)
+  if not is_remote(path) and path.exists() and not os.path.isfile(path):
+    raise ValueError(f'{path} is no file, and none can take its place.')
   path.parent.mkdir(parents=True, exist_ok=True)
   folder = tempfile.gettempdir() if is_remote(path) else path.parent
   temp = pathlib.Path(folder, f'.{path.name}.{uuid.uuid4().hex}.tmp')

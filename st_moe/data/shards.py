@@ -120,9 +120,9 @@ def write(
   With more workers than one the jobs must be picklable.
   """
   recipe = {**recipe, 'format': FORMAT_VERSION}
-  recipe = json.loads(json.dumps(recipe))  # As it will be read back.
+  recipe = json.loads(files.as_json(recipe))  # As it will be read back.
   label = f'{recipe["name"]}-{recipe["split"]}'
-  digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
+  digest = hashlib.sha256(files.as_json(recipe, sort_keys=True).encode())
   folder = re.sub(r'[^\w.-]', '_', label) + f'-{digest.hexdigest()[:12]}'
   directory = cache_root(cache_dir) / folder
   done = _finished(directory, recipe)
@@ -149,7 +149,7 @@ def write(
     )
   info = {'recipe': recipe, **total, 'parts': [parts[path] for path in paths]}
   files.write_whole(
-    directory / 'info.json', json.dumps(info, indent=1).encode()
+    directory / 'info.json', files.as_json(info, indent=1).encode()
   )
   _sweep(directory)
   return Shards(directory)
@@ -225,7 +225,7 @@ def _write_part(path: epath.Path, job: Job) -> dict:
     counts['bytes'] = os.path.getsize(temp)
   note = {'file': path.name, 'digest': digest.hexdigest(), **counts}
   note['records'] = counts['records']
-  files.write_whole(path.with_suffix('.json'), json.dumps(note).encode())
+  files.write_whole(path.with_suffix('.json'), files.as_json(note).encode())
   return note
 
 

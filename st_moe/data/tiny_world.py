@@ -27,7 +27,6 @@ one split by the hash of its words, whatever the seed.
 import dataclasses
 import functools
 import hashlib
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -97,7 +96,7 @@ def generate(
     if len(rows) >= size:
       break
     group = _GROUPS[task](rng, split)
-    keys = [json.dumps(row) for row in group]
+    keys = [files.as_json(row) for row in group]
     if seen.isdisjoint(keys):
       seen.update(keys)
       rows += group
@@ -117,7 +116,7 @@ def write(directory: epath.PathLike, *, seed: int = 0) -> None:
     for split in SIZES:
       name = superglue.TASKS[task].files[split][0].partition('/')[2]
       rows = generate(task, split, seed=seed)
-      lines = ''.join(json.dumps(row) + '\n' for row in rows)
+      lines = ''.join(files.as_json(row) + '\n' for row in rows)
       files.write_whole(epath.Path(directory) / name, lines.encode())
 
 

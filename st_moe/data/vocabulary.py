@@ -6,12 +6,14 @@ ids are the sentinels of span corruption, counted downwards. So a vocabulary is
 unless the model has sentinels of its own (mT5) or says how many there are.
 """
 
+import atexit
 import dataclasses
 import functools
 import hashlib
 import io
 import pathlib
 import re
+import shutil
 import string
 import tempfile
 from collections.abc import Iterable
@@ -153,11 +155,20 @@ class Vocabulary:
     if path.suffix == '.model' and path.exists():
       if path.read_bytes() == model:
         return self.path
-    name = hashlib.sha256(model).hexdigest()
-    copy = pathlib.Path(tempfile.gettempdir(), f'{name}.model')
-    if not copy.exists():
-      files.write_whole(copy, model)
-    return str(copy)
+    return str(_copy(model))
+
+
+@functools.lru_cache(maxsize=8)
+def _copy(model: bytes) -> pathlib.Path:
+  """A file with `model`, of this process alone.
+
+  One that others could find, and write before us, might hold anything.
+  """
+  folder = tempfile.mkdtemp(prefix='st_moe-')  # Nobody else may enter it.
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
+  copy = pathlib.Path(folder, 'vocabulary.model')
+  copy.write_bytes(model)
+  return copy
 
 
 def load(path: str) -> Vocabulary:
@@ -213,8 +224,13 @@ def train(
   Like T5's own: NMT-NFKC normalisation, spaces folded, the rarest 0.05 % of
   characters unknown (never ASCII). Equal texts, size and seed give an equal
   file.
+
+  Raises:
+    ValueError: too little text for `size`; another file at `path`.
   """
   import sentencepiece
+
+  files.check_free(path, lambda _: _size_of(path) > 0)
 
   if size <= SENTINELS + 3:
     raise ValueError(
@@ -244,8 +260,22 @@ def train(
     )
   except RuntimeError as e:
     raise lines.error or _too_small(size, lines.count, str(e)) from None
-  files.write_whole(path, model.getvalue())
+  file = epath.Path(path).expanduser()
+  if file.exists() and file.read_bytes() not in (b'', model.getvalue()):
+    raise ValueError(
+      f'{path} holds another vocabulary, of {_size_of(path)} ids: use it by'
+      f' --config.data.vocabulary={path}, or name another file by --vocabulary.'
+    )
+  files.write_whole(file, model.getvalue())
   return load(path)
+
+
+def _size_of(path: epath.PathLike) -> int:
+  """Ids of a vocabulary; 0 if it is none."""
+  try:
+    return load(path).size
+  except ValueError:
+    return 0
 
 
 _LONGEST = 4096  # Bytes; SentencePiece skips longer lines without a word.

@@ -1,9 +1,12 @@
 """`st-moe evaluate`: the scores of checkpoints, and what they answered."""
 
+import contextlib
 import dataclasses
+import datetime
 import functools
-import json
 import math
+import sys
+import time
 
 import numpy as np
 from etils import epath
@@ -12,12 +15,28 @@ from st_moe import config_file, hosts, sharding
 from st_moe.config import Config
 from st_moe.data import files, pipeline
 from st_moe.data import mixture as mixtures
+from st_moe.infer import results
 from st_moe.infer import submission as submissions
 from st_moe.infer.evaluator import Evaluator, flat
-from st_moe.infer.load import load, no_vocabulary
+from st_moe.infer.load import check_answers, load, no_vocabulary
 from st_moe.interop import convert
 from st_moe.train import checkpoint
 from st_moe.train.report import best_steps
+
+# What may be asked of a model that is trained: what to measure and how, and
+# what leaves its function as it is but for who gets a place, and the dtype.
+_SETTABLE = (
+  *('evaluate', 'data', 'mesh', 'loss.positions'),
+  *('model.dtype', 'model.moe.eval_capacity', 'model.moe.selector'),
+  *('model.moe.dispatcher', 'model.moe.transport', 'model.moe.padding'),
+  *('model.moe.group_by', 'model.encoder.group_size'),
+  *('model.decoder.group_size',),
+)
+# Of these, what moves no score, or is written down by itself.
+_FREE = (
+  *('evaluate.', 'mesh.', 'loss.', 'data.mixture'),
+  *('data.cache_dir', 'data.workers'),
+)
 
 
 def evaluate(
@@ -32,10 +51,14 @@ def evaluate(
 ) -> dict[str, float]:
   """Scores the checkpoint at `path`; writes metrics.json and predictions.
 
+  They join those of other tasks there; what another checkpoint scored there, or
+  this one under other settings, is set aside.
+
   Args:
     mixture: names of tasks, mixtures or text sources; none: what it was trained
       on.
-    output: a directory; '': 'evaluation' in the workdir.
+    output: a directory; '': 'evaluation' in the workdir, or in a checkpoint
+      that is of none.
     vocabulary: a SentencePiece model or 'bytes'; '': the checkpoint's.
     overrides: fields of its config to set, as on a command line.
     every_step: score all checkpoints of a workdir; tells which is best at what.
@@ -44,7 +67,13 @@ def evaluate(
 
   Returns:
     The metrics; of `every_step`, those of the newest.
+
+  Raises:
+    ValueError: before anything is measured, what cannot be.
   """
+  _check_fields(overrides or {})
+  if not output:
+    _check_place(path)
   steps = [path]
   if every_step:
     names = hosts.agreed(lambda: [*map(str, checkpoint.all_steps(path))])
@@ -53,6 +82,7 @@ def evaluate(
     load, vocabulary=vocabulary, mesh=_mesh(steps[0], overrides or {})
   )
   loaded = opened(steps[0])
+  check_answers(loaded.path, loaded.config.model)
   if loaded.vocabulary is None:
     raise ValueError(no_vocabulary(loaded.path))
   # All examples, answered in both ways, unless somebody says otherwise.
@@ -65,10 +95,15 @@ def evaluate(
     submissions.check([source.name for source in sources])
   model = loaded.model.clone(config=config.model)
   evaluator = Evaluator(model, config, loaded.vocabulary, loaded.mesh)
-  to = epath.Path(output or _beside(loaded.path) / 'evaluation').expanduser()
+  to = epath.Path(output or _beside(path, loaded.path)).expanduser()
+  inside = [epath.Path(each).name for each in steps] if every_step else []
+  tasks = [source.name for source in sources if not source.is_text]
+  hosts.agreed(
+    lambda: [results.check(to / name, tasks) for name in ('', *inside)]
+  )
   if hosts.first():
     _announce(config, sources)
-  by_step = {}
+  by_step, known, moved = {}, {}, False
   for each in steps:
     loaded = opened(each) if by_step else loaded
     measured = _measure(evaluator, loaded, sources)
@@ -77,17 +112,47 @@ def evaluate(
     if not hosts.first():
       continue
     folder = to / f'{loaded.step}' if every_step else to
-    _write(folder, loaded, found, measured)
+    about = _about(loaded, config)
+    known[loaded.step], others = results.write(folder, about, found, measured)
+    moved |= others
     _show(loaded, found)
+    _warn(loaded, measured)
     if submission:
       print(f'wrote {submissions.write(folder, measured)}')
   if every_step and hosts.first():
-    best = best_steps(by_step)
-    files.write_whole(to / 'best.json', json.dumps(best, indent=2).encode())
+    best = best_steps(known)
+    results.write_best(to, best, moved)
     for name, (step, value) in best.items():
       print(f'{name}: best {value:.4g} at step {step}')
   hosts.tell(f'wrote {to}')
   return by_step[max(by_step)]
+
+
+def _check_fields(overrides: dict) -> None:
+  """Raises where a field would make it another model, or do nothing."""
+  plain = config_file.to_dict(Config())
+  for field, value in overrides.items():
+    config_file.set_field(plain, field, value)  # Is there such a field?
+    if field.startswith('data.vocabulary'):
+      raise ValueError(
+        f"{field} is of training; a vocabulary in place of the checkpoint's is"
+        ' --vocabulary=FILE.'
+      )
+    if not any(f'{field}.'.startswith(f'{known}.') for known in _SETTABLE):
+      raise ValueError(
+        f'{field} cannot be set for an evaluation: a checkpoint is what it was'
+        f' trained to be. What can be set is {", ".join(_SETTABLE)}.'
+      )
+
+
+def _check_place(path) -> None:
+  """Raises where a checkpoint of the hub has no place to write beside."""
+  name, where = convert.split(path)
+  if name == 'hf' and where and not epath.Path(where).expanduser().exists():
+    raise ValueError(
+      f'{path} is no directory here: say with --output=DIR where its'
+      ' evaluation goes.'
+    )
 
 
 def _set(config: Config, fields: dict) -> Config:
@@ -116,10 +181,41 @@ def _sources(config: Config, vocab, names) -> list:
   return [pipeline.EvalData(library, name, split) for name in members]
 
 
-def _beside(path: str) -> epath.Path:
-  """The workdir of a checkpoint, or where it lies if it left that."""
-  folder = epath.Path(path).parent
-  return folder.parent if folder.name == 'checkpoints' else folder
+def _beside(uri, path: str) -> epath.Path:
+  """Where the results of the checkpoint `path` go, that of `uri`.
+
+  What stands alone keeps them itself, or two in one folder would share them.
+  """
+  place = epath.Path(path).expanduser()
+  alone = convert.split(uri)[0] != 'st_moe' or not place.name.isdigit()
+  if not alone or (place.exists() and not place.is_dir()):
+    place = place.parent
+  if not alone and place.name == 'checkpoints':
+    place = place.parent
+  return place / 'evaluation'
+
+
+def _about(loaded, config: Config) -> dict:
+  """What scores depend on: equal where these are equal."""
+  lines = config_file.diff(
+    config_file.to_dict(loaded.config), config_file.to_dict(config)
+  )
+  asked = dataclasses.asdict(config.evaluate)
+  del asked['every']
+  place = epath.Path(loaded.path)
+  # A run that was started anew has other checkpoints of the same names.
+  inside = place.iterdir() if place.is_dir() else ()
+  changed = [files.stamp(p)[2] for p in inside if not p.is_dir()]
+  return {
+    'checkpoint': loaded.path,
+    'step': loaded.step,
+    'written': max(changed, default=0),
+    'settings': {
+      'vocabulary': loaded.vocabulary.fingerprint,
+      'evaluate': asked,
+      'config': [line for line in lines if not line.startswith(_FREE)],
+    },
+  }
 
 
 def _announce(config: Config, sources) -> None:
@@ -139,11 +235,20 @@ def _announce(config: Config, sources) -> None:
 
 
 def _measure(evaluator: Evaluator, loaded, sources) -> dict:
+  total = sum(map(evaluator.size, sources))
+  shows = _bar if sys.stdout.isatty() else _lines
+  with shows(f'step {loaded.step}', total) as advance:
+    return evaluator.measure(
+      loaded.params, sources, progress=advance, read=advance
+    )
+
+
+@contextlib.contextmanager
+def _bar(name: str, total: int):
   from rich import progress
 
-  total = sum(len(s.examples) for s in sources if not s.is_text)
   columns = (
-    progress.TextColumn(f'step {loaded.step}'),
+    progress.TextColumn(name),
     progress.BarColumn(),
     progress.MofNCompleteColumn(),
     progress.TimeRemainingColumn(),
@@ -152,21 +257,42 @@ def _measure(evaluator: Evaluator, loaded, sources) -> dict:
     *columns, transient=True, disable=not hosts.first()
   ) as bar:
     task = bar.add_task('', total=total)
-    advance = lambda done: bar.advance(task, done)
-    return evaluator.measure(loaded.params, sources, progress=advance)
+    yield lambda done: bar.advance(task, done)
 
 
-def _write(folder: epath.Path, loaded, found: dict, measured: dict) -> None:
-  folder.mkdir(parents=True, exist_ok=True)
-  for name, (_, rows) in measured.items():
-    if rows:
-      lines = ''.join(f'{json.dumps(row)}\n' for row in rows)
-      files.write_whole(folder / f'predictions-{name}.jsonl', lines.encode())
-  # JSON knows no NaN.
-  plain = {k: v if math.isfinite(v) else str(v) for k, v in found.items()}
-  about = {'checkpoint': loaded.path, 'step': loaded.step, 'metrics': plain}
-  text = json.dumps(about, indent=2)
-  files.write_whole(folder / 'metrics.json', text.encode())
+_PATIENCE = 30.0  # Seconds without a word, where there is no terminal.
+
+
+@contextlib.contextmanager
+def _lines(name: str, total: int):
+  start = told = time.monotonic()
+  so_far = 0
+
+  def advance(done: int):
+    nonlocal told, so_far
+    so_far, now = so_far + done, time.monotonic()
+    if now - told >= _PATIENCE and so_far < total:
+      told = now
+      left = (now - start) / so_far * (total - so_far)
+      left = datetime.timedelta(seconds=round(left))
+      hosts.tell(f'{name}: {so_far:,} of {total:,} examples, {left} left')
+
+  yield advance
+
+
+def _warn(loaded, measured: dict) -> None:
+  """Says so where a model knows nothing: one answer of NaNs is the first."""
+  broken = [
+    name
+    for name, (metrics, rows) in measured.items()
+    if not all(map(math.isfinite, (r['score'] for r in rows)))
+    or not math.isfinite(metrics.get('loss', 0))
+  ]
+  if broken:
+    print(
+      f'{", ".join(broken)}: the logits of {loaded.path} are no numbers (NaN or'
+      ' infinite), and these scores mean nothing. Look for such weights in it.'
+    )
 
 
 def _show(loaded, found: dict) -> None:

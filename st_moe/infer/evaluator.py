@@ -40,7 +40,7 @@ class Evaluator:
     self._asker = Asker(
       answers,
       mesh,
-      batch_size=asked.batch_size or config.data.batch_size,
+      batch_size=self._batch_size,
       longest=config.data.inputs_length,
       eos=vocabulary.eos,
     )
@@ -50,17 +50,24 @@ class Evaluator:
     return flat(self.measure(params, sources))
 
   def measure(
-    self, params, sources, *, progress=lambda done: None
+    self,
+    params,
+    sources,
+    *,
+    progress=lambda done: None,
+    read=lambda done: None,
   ) -> dict[str, tuple[dict, list[dict]]]:
     """Source -> its metrics and, of a task, what was predicted.
 
     Args:
       progress: told how many more questions were answered, now and then.
+      read: told how many more examples of text were read.
     """
     found, tasks = {}, []
     for source in sources:
       if source.is_text:
-        found[source.name] = {'loss': self._text_loss(params, source)}, []
+        loss = self._text_loss(params, source, read)
+        found[source.name] = {'loss': loss}, []
       else:
         tasks.append((source, *self._questions(source)))
         found[source.name] = None  # Keeps the order.
@@ -71,25 +78,36 @@ class Evaluator:
       found[source.name] = self._scored(source, examples, asked, mine)
     return found
 
-  def _text_loss(self, params, source) -> float:
+  def size(self, source) -> int:
+    """How many of its examples are measured."""
+    return min(len(source), self._most() or len(source))
+
+  def _most(self) -> int:
+    """Examples of a source at most; 0: all."""
+    return self._config.evaluate.batches * self._batch_size
+
+  @property
+  def _batch_size(self) -> int:
+    return self._config.evaluate.batch_size or self._config.data.batch_size
+
+  def _text_loss(self, params, source, read) -> float:
     """Nats per target token."""
     asked, terms = self._config.evaluate, []
-    size = asked.batch_size or self._config.data.batch_size
-    for n, batch in enumerate(source.batches(size)):
+    for n, batch in enumerate(source.batches(self._batch_size)):
       if asked.batches and n == asked.batches:
         break
+      real = int(batch['valid'].sum())
       del batch['valid'], batch['source']
       with sharding.use(self._mesh):
         batch = hosts.spread_whole(batch, sharding.batch_sharding(self._mesh))
         terms.append(jax.device_get(self._terms(params, batch)))
+      read(real)
     loss = [t['cross_entropy'] for t in terms]
     total, weight = np.sum(loss, axis=0, dtype=float)
     return total / max(weight, 1)
 
   def _examples(self, source):
-    asked = self._config.evaluate
-    size = asked.batch_size or self._config.data.batch_size
-    return source.examples[: asked.batches * size or None]
+    return source.examples[: self._most() or None]
 
   def _questions(self, source):
     """The examples that are asked about, and the questions."""

@@ -1,10 +1,11 @@
 """Texts in, texts out: batches of like lengths, each shape compiled once."""
 
+import contextlib
 import dataclasses
 import functools
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from st_moe import sharding
 from st_moe.config import ModelConfig, unknown
 from st_moe.data.vocabulary import Vocabulary
-from st_moe.infer import decoding
+from st_moe.infer import decoding, methods
 from st_moe.infer.batching import bucket, padded
 from st_moe.infer.methods import Method
 from st_moe.model import layout
@@ -20,6 +21,7 @@ from st_moe.model.transformer import Transformer
 from st_moe.routing import steering
 
 _SENTINEL = re.compile(r'<extra_id_\d+>')
+HALF = re.compile('[\ud800-\udfff]')  # Of a surrogate pair: no character.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,40 @@ class Asked:
 
   def __post_init__(self):
     if self.long not in ('cut', 'refuse'):
-      raise unknown('long', self.long, ('cut', 'refuse'))
+      raise unknown('long', str(self.long), ('cut', 'refuse'))
+    methods.check(
+      self,
+      method=(methods.ANY, 'a Method', lambda v: isinstance(v, Method)),
+      # JAX would take what is left of a larger one.
+      seed=(
+        methods.ANY,
+        'a whole number from 0 to 2 ** 32 - 1',
+        lambda v: methods.is_whole(v) and 0 <= v < 1 << 32,
+      ),
+      prefix=(methods.ANY, 'a text', _is_text),
+      stop=_each('texts that are not empty', lambda v: _is_text(v) and v),
+      forbid=_each(
+        'ids of tokens, or their texts',
+        lambda v: _is_text(v) or methods.is_whole(v),
+      ),
+      off=_each('names of experts', _is_text),
+      on=_each('names of experts', _is_text),
+      k=(
+        methods.ANY,
+        'a whole number, or None',
+        lambda v: v is None or methods.is_whole(v),
+      ),
+    )
+
+
+def _is_text(value) -> bool:
+  return isinstance(value, str) and not HALF.search(value)
+
+
+def _each(rule: str, follows) -> tuple:
+  """The rule of a field that holds several."""
+  several = lambda v: isinstance(v, tuple | list) and all(map(follows, v))
+  return methods.ANY, rule, several
 
 
 _GREEDY = Asked()
@@ -66,7 +101,8 @@ def asked(**options) -> Asked:
   for name in ('stop', 'forbid', 'off', 'on'):
     if name in mine:
       value = mine[name]
-      mine[name] = (value,) if isinstance(value, str) else tuple(value)
+      several = isinstance(value, Iterable) and not isinstance(value, str)
+      mine[name] = tuple(value) if several else (value,)
   return Asked(method=Method(**of_method), **mine)
 
 
@@ -97,7 +133,8 @@ class Generator:
     Raises:
       ValueError: a batch of nothing, prompts without room.
     """
-    if batch_size < 1 or max_inputs < 2:
+    whole = all(map(methods.is_whole, (batch_size, max_inputs)))
+    if not whole or batch_size < 1 or max_inputs < 2:
       raise ValueError(
         f'batch_size {batch_size} must be at least 1, max_inputs {max_inputs}'
         ' at least 2: a token and the EOS.'
@@ -132,6 +169,7 @@ class Generator:
         model cannot follow.
     """
     method, given, overrides = self.understood(asked)
+    prompts = texts_of('prompts', prompts)
     numbers = np.arange(len(prompts)) if numbers is None else np.array(numbers)
     rows = self._prompts(prompts, numbers, asked.long)
     answer = self._answer(method)
@@ -184,6 +222,10 @@ class Generator:
     numbers=None,
   ) -> Iterator[list[Answer]]:
     """As `answers`, had the model said each target."""
+    prompts, targets = (
+      texts_of('prompts', prompts),
+      texts_of('targets', targets),
+    )
     if len(prompts) != len(targets):
       raise ValueError(
         f'{len(prompts)} prompts and {len(targets)} targets: each needs one.'
@@ -209,6 +251,7 @@ class Generator:
     def each():
       for n, (found, row) in enumerate(self._in_order(rows, run)):
         logprobs = found[row, : len(wanted[n])].tolist()
+        _check_numbers(logprobs)
         yield [Answer(targets[n], wanted[n], logprobs, sum(logprobs))]
 
     return each()
@@ -217,6 +260,7 @@ class Generator:
     self, prompts: Sequence[str], *, long: str = 'cut'
   ) -> list[np.ndarray]:
     """What the encoder makes of each prompt, float [tokens, embed]."""
+    prompts = texts_of('prompts', prompts)
     rows = self._prompts(prompts, range(len(prompts)), long)
     run = lambda batch, _: jax.device_get(self._encode(self._params, batch))
     return [
@@ -281,7 +325,8 @@ class Generator:
       batch = padded([rows[n] for n in filled], length)
       with sharding.use(self._mesh):
         batch = jax.device_put(batch, sharding.batch_sharding(self._mesh))
-        found = run(batch, filled)
+        with _told_if_large(*batch.shape):
+          found = run(batch, filled)
       ready |= {n: (found, row) for row, n in enumerate(numbers)}
       while due in ready:
         yield ready.pop(due)
@@ -333,6 +378,7 @@ class Generator:
   def _as_answer(self, tokens, logprobs, score, stop) -> Answer:
     ends = np.flatnonzero(tokens == self.vocabulary.eos)
     used = int(ends[0]) + 1 if ends.size else len(tokens)
+    _check_numbers(logprobs[:used])
     ids = tokens[:used].tolist()
     text = self.vocabulary.decode(ids)
     cuts = [at for s in stop if (at := text.find(s)) >= 0]
@@ -342,6 +388,52 @@ class Generator:
       logprobs[:used].tolist(),
       float(score),
     )
+
+
+@contextlib.contextmanager
+def _told_if_large(rows: int, length: int) -> Iterator[None]:
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as e:
+    if 'RESOURCE_EXHAUSTED' not in str(e):
+      raise
+    raise ValueError(
+      f'Out of memory with {rows} prompts of {length} tokens at a time: make'
+      ' batch_size, max_length, num_beams or num_return smaller, or max_inputs,'
+      f' where prompts are cut. ({str(e).splitlines()[0]})'
+    ) from e
+
+
+def _check_numbers(logprobs) -> None:
+  """Warns of a model that knows nothing: the likeliest of NaNs is a token."""
+  if not np.isfinite(logprobs).all():
+    warnings.warn(
+      'The logits of this model are no numbers (NaN or infinite): answers and'
+      ' scores made of them mean nothing. Look for such weights in the'
+      ' checkpoint.',
+      stacklevel=2,
+    )
+
+
+def texts_of(name: str, texts: Iterable[str]) -> list[str]:
+  """Several texts, and nothing else.
+
+  Raises:
+    ValueError: one text alone, whose letters would be answered; what is none.
+  """
+  if isinstance(texts, str) or not isinstance(texts, Iterable):
+    raise ValueError(
+      f'{name} is a {type(texts).__name__}: give a list of texts, of one'
+      ' [text].'
+    )
+  texts = list(texts)
+  for number, text in enumerate(texts, 1):
+    if not _is_text(text):
+      raise ValueError(
+        f'{name}: number {number} is {ascii(text)[:40]}, which is no text'
+        + (' (half a surrogate pair).' if isinstance(text, str) else '.')
+      )
+  return texts
 
 
 def _listed(numbers: list[int]) -> str:

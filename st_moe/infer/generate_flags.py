@@ -81,7 +81,7 @@ def check(flags) -> None:
 def run(flags) -> None:
   import warnings
 
-  from st_moe.infer import generate, load, methods, stream
+  from st_moe.infer import generate, load, methods, output, stream
 
   words = {'true': True, 'false': False}
   options = {n: getattr(flags, n) for n in (*_ANSWER_FLAGS, *_ANSWER_LISTS)}
@@ -97,6 +97,8 @@ def run(flags) -> None:
   form = stream.Format(flags.jsonl, flags.field, flags.targets, flags.fill)
   if flags.input:
     stream.check(flags.input, form)
+  if flags.output:
+    output.check_output(flags.output, flags.input)
   loaded = load.load(
     flags.checkpoint, vocabulary=flags.vocabulary, for_answers=True
   )

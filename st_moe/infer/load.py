@@ -4,10 +4,11 @@ import dataclasses
 import functools
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
 from st_moe import hosts, sharding
-from st_moe.config import Config
+from st_moe.config import Config, ModelConfig
 from st_moe.data import vocabulary as vocabulary_lib
 from st_moe.interop import convert
 from st_moe.model import layout
@@ -44,12 +45,7 @@ class Loaded:
 
     It holds a copy of the parameters, unless they were loaded `for_answers`.
     """
-    config = self.model.config
-    if not (config.encoder and config.decoder):
-      raise ValueError(
-        f'{self.path} has no {"decoder" if config.encoder else "encoder"}:'
-        ' texts are answered by an encoder and a decoder.'
-      )
+    check_answers(self.path, self.model.config)
     return self._prepared(max_inputs, batch_size)
 
   def _prepared(self, max_inputs: int = 0, batch_size: int = 16):
@@ -69,9 +65,14 @@ class Loaded:
   def generate(self, prompts: list[str], **options) -> list:
     """A text for each prompt, or a list of `num_return` texts.
 
+    Warns if the model's logits are no numbers, as of weights that hold NaN.
+
     Args:
       options: fields of `infer.generate.Asked` and `infer.methods.Method`:
         max_length, temperature, top_k, top_p, seed, num_beams, stop, ...
+
+    Raises:
+      ValueError: an option that breaks its rule, a prompt that is no text.
     """
     from st_moe.infer.generate import asked
 
@@ -93,8 +94,9 @@ class Loaded:
 
   def fill(self, texts: list[str], **options) -> list[str]:
     """Texts with <extra_id_0>, <extra_id_1>, ... replaced by what belongs."""
-    from st_moe.infer.generate import asked
+    from st_moe.infer.generate import asked, texts_of
 
+    texts = texts_of('texts', texts)
     answers = self.generator.answers(texts, asked(**options))
     return [
       self.generator.fill(text, found[0])
@@ -115,6 +117,28 @@ def _as_used(model):
     return leaf.update(dtype=dtype) if kernel else leaf
 
   return used
+
+
+def _find(where: str) -> epath.Path:
+  """One of our checkpoints; says what else a place may be."""
+  place = epath.Path(where).expanduser()
+  if place.exists() and not place.is_dir():
+    raise ValueError(f'{where} is a file; a checkpoint is a directory.')
+  try:
+    return checkpoint.find(where)
+  except ValueError as e:
+    if any(place.glob('*.safetensors')):
+      raise ValueError(f"{e} HuggingFace's is hf:{where}.") from None
+    raise
+
+
+def check_answers(path: str, config: ModelConfig) -> None:
+  """Raises if a model has not what it takes to answer a text."""
+  if not (config.encoder and config.decoder):
+    raise ValueError(
+      f'{path} has no {"decoder" if config.encoder else "encoder"}:'
+      ' texts are answered by an encoder and a decoder.'
+    )
 
 
 def no_vocabulary(path: str) -> str:
@@ -140,13 +164,20 @@ def load(
     ValueError: there is no checkpoint, or it is damaged.
   """
   name, where = convert.split(path)
+  if not where:
+    raise ValueError(
+      f'{path!r} names no checkpoint: give a workdir of `st-moe train`, its'
+      ' checkpoints/STEP, or FORMAT:PLACE as hf:DIR.'
+    )
   if name == 'st_moe':
-    where = hosts.agreed(lambda: str(checkpoint.find(where)))
+    where = hosts.agreed(lambda: str(_find(where)))
   source = convert.open_source(f'{name}:{where}')
   if for_answers:
     unrolled = dataclasses.replace(source.config.model, scan_layers=False)
     source.config = dataclasses.replace(source.config, model=unrolled)
   config = source.config
+  if for_answers:
+    check_answers(where, config.model)
   mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
   model = Transformer(config.model)
   with sharding.use(mesh):

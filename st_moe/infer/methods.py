@@ -1,10 +1,50 @@
 """How to decode: what a user may ask, and what it does to scores."""
 
 import dataclasses
+import math
+import numbers
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+
+
+def is_whole(value) -> bool:
+  """Whether it is an integer; to Python True is one."""
+  return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+  real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+  return real and math.isfinite(value)
+
+
+def _is_count(value) -> bool:
+  return is_whole(value) and value < 1 << 31  # All that arrays can hold.
+
+
+WHOLE = _is_count, 'a whole number below 2 ** 31, '
+NUMBER = _is_number, 'a number, '
+ANY = lambda value: True, ''
+AT_LEAST_1 = WHOLE, 'at least 1', lambda v: v >= 1
+
+
+def check(options, **rules) -> None:
+  """Refuses fields of `options` that break their rule.
+
+  Args:
+    rules: field -> what kind of value it takes, its rule in words, and whether
+      a value of that kind follows it.
+
+  Raises:
+    ValueError: the field, its value and its rule.
+  """
+  for field, ((is_kind, kind), rule, follows) in rules.items():
+    value = getattr(options, field)
+    right = is_kind(value)
+    if not right or not follows(value):
+      rule = rule if right else kind + rule
+      raise ValueError(f'{field} {value!r} must be {rule}.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +61,12 @@ class Contrast:
   rank: int = 2
 
   def __post_init__(self):
-    if not 0 < self.alpha <= 1 or self.rank < 1:
-      raise ValueError(f'{self}: alpha must be in (0, 1] and rank 1 or more.')
+    check(
+      self,
+      beta=(NUMBER, '0 or more', lambda v: v >= 0),
+      alpha=(NUMBER, 'above 0 and at most 1', lambda v: 0 < v <= 1),
+      rank=AT_LEAST_1,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,24 +93,28 @@ class Method:
   contrast: Contrast | None = None
 
   def __post_init__(self):
-    wrong = [
-      ('max_length', self.max_length >= 1, 'at least 1'),
-      ('temperature', self.temperature >= 0, '0 (greedy) or more'),
-      ('top_k', self.top_k >= 0, '0 (all) or more'),
-      ('top_p', 0 < self.top_p <= 1, 'above 0 and at most 1'),
-      ('num_beams', self.num_beams >= 1, 'at least 1'),
-      ('repetition_penalty', self.repetition_penalty > 0, 'above 0'),
-      ('num_return', self.num_return >= 1, 'at least 1'),
-      ('contrast', isinstance(self.contrast, Contrast | None), 'a Contrast'),
-      (
-        'early_stopping',
-        isinstance(self.early_stopping, bool) or self.early_stopping == 'never',
+    check(
+      self,
+      max_length=AT_LEAST_1,
+      temperature=(NUMBER, '0 (greedy) or more', lambda v: v >= 0),
+      top_k=(WHOLE, '0 (all) or more', lambda v: v >= 0),
+      top_p=(NUMBER, 'above 0 and at most 1', lambda v: 0 < v <= 1),
+      num_beams=AT_LEAST_1,
+      length_penalty=(NUMBER, 'finite', lambda v: True),
+      early_stopping=(
+        ANY,
         "true, false or 'never'",
+        lambda v: isinstance(v, bool) or v == 'never',
       ),
-    ]
-    for field, right, rule in wrong:
-      if not right:
-        raise ValueError(f'{field} {getattr(self, field)!r} must be {rule}.')
+      num_return=AT_LEAST_1,
+      repetition_penalty=(NUMBER, 'above 0', lambda v: v > 0),
+      forbidden=(
+        ANY,
+        'a tuple of token ids',
+        lambda v: isinstance(v, tuple) and all(map(is_whole, v)),
+      ),
+      contrast=(ANY, 'a Contrast', lambda v: isinstance(v, Contrast | None)),
+    )
     if not self.temperature and (self.top_k or self.top_p < 1):
       raise ValueError('top_k and top_p are of sampling: set a temperature.')
     if self.num_beams > 1 and self.temperature:

@@ -1,12 +1,12 @@
-"""Lines in, lines out: what `st-moe generate` does, whatever interrupts it."""
+"""Lines in, lines out: what `st-moe generate` does."""
 
+import codecs
 import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import os
-import pathlib
 import re
 import sys
 import time
@@ -15,9 +15,15 @@ from collections.abc import Iterable, Iterator
 from etils import epath
 
 from st_moe.data import files
-from st_moe.infer.generate import Answer, Asked, Generator
+from st_moe.infer.generate import HALF, Answer, Asked, Generator
+from st_moe.infer.output import Output, check_output
 
 _WINDOW = 16  # Batches of a file that are sorted by length together.
+_LONGEST = 1 << 26  # Bytes of a line.
+_DEEPEST = 100  # Objects in objects.
+# Legal in JSON's texts as they are, but half a surrogate pair is no character
+# that a file could hold, and at the others some readers end a line.
+_ODD = re.compile('[\ud800-\udfff\x85\u2028\u2029]')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +46,15 @@ class Row:
 
 
 def parse(lines: Iterable[bytes], name: str, form: Format) -> Iterator[Row]:
-  """Rows of the lines of the file `name`.
+  """Rows of the lines of the file `name`; between objects lines may be blank.
 
   Raises:
     ValueError: a line that is not UTF-8, no JSON object, or lacks a field.
   """
   for number, raw in enumerate(lines, 1):
     where = f'{name}, line {number}'
+    if number == 1:
+      raw = raw.removeprefix(codecs.BOM_UTF8)
     try:
       text = raw.decode().rstrip('\r\n')
     except UnicodeDecodeError as e:
@@ -54,18 +62,58 @@ def parse(lines: Iterable[bytes], name: str, form: Format) -> Iterator[Row]:
     if not form.jsonl:
       yield Row(text)
       continue
-    try:
-      values = json.loads(text)
-    except json.JSONDecodeError as e:
-      raise ValueError(f'{where} is no JSON: {e.msg}.') from None
-    if not isinstance(values, dict):
-      raise ValueError(f'{where} is no JSON object.')
+    if not text.strip():
+      continue
+    values = _object(text, where)
     for field in filter(None, (form.field, form.targets)):
       if not isinstance(values.get(field), str):
         raise ValueError(f'{where} has no text in the field {field!r}.')
-      if re.search('[\ud800-\udfff]', values[field]):
+      if HALF.search(values[field]):
         raise ValueError(f'{where} has half a surrogate pair in {field!r}.')
     yield Row(values[form.field], values.get(form.targets, ''), values)
+
+
+def _object(text: str, where: str) -> dict:
+  """A line as an object that can be written again, nothing of it lost."""
+  try:
+    values = json.loads(
+      text, parse_constant=_no_number, object_pairs_hook=_each_once
+    )
+  except json.JSONDecodeError as e:
+    raise ValueError(f'{where} is no JSON: {e.msg}.') from None
+  except RecursionError:
+    raise _too_deep(where) from None
+  except ValueError as e:
+    raise ValueError(f'{where} cannot be read: {e}.') from None
+  if not isinstance(values, dict):
+    raise ValueError(f'{where} is no JSON object.')
+  if _is_deep(values, _DEEPEST):
+    raise _too_deep(where)
+  return values
+
+
+def _no_number(text: str):
+  raise ValueError(f'{text} is no number of JSON, which has null')
+
+
+def _each_once(pairs: list[tuple]) -> dict:
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    names = [name for name, _ in pairs]
+    twice = next(name for name in names if names.count(name) > 1)
+    raise ValueError(f'it has a field {twice!r} twice')
+  return found
+
+
+def _is_deep(value, left: int) -> bool:
+  inner = value.values() if isinstance(value, dict) else value
+  if not isinstance(value, dict | list):
+    return False
+  return not left or any(_is_deep(v, left - 1) for v in inner)
+
+
+def _too_deep(where: str) -> ValueError:
+  return ValueError(f'{where} is nested more than {_DEEPEST} levels deep.')
 
 
 def results(
@@ -113,105 +161,14 @@ def _line(
   if form.fill:
     texts = [generator.fill(row.prompt, a) for a in answers]
   if not form.jsonl:
-    return '\t'.join(t.replace('\n', '\\n') for t in texts)
+    in_line = {'\n': '\\n', '\r': '\\r'}
+    return '\t'.join(t.translate(str.maketrans(in_line)) for t in texts)
   said = [
     {**dataclasses.asdict(a), 'text': text}
     for text, a in zip(texts, answers, strict=True)
   ]
-  return json.dumps({**row.values, 'outputs': said}, ensure_ascii=False)
-
-
-class Output:
-  """A file of lines that grows; begun again, it goes on where it stopped.
-
-  What was asked is kept beside it. An object store cannot append: there each
-  `write` is a part of its own, and `join` makes one of them.
-  """
-
-  def __init__(self, path, about: dict):
-    """Opens `path`; `done` lines of it are complete.
-
-    Raises:
-      ValueError: it is there, and something else was asked.
-    """
-    self.path = epath.Path(path).expanduser()
-    self._remote = files.is_remote(path)
-    self._about = self.path.parent / f'{self.path.name}.about.json'
-    self._parts = self.path.parent / f'{self.path.name}.parts'
-    self.path.parent.mkdir(parents=True, exist_ok=True)
-    self.done = 0
-    if self.path.exists():
-      self.done = self._complete_lines()
-      if self._parts.exists():  # Killed while they were removed.
-        self._parts.rmtree()
-    elif self._parts.exists():
-      self.done = sum(p.read_bytes().count(b'\n') for p in self._all_parts())
-    if self.done:
-      self._check(about)
-    files.write_whole(self._about, json.dumps(about, indent=2).encode())
-    self._file = None
-    if not self._remote:
-      if self.path.exists():
-        os.truncate(self.path, self._whole)
-      self._file = pathlib.Path(self.path).open('ab')
-
-  def _check(self, about: dict):
-    if not self._about.exists():
-      raise ValueError(
-        f'{self.path} exists and {self._about.name} does not: it was not'
-        ' written by `st-moe generate`. Name another file.'
-      )
-    then = json.loads(self._about.read_text())
-    differing = sorted(
-      k for k in {*then, *about} if then.get(k) != about.get(k)
-    )
-    if differing:
-      listed = '\n  '.join(
-        f'{k}: {then.get(k)!r} then, {about.get(k)!r} now' for k in differing
-      )
-      raise ValueError(
-        f'{self.path} was begun by another command:\n  {listed}\nName another'
-        ' file, or remove it.'
-      )
-
-  def _complete_lines(self) -> int:
-    """Counts them, up to what was being written when it was killed."""
-    count = whole = 0
-    with self.path.open('rb') as f:
-      while chunk := f.read(1 << 20):
-        count += chunk.count(b'\n')
-        last = chunk.rfind(b'\n')
-        if last >= 0:
-          whole = f.tell() - len(chunk) + last + 1
-    self._whole = whole
-    return count
-
-  def _all_parts(self):
-    return sorted(self._parts.iterdir(), key=lambda p: p.name)
-
-  def write(self, lines: list[str]):
-    data = ''.join(f'{line}\n' for line in lines).encode()
-    if self._file:
-      self._file.write(data)
-      self._file.flush()
-    elif lines:
-      self._parts.mkdir(parents=True, exist_ok=True)
-      files.write_whole(self._parts / f'{self.done:012}', data)
-    self.done += len(lines)
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *_):
-    if self._file:
-      self._file.close()
-
-  def join(self):
-    """Makes one object of the parts, where there are any."""
-    if self._parts.exists():
-      parts = [p.read_bytes() for p in self._all_parts()]
-      files.write_whole(self.path, b''.join(parts))
-      self._parts.rmtree()
+  line = files.as_json({**row.values, 'outputs': said}, ensure_ascii=False)
+  return _ODD.sub(lambda odd: f'\\u{ord(odd[0]):04x}', line)
 
 
 def run(
@@ -230,13 +187,16 @@ def run(
     output: a file; '': standard output.
     about: what makes answers what they are, besides `asked`.
   """
+  if output:
+    check_output(output, source)
   with contextlib.ExitStack() as opened:
     window, stamp = 1, None
     if prompts:
-      name, lines = 'prompt', [p.encode() for p in prompts]
+      # What was no UTF-8 on a command line is told as of a file.
+      name, lines = 'prompt', map(os.fsencode, prompts)
       stamp = list(prompts)
     elif source:
-      name, lines = source, opened.enter_context(_path(source).open('rb'))
+      name, lines = source, opened.enter_context(_opened(source))
       if _is_file(source):
         window, stamp = _WINDOW, files.stamp(_path(source))
     elif sys.stdin.isatty():
@@ -244,7 +204,8 @@ def run(
         raise ValueError('A conversation has no --output and no --targets.')
       return converse(generator, asked, form)
     else:
-      name, lines = 'standard input', sys.stdin.buffer
+      name = 'standard input'
+      lines = _bounded(sys.stdin.buffer, name)
     generator.understood(asked)  # Or nothing is written.
     rows = parse(lines, name, form)
     answer = functools.partial(
@@ -283,7 +244,7 @@ def _print(found) -> None:
 
 
 def _jsonable(asked: Asked) -> dict:
-  return json.loads(json.dumps(dataclasses.asdict(asked)))
+  return json.loads(files.as_json(dataclasses.asdict(asked)))
 
 
 def check(source: str, form: Format) -> None:
@@ -291,9 +252,27 @@ def check(source: str, form: Format) -> None:
   if not _path(source).exists() or _path(source).is_dir():
     raise ValueError(f'{source}: no such file.')
   if _is_file(source):  # A pipe can be read once.
-    with _path(source).open('rb') as lines:
+    with _opened(source) as lines:
       for _ in parse(lines, source, form):
         pass
+
+
+@contextlib.contextmanager
+def _opened(source: str) -> Iterator[Iterable[bytes]]:
+  with _path(source).open('rb') as file:
+    # Files of a store may not know how to read a part of a line.
+    yield file if files.is_remote(source) else _bounded(file, source)
+
+
+def _bounded(file, name: str) -> Iterator[bytes]:
+  """Its lines, none of them longer than memory."""
+  while line := file.readline(_LONGEST + 1):
+    if len(line) > _LONGEST:
+      raise ValueError(
+        f'{name} has a line of more than {_LONGEST >> 20} MiB: is it a file of'
+        ' prompts, one a line?'
+      )
+    yield line
 
 
 def _path(source: str) -> epath.Path:

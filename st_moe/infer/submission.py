@@ -64,7 +64,7 @@ def write(folder: epath.PathLike, measured: Mapping[str, tuple]) -> epath.Path:
   path = epath.Path(folder) / NAME
   with files.appearing(path) as temp, zipfile.ZipFile(temp, 'w') as archive:
     for task, found in lines.items():
-      text = ''.join(f'{json.dumps(line)}\n' for line in found)
+      text = ''.join(f'{files.as_json(line)}\n' for line in found)
       archive.writestr(FILES[task], text)
   if missing := sorted(FILES.keys() - lines):
     print(f'The leaderboard wants all ten; missing: {", ".join(missing)}.')

@@ -388,7 +388,7 @@ def save(where: str, params, config: Config, vocabulary: bytes | None) -> None:
     beside['generation_config.json'] = _SPECIAL
   with files.directory_appearing(where) as directory:
     for name, value in beside.items():
-      text = json.dumps(value, indent=2, sort_keys=True)
+      text = files.as_json(value, indent=2, sort_keys=True)
       (directory / name).write_text(f'{text}\n')
     if vocabulary is not None:
       hf_tokenizer.write(directory, vocabulary)

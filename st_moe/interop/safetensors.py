@@ -12,6 +12,8 @@ from collections.abc import Iterable
 import ml_dtypes
 import numpy as np
 
+from st_moe.data import files
+
 _DTYPES = {
   'F64': np.dtype('float64'),
   'F32': np.dtype('float32'),
@@ -137,7 +139,7 @@ def write(
         t[0]: name for name, s in zip(names, shards, strict=True) for t in s
       },
     }
-    (directory / _INDEX).write_text(json.dumps(index, indent=2))
+    (directory / _INDEX).write_text(files.as_json(index, indent=2))
   for name, shard in zip(names, shards, strict=True):
     _write_shard(directory / name, shard)
 
@@ -151,7 +153,7 @@ def _write_shard(path: pathlib.Path, shard) -> None:
       'data_offsets': [offset, offset + nbytes],
     }
     offset += nbytes
-  text = json.dumps(header).encode()
+  text = files.as_json(header).encode()
   text += b' ' * (-len(text) % 8)  # Tensors start at multiples of 8 bytes.
   with path.open('wb') as file:
     file.write(struct.pack('<Q', len(text)) + text)

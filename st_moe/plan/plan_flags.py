@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import importlib.util
-import json
 import os
 import pathlib
 from collections.abc import Callable
@@ -73,19 +72,34 @@ def run(flags, load: Callable) -> int:
     print(e)
     found, fits = {'fits': False, 'why': str(e)}, False
   if flags.output:
-    files.write_whole(flags.output, json.dumps(found, indent=2).encode())
+    files.write_whole(flags.output, files.as_json(found, indent=2).encode())
   return 0 if fits else 1
 
 
 def _check_output(output: str) -> None:
   """Refuses what could not be written after minutes of work."""
-  path = pathlib.Path(output)
-  if not output or '://' in output:
+  from st_moe.data import files
+
+  if not output:
     return
-  if not path.parent.is_dir():
-    raise ValueError(f'--output={output}: there is no {path.parent}.')
-  if path.is_dir():
-    raise ValueError(f'--output={output} is a directory; name a file.')
+  parent = pathlib.Path(output).parent
+  if not files.is_remote(output) and not parent.is_dir():
+    raise ValueError(f'--output={output}: there is no {parent}.')
+  files.check_free(output, _is_plan)
+
+
+def _is_plan(path) -> bool:
+  from st_moe.data import files
+
+  found = files.json_in(path).keys()
+  kinds = (
+    ('parameters', 'met_by_a_token'),
+    ('fits', 'why'),
+    ('fits', 'cost'),
+    ('fits', 'compiled'),
+    ('tried', 'ranked'),
+  )
+  return any({*kind} <= found for kind in kinds)
 
 
 def _counted(flags, load):

@@ -233,7 +233,7 @@ def _sizes(directory: epath.Path) -> dict[str, int]:
 
 
 def _list(directory: epath.Path) -> None:
-  listing = json.dumps(_sizes(directory)).encode()
+  listing = files.as_json(_sizes(directory)).encode()
   files.write_whole(directory / _LISTING, listing)
 
 

@@ -6,7 +6,10 @@ import numpy as np
 from etils import epath
 
 from st_moe.config import unknown
+from st_moe.data import files
 from st_moe.train.report import best_steps, read_rows
+
+_MARK = 'st-moe report'  # In pictures that may be drawn anew.
 
 
 def compare(workdirs: list[str], *, baseline: str = '') -> None:
@@ -104,10 +107,18 @@ def draw_curves(workdirs: list[str], path: str) -> None:
 
   Args:
     path: where to; its ending says how: .png, .svg, .pdf.
+
+  Raises:
+    ValueError: an unknown ending, or a file there that we did not draw.
   """
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
+  endings = FigureCanvasAgg(Figure()).get_supported_filetypes()
+  ending = path.rpartition('.')[2]
+  if ending not in endings:
+    raise unknown('kind of picture', ending, endings)
+  files.check_free(path, lambda p: _MARK.encode() in p.read_bytes())
   runs = [_Run(*each) for each in zip(workdirs, _names(workdirs), strict=True)]
   names = sorted({n for run in runs for n in run.scores if n.endswith('/loss')})
   columns = min(len(names), 4)
@@ -128,11 +139,11 @@ def draw_curves(workdirs: list[str], path: str) -> None:
   figure.legend(
     *figure.axes[0].get_legend_handles_labels(), loc='outside right'
   )
-  endings = FigureCanvasAgg(figure).get_supported_filetypes()
-  ending = path.rpartition('.')[2]
-  if ending not in endings:
-    raise unknown('kind of picture', ending, endings)
-  figure.savefig(path, dpi=100)
+  signed = {'png': 'Software', 'svg': 'Creator', 'pdf': 'Creator'}
+  signature = {signed[ending]: _MARK} if ending in signed else None
+  with files.appearing(path) as temp:
+    FigureCanvasAgg(figure)
+    figure.savefig(temp, format=ending, dpi=100, metadata=signature)
   print(f'wrote {path}')
 
 

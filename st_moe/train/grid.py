@@ -5,7 +5,6 @@ on where it was, and a field may be given more values later.
 """
 
 import itertools
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 
@@ -84,6 +83,7 @@ def run(
   workdir = epath.Path(workdir).expanduser()
   wanted = cells(vary)
   configs = [make(cell) for cell in wanted]
+  hosts.agreed(lambda: _check_free(workdir))
   with stdio.lasting(), signals.orderly(), owner.held(workdir):
     if metrics:
       _check_metrics(metrics, wanted, configs, workdir)
@@ -120,6 +120,13 @@ def _run(wanted, configs, workdir: epath.Path, metrics, config_path) -> None:
     raise ValueError(f'{len(failed)} cells failed: {", ".join(failed)}.')
 
 
+def _check_free(workdir: epath.Path) -> None:
+  """Raises where files that no grid wrote have names of ours."""
+  every, table = {'cells', 'table', 'failed'}, workdir / 'grid.json'
+  files.check_free(table, lambda p: every <= files.json_in(p).keys())
+  files.check_free(workdir / 'grid.md', lambda _: table.exists())
+
+
 def _tell(done: list[Cell], workdir: epath.Path, metrics, failed) -> None:
   measured = {
     directory(cell): _measured(workdir / directory(cell))
@@ -132,7 +139,7 @@ def _tell(done: list[Cell], workdir: epath.Path, metrics, failed) -> None:
   rows = summary(done, measured, metrics)
   about = {'cells': measured, 'table': rows, 'failed': failed}
   write = lambda name, text: files.write_whole(workdir / name, text.encode())
-  write('grid.json', json.dumps(about, indent=2))
+  write('grid.json', files.as_json(about, indent=2))
   text = markdown(rows)
   write('grid.md', text)
   print(text)

@@ -328,7 +328,10 @@ def _keep_vocabulary(workdir, config: Config, vocab) -> vocabulary.Vocabulary:
 def _claim(workdir: epath.Path, config: Config) -> int:
   """The steps done in a workdir; refuses one where another config trained."""
   path, done = workdir / 'config.json', checkpoint.last_step(workdir)
+  files.check_free(path, lambda p: 'total_steps' in files.json_in(p))
   if not path.exists():
+    if not done:
+      workdirs.check_new(workdir)
     return done
   # By way of a Config, which knows the fields that have come since.
   theirs = config_file.of_run(path)

@@ -163,7 +163,7 @@ class Rows:
     kept = [r for r in rows if r['step'] <= start]
     old = set(workdir.glob('metrics*.jsonl'))
     # In one file, and whole before the others go: it may be killed here too.
-    self._buffer: list[str] = [json.dumps(r) for r in kept]
+    self._buffer: list[str] = [files.as_json(r) for r in kept]
     if kept or self._appends:
       path = self._next()
       files.write_whole(path, self._text())
@@ -187,7 +187,7 @@ class Rows:
     self._part += 1
 
   def write(self, row: dict):
-    self._buffer.append(json.dumps(row))
+    self._buffer.append(files.as_json(row))
     if self._appends or len(self._buffer) >= 100:
       self.flush()
 

@@ -1,6 +1,5 @@
 """What a run keeps in its workdir besides numbers and checkpoints."""
 
-import json
 import pathlib
 import subprocess
 
@@ -34,6 +33,12 @@ def check(workdir: epath.Path) -> None:
       )
 
 
+def check_new(workdir: epath.Path) -> None:
+  """Refuses a folder where files that no run wrote have names of a run's."""
+  for name in ('config.py', 'about.json', METRICS):
+    files.check_free(workdir / name, lambda _: False)
+
+
 def explain(workdir: epath.Path, config: Config, path: str) -> None:
   """Leaves what the run is made of, from config file to versions.
 
@@ -46,7 +51,7 @@ def explain(workdir: epath.Path, config: Config, path: str) -> None:
     source = config_file.find(path.partition(':')[0])
     (workdir / 'config.py').write_text(source.read_text())
   about = {'commit': commit(), 'versions': checkpoint.versions()}
-  (workdir / 'about.json').write_text(json.dumps(about, indent=2))
+  (workdir / 'about.json').write_text(files.as_json(about, indent=2))
 
 
 def commit() -> str:

@@ -1,6 +1,7 @@
 """Files that are whole or absent, wherever they lie."""
 
 import errno
+import os
 
 import pytest
 
@@ -42,3 +43,18 @@ def test_a_full_disk_is_said_plainly(tmp_path):
   ):
     raise OSError(errno.ENOSPC, 'No space left on device')
   assert list(tmp_path.iterdir()) == []
+
+
+def test_json_knows_no_nan():
+  nan, inf = float('nan'), float('inf')
+  found = files.as_json({'a': [nan, (1.5, -inf)], 'b': {'c': inf, 'd': True}})
+  assert found == '{"a": ["nan", [1.5, "-inf"]], "b": {"c": "inf", "d": true}}'
+
+
+def test_no_file_takes_the_place_of_a_device(tmp_path):
+  """As it would have of /dev/null, for somebody who may."""
+  fifo = tmp_path / 'fifo'
+  os.mkfifo(fifo)
+  with pytest.raises(ValueError, match='fifo is no file, and none can take'):
+    files.write_whole(fifo, b'x')
+  assert fifo.is_fifo()

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import pickle
+import tempfile
 
 import pytest
 import sentencepiece
@@ -75,6 +76,22 @@ def test_object_store(trained, bucket):
   assert (bucket / 'b' / 'w.model').read_bytes() == remote.model
 
 
+def test_another_vocabulary_is_not_written_over(tmp_path):
+  path = tmp_path / 'v.model'
+  train = lambda texts, size=200: vocabulary.train(texts, str(path), size=size)
+  some = ['one text to learn from', 'and a second'] * 9
+  first = train(some)
+  assert train(some) == first  # The same command may be run again.
+  for texts, size in ((['some other text of words'] * 9, 200), (some, 199)):
+    with pytest.raises(ValueError, match='another vocabulary, of 200 ids'):
+      train(texts, size)
+  assert path.read_bytes() == first.model
+  path.write_bytes(b'precious')
+  with pytest.raises(ValueError, match='v.model exists and it was not written'):
+    train(['one text'])
+  assert path.read_bytes() == b'precious'
+
+
 def test_a_vocabulary_is_a_value(trained):
   copy = pickle.loads(pickle.dumps(trained))
   assert copy == trained and hash(copy) == hash(trained)
@@ -105,6 +122,20 @@ def test_seqio_reads_a_model_out_of_a_checkpoint(trained, tmp_path):
   (tmp_path / 'v.model').write_text('another model')
   loose = vocabulary.Vocabulary(str(tmp_path / 'v.model'), trained.model)
   assert list(loose.to_seqio().encode(TEXT)) == trained.encode(TEXT)
+
+
+def test_nobody_can_put_another_model_in_the_place_of_a_copy(
+  trained, tmp_path, monkeypatch
+):
+  """A temporary folder is everybody's: what lies there is not believed."""
+  monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+  vocabulary._copy.cache_clear()
+  planted = tmp_path / f'{trained.fingerprint}.model'
+  planted.write_text('another model')
+  found = vocabulary.Vocabulary('gone.model', trained.model).to_seqio()
+  assert list(found.encode(TEXT)) == trained.encode(TEXT)
+  (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+  assert folder.stat().st_mode & 0o077 == 0
 
 
 def test_t5():

@@ -1,8 +1,11 @@
 """The verb `evaluate`: which data, which checkpoints, what is written."""
 
 import dataclasses
+import functools
 import json
 import math
+import os
+import sys
 import types
 import zipfile
 
@@ -13,7 +16,7 @@ import pytest
 
 from st_moe import sharding
 from st_moe.config import Config, DataConfig, EvalConfig, StackConfig
-from st_moe.data import mixture, pipeline, vocabulary
+from st_moe.data import files, mixture, pipeline, vocabulary
 from st_moe.data.metrics import accuracy
 from st_moe.infer import evaluate, submission
 from st_moe.interop import ours
@@ -94,7 +97,12 @@ def test_scores_and_predictions_are_written(run, tmp_path, capsys):
   to = tmp_path / 'run' / 'evaluation'
   path = str(tmp_path / 'run' / 'checkpoints' / '20')
   about = json.loads((to / 'metrics.json').read_text())
-  assert about == {'checkpoint': path, 'step': 20, 'metrics': found}
+  settings = about.pop('settings')
+  assert about == {
+    'checkpoint': path, 'step': 20, 'written': 0, 'metrics': found,
+  }  # fmt: skip
+  assert settings.keys() == {'vocabulary', 'evaluate', 'config'}
+  assert settings['evaluate']['split'] == 'validation'
   lines = (to / 'predictions-quiz.jsonl').read_text().splitlines()
   rows = [json.loads(line) for line in lines]
   # All twenty, whatever the run did; ranked, then decoded.
@@ -109,6 +117,218 @@ def test_scores_and_predictions_are_written(run, tmp_path, capsys):
   # It says how many were seated: a capacity moves the loss.
   assert 'Losses of text with capacity 2.0, answers with no limit.' in said
   assert said.endswith(f'wrote {to}\n')
+
+
+# Nothing is written over.
+
+
+def _metrics(folder) -> dict:
+  return json.loads((folder / 'metrics.json').read_text())
+
+
+def _tasks(folder) -> set:
+  """Those with metrics, which are those with predictions."""
+  tasks = {name.split('/')[1] for name in _metrics(folder)['metrics']}
+  said = {p.name for p in folder.glob('predictions-*')}
+  assert said == {f'predictions-{task}.jsonl' for task in tasks}
+  return tasks
+
+
+def test_tasks_are_added(run, tmp_path):
+  to = tmp_path / 'run' / 'evaluation'
+  first, second = run(mixture=['quiz']), run(mixture=['bool'])
+  assert _tasks(to) == {'quiz', 'bool'}
+  assert _metrics(to)['metrics'] == {**first, **second}
+  run(mixture=['quiz'])
+  assert _tasks(to) == {'quiz', 'bool'} and not (to / 'earlier').exists()
+
+
+def test_another_step_is_not_mixed_in(run, tmp_path, capsys):
+  """Nor is a newer one lost for an older one."""
+  to = tmp_path / 'run' / 'evaluation'
+  late = run('run/checkpoints/40', mixture=['quiz', 'bool'])
+  capsys.readouterr()
+  early = run('run/checkpoints/20', mixture=['quiz'])
+  assert _metrics(to)['step'] == 20 and _metrics(to)['metrics'] == early
+  assert _tasks(to) == {'quiz'}
+  aside = to / 'earlier' / '0'
+  assert _metrics(aside)['step'] == 40 and _metrics(aside)['metrics'] == late
+  assert _tasks(aside) == {'quiz', 'bool'}
+  said = capsys.readouterr().out
+  assert f'checkpoints/40, step 40, scored is now in {aside}\n' in said
+
+
+@pytest.mark.parametrize(
+  'overrides',
+  [{'evaluate.split': 'test'}, {'model.moe.eval_capacity.factor': '0.5'}],
+)
+def test_other_settings_are_not_mixed_in(run, tmp_path, overrides):
+  to = tmp_path / 'run' / 'evaluation'
+  first = run(mixture=['bool'])
+  run(mixture=['quiz'], overrides=overrides)
+  assert _tasks(to) == {'quiz'}
+  assert _metrics(to / 'earlier' / '0')['metrics'] == first
+  run(mixture=['bool'], overrides=overrides)
+  assert _tasks(to) == {'quiz', 'bool'}
+  assert not (to / 'earlier' / '1').exists()
+
+
+def test_what_moves_no_score_is_no_other_setting(run, tmp_path):
+  run(mixture=['bool'], overrides={'evaluate.split': 'validation'})
+  run(mixture=['quiz'], overrides={'data.workers': '2', 'evaluate.every': '5'})
+  assert _tasks(tmp_path / 'run' / 'evaluation') == {'quiz', 'bool'}
+
+
+def test_a_run_that_was_started_anew_is_another(run, tmp_path):
+  place = tmp_path / 'run' / 'checkpoints' / '20'
+  place.mkdir(parents=True)
+  (place / 'files.json').write_text('{}')
+  run('run/checkpoints/20', mixture=['bool'])
+  os.utime(place / 'files.json', ns=(1, 1))
+  run('run/checkpoints/20', mixture=['quiz'])
+  assert _tasks(tmp_path / 'run' / 'evaluation') == {'quiz'}
+
+
+def test_every_step_keeps_what_other_settings_found(run, tmp_path):
+  to = tmp_path / 'run' / 'evaluation'
+  run(every_step=True, mixture=['bool'])
+  best = (to / 'best.json').read_text()
+  run(every_step=True, mixture=['quiz'])
+  both = {
+    name.split('/')[1] for name in json.loads((to / 'best.json').read_text())
+  }
+  assert both == _tasks(to / '20') == {'bool', 'quiz'}
+  run(every_step=True, mixture=['bool'], overrides={'data.inputs_length': '3'})
+  assert _tasks(to / '20') == {'bool'}
+  assert _tasks(to / '20' / 'earlier' / '0') == {'bool', 'quiz'}
+  aside = json.loads((to / 'earlier' / '0' / 'best.json').read_text())
+  assert aside.keys() > json.loads(best).keys()
+
+
+def test_a_kill_between_files_leaves_nothing_wrong(run, tmp_path, monkeypatch):
+  """At each file: what is there is whole, and of one checkpoint."""
+  to = tmp_path / 'run' / 'evaluation'
+  old = run('run/checkpoints/40', mixture=['quiz', 'bool'])
+  for number in range(9):
+    left = [number]
+    original = {name: getattr(files, name) for name in ('copy', 'write_whole')}
+
+    def killed(name, *args, original=original, left=left):
+      left[0] -= 1
+      if left[0] < 0:
+        raise KeyboardInterrupt
+      original[name](*args)
+
+    with monkeypatch.context() as patch:
+      for name in original:
+        patch.setattr(files, name, functools.partial(killed, name))
+      try:
+        run('run/checkpoints/20', mixture=['bool', 'quiz'])
+      except KeyboardInterrupt:
+        done = False
+      else:
+        done = True
+    found = [_metrics(p.parent) for p in sorted(to.rglob('metrics.json'))]
+    assert sum(m['metrics'] == old for m in found) == 1
+    assert {m['step'] for m in found} <= {20, 40}
+    if done:
+      break
+  assert _metrics(to)['step'] == 20 and _tasks(to) == {'quiz', 'bool'}
+  assert _tasks(to / 'earlier' / '0') == {'quiz', 'bool'}
+  assert number == 3  # 1 + 2 + 3: three files were moved, three written.
+
+
+def test_what_is_not_ours_is_refused_before_work(run, tmp_path, monkeypatch):
+  to = tmp_path / 'results'
+  to.mkdir()
+  monkeypatch.setattr(evaluate, '_measure', lambda *_: pytest.fail('work'))
+  for name in (
+    'metrics.json', 'predictions-quiz.jsonl', 'best.json', 'superglue.zip',
+  ):  # fmt: skip
+    for data in (b'precious', b'{}', b'{"loss": 1.0}', b'{"idx": 1}'[:5]):
+      (to / name).write_bytes(data)
+      with pytest.raises(ValueError, match=f'{name} exists and it was not wri'):
+        run(mixture=['quiz'], output=str(to))
+      assert (to / name).read_bytes() == data
+    (to / name).unlink()
+  (tmp_path / 'file').write_text('precious')
+  for output in ('file', 'file/deeper'):
+    with pytest.raises(ValueError, match='file is a file, not a directory'):
+      run(mixture=['quiz'], output=str(tmp_path / output))
+  monkeypatch.setattr(os, 'access', lambda *_: False)
+  with pytest.raises(ValueError, match='results cannot be written; say with'):
+    run(mixture=['quiz'], output=str(to))
+
+
+def test_a_model_of_no_numbers_is_told(run, tmp_path, capsys, monkeypatch):
+  nothing = np.nan * table()
+  monkeypatch.setattr(sys.modules[__name__], 'table', lambda: nothing)
+  run(mixture=['text', 'quiz'])
+  said = capsys.readouterr().out
+  assert 'text, quiz: the logits of ' in said and 'scores mean nothing' in said
+  strict = lambda text: pytest.fail(f'{text} is no JSON')
+  for path in (tmp_path / 'run' / 'evaluation').iterdir():
+    rows = [path.read_text()]
+    if path.suffix == '.jsonl':
+      rows = rows[0].splitlines()
+    for row in rows:
+      json.loads(row, parse_constant=strict)
+  assert (
+    _metrics(tmp_path / 'run' / 'evaluation')['metrics']['eval/text/loss']
+    == 'nan'
+  )
+
+
+def test_where_nobody_looks_a_line_says_how_far_it_is(run, capsys, monkeypatch):
+  monkeypatch.setattr(evaluate, '_PATIENCE', 0.0)
+  run(mixture=['text', 'quiz'])
+  said = capsys.readouterr().out
+  assert 'step 40: 5 of 40 examples, 0:00:' in said
+  assert 'step 40: 20 of 40 examples' in said
+
+
+def test_checkpoints_of_others_do_not_share_a_place(tmp_path):
+  beside = lambda uri, path: str(evaluate._beside(uri, path))
+  base = str(tmp_path)
+  (tmp_path / 'file').touch()
+  for uri, path, place in (
+    ('run', 'run/checkpoints/8', 'run/evaluation'),
+    ('shared', 'shared/20', 'shared/evaluation'),
+    # Converted ones have no number: each keeps its own.
+    ('runs/a', 'runs/a', 'runs/a/evaluation'),
+    ('hf:models/a', 'models/a', 'models/a/evaluation'),
+    ('hf:models/7', 'models/7', 'models/7/evaluation'),
+    ('t5x:file', 'file', 'evaluation'),
+  ):
+    assert beside(uri, f'{base}/{path}') == f'{base}/{place}'
+  with pytest.raises(ValueError, match='hf:google/x is no directory here: say'):
+    evaluate.evaluate('hf:google/x')
+
+
+@pytest.mark.parametrize(
+  ('field', 'message'),
+  [
+    (
+      'model.embed_dim',
+      'model.embed_dim cannot be set for an evaluation',
+    ),
+    ('model.activation', 'model.activation cannot be set'),
+    ('model.moe.num_experts', 'cannot be set'),
+    ('model.moe.train_capacity.factor', 'cannot be set'),
+    ('model.encoder.num_layers', 'cannot be set'),
+    ('optimizer.learning_rate', 'cannot be set'),
+    ('total_steps', 'total_steps cannot be set.* evaluate, data, mesh'),
+    ('init', 'cannot be set'),
+    ('routing', 'cannot be set'),
+    ('data.vocabulary', 'is of training; .* is --vocabulary=FILE'),
+    ('data.vocabulary_size', 'is of training'),
+    ('model.embed_dimm', "'embed_dimm'. Did you mean 'embed_dim'"),
+  ],
+)
+def test_an_evaluation_makes_no_other_model(run, field, message):
+  with pytest.raises(ValueError, match=message):
+    run(overrides={field: '64'})
+  assert not Shelf.opened
 
 
 def test_a_table_has_a_line_a_metric(run, capsys):

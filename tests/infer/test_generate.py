@@ -13,7 +13,7 @@ from st_moe.data import vocabulary
 from st_moe.infer import decoding, generate
 from st_moe.infer.generate import Generator, asked
 from st_moe.infer.load import Loaded
-from st_moe.infer.methods import Method
+from st_moe.infer.methods import Contrast, Method
 from st_moe.model.transformer import Transformer
 from tests.helpers import random_params, tiny
 
@@ -184,6 +184,116 @@ def test_what_cannot_be_asked(prompts, options, message):
     _ask(_generator(), prompts, **options)
 
 
+NAN, INF = float('nan'), float('inf')
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'max_length': 0}, 'max_length 0 must be at least 1'),
+    ({'max_length': 2.5}, 'max_length 2.5 must be a whole number below'),
+    ({'max_length': True}, 'max_length True must be a whole number'),
+    (
+      {'temperature': NAN},
+      r'temperature nan must be a number, 0 \(greedy\)',
+    ),
+    ({'temperature': INF}, 'temperature inf must be a number'),
+    ({'temperature': 'hot'}, "temperature 'hot' must be a number"),
+    ({'temperature': 1.0, 'top_k': -1}, r'top_k -1 must be 0 \(all\) or more'),
+    ({'temperature': 1.0, 'top_p': 2}, 'top_p 2 must be above 0 and at most 1'),
+    ({'num_beams': 0}, 'num_beams 0 must be at least 1'),
+    (
+      {'num_beams': 2, 'length_penalty': NAN},
+      'length_penalty nan must be a',
+    ),
+    ({'early_stopping': 1}, "early_stopping 1 must be true, false or 'never'"),
+    ({'num_return': None}, 'num_return None must be a whole number'),
+    ({'repetition_penalty': INF}, 'repetition_penalty inf must be a number'),
+    ({'forbidden': (1.5,)}, r'forbidden \(1.5,\) must be a tuple of token ids'),
+    ({'contrast': NAN}, 'contrast nan must be a Contrast'),
+    ({'seed': 10**20}, '00 must be a whole number from 0 to 2'),
+    ({'seed': -1}, 'seed -1 must be a whole number from 0'),
+    ({'max_length': 10**11}, '00 must be a whole number below 2'),
+    ({'seed': 0.5}, 'seed 0.5 must be a whole number'),
+    ({'prefix': None}, 'prefix None must be a text'),
+    ({'stop': ['']}, r"stop \(''\,\) must be texts that are not empty"),
+    ({'stop': None}, r'stop \(None,\) must be texts'),
+    ({'forbid': [1.5]}, r'forbid \(1.5,\) must be ids of tokens, or their'),
+    ({'off': 3}, r'off \(3,\) must be names of experts'),
+    ({'k': 1.0}, 'k 1.0 must be a whole number, or None'),
+    ({'k': 0}, '0 experts per token: there are 4'),
+    ({'long': None}, "long 'None'"),
+  ],
+)
+def test_an_option_that_breaks_its_rule(options, message):
+  with pytest.raises(ValueError, match=message):
+    _loaded().generate(['a'], **options)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'beta': NAN}, 'beta nan must be a number, 0 or more'),
+    ({'alpha': NAN}, 'alpha nan must be a number, above 0 and at most 1'),
+    ({'alpha': 2}, 'alpha 2 must be above 0 and at most 1'),
+    ({'rank': 1.5}, 'rank 1.5 must be a whole number below'),
+  ],
+)
+def test_a_contrast_that_breaks_its_rule(fields, message):
+  with pytest.raises(ValueError, match=message):
+    Contrast(**fields)
+
+
+def test_numbers_may_be_those_of_numpy():
+  method = asked(max_length=np.int64(4), temperature=np.float32(0.5)).method
+  assert (method.max_length, method.temperature) == (4, 0.5)
+
+
+def test_prompts_are_texts():
+  model = _loaded()
+  assert model.generate([]) == model.score([], []) == model.encode([]) == []
+  ways = (
+    model.generate,
+    model.encode,
+    model.fill,
+    lambda prompts: model.score(prompts, prompts),
+    lambda targets: model.score(['a'], targets),
+  )
+  for way in ways:
+    for wrong, message in {
+      'hello': 's is a str: give a list of texts',
+      None: 's is a NoneType: give a list of texts',
+      ('a', 5): 'number 2 is 5, which is no text',
+      (b'a',): "number 1 is b'a', which is no text",
+      ('\ud83d',): r"'.ud83d', which is no text \(half a surrogate pair",
+    }.items():
+      with pytest.raises(ValueError, match=message):
+        way(wrong)
+
+
+def test_what_is_too_large_says_what_to_make_smaller():
+  model = _loaded()
+
+  def full(*_):  # As a device says it; one might as well grant the memory.
+    raise jax.errors.JaxRuntimeError(
+      'RESOURCE_EXHAUSTED: Out of memory allocating 90400003120 bytes.'
+    )
+
+  model.generator._answer = lambda method: full
+  with pytest.raises(ValueError, match='memory with 1 prompts of 16 .*batch_s'):
+    model.generate(['a'])
+
+
+def test_weights_that_are_no_numbers_are_told():
+  """Greedy decoding takes the first of NaNs, and would say so calmly."""
+  params = jax.tree.map(lambda a: np.full_like(a, np.nan), _params())
+  broken = _loaded(params=params)
+  with pytest.warns(UserWarning, match='logits of this model are no numbers'):
+    broken.generate(['a'], max_length=2)
+  with pytest.warns(UserWarning, match='scores made of them mean nothing'):
+    broken.score(['a'], ['b'])
+
+
 def test_scores_follow_no_options_of_answering():
   generator = _generator()
   with pytest.raises(ValueError, match='A score depends on no method'):
@@ -204,7 +314,6 @@ def test_a_prompt_that_is_cut_is_told():
 # As `st_moe.load` hands it out.
 
 
-@functools.cache
 def _loaded(**changes):
   fields = dict(
     model=Transformer(CONFIG),

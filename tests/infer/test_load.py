@@ -68,6 +68,17 @@ def test_a_vocabulary_of_ones_own(place, tmp_path):
   assert found.vocabulary.fingerprint == BYTES.fingerprint
   with pytest.raises(ValueError, match='no.model: no such file'):
     st_moe.load(place, vocabulary=f'{tmp_path}/no.model')
+  (tmp_path / 'file').touch()
+  for name, message in {
+    '': "'' names no checkpoint: give a workdir",
+    'hf:': "'hf:' names no checkpoint",
+    f'{tmp_path}/file': 'file is a file; a checkpoint is a directory',
+  }.items():
+    with pytest.raises(ValueError, match=message):
+      st_moe.load(name)
+  (tmp_path / 'model.safetensors').touch()
+  with pytest.raises(ValueError, match=f"HuggingFace's is hf:{tmp_path}"):
+    st_moe.load(tmp_path)
   # Times of day are no formats.
   with pytest.raises(ValueError, match='No checkpoint in .*runs/12:30'):
     st_moe.load(f'{tmp_path}/runs/12:30')

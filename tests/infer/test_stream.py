@@ -76,6 +76,22 @@ def test_lines_and_objects():
       "line 1 has half a surrogate pair in 'i",
     ),
     (b'["a"]\n', JSONL, 'in.txt, line 1 is no JSON object'),
+    (b'{"inputs": "a", "n": NaN}', JSONL, 'line 1 cannot be read: NaN is no'),
+    (b'{"inputs": "a", "n": [-Infinity]}', JSONL, '-Infinity is no number'),
+    (b'{"inputs": "a", "inputs": "b"}', JSONL, "it has a field 'inputs' twice"),
+    (b'{"inputs": "a", "n": {"x": 1, "x": 2}}', JSONL, "'x' twice"),
+    (
+      b'{"inputs": "a", "n": %s}' % (b'[' * 5000 + b']' * 5000),
+      JSONL,
+      'line 1 is nested more than 100 levels deep',
+    ),
+    (
+      b'{"inputs": "a", "n": %s}' % (b'[' * 101 + b']' * 101),
+      JSONL,
+      'line 1 is nested more than 100',
+    ),
+    (b'{"inputs": "a", "n": %s}' % (b'9' * 5000), JSONL, 'line 1 cannot be'),
+    (b'{"inputs": null}', JSONL, "no text in the field 'inputs'"),
     (b'{"input": "a"}\n', JSONL, "line 1 has no text in the field 'inputs'"),
     (
       b'{"inputs": "a", "t": 3}\n',
@@ -87,6 +103,44 @@ def test_lines_and_objects():
 def test_a_line_that_cannot_be_read(data, form, message):
   with pytest.raises(ValueError, match=message):
     _parse(data, form)
+
+
+def _written(data: bytes, form=JSONL):
+  found = stream.results(Echo(), _parse(data, form), PLAIN, form)
+  return [line for line, _ in found]
+
+
+def test_what_else_a_file_may_hold():
+  mark = b'\xef\xbb\xbf'
+  assert _parse(mark + b'a\n\xef\xbb\xbfb') == [Row('a'), Row('\ufeffb')]
+  lines = mark + b'{"inputs": "a"}\n\n \t\r\n{"inputs": "b"}\n\n'
+  assert [row.prompt for row in _parse(lines, JSONL)] == ['a', 'b']
+  # Only line feeds end a line.
+  odd = 'a\0b\rc\u2028d\x85e'
+  assert _parse(f'{odd}\n\r\n'.encode()) == [Row(odd), Row('')]
+
+
+def test_an_answer_is_a_line():
+  """Whatever it holds, and whoever reads it."""
+  said = '{"inputs": "a\\r\\nb\\u2028c\\u0085d", "id": "\\ud83d", "n": 1e999}'
+  (line,) = _written(said.encode())
+  assert line.splitlines() == [line]
+  line.encode()  # Half a surrogate pair is written as it was read.
+  strict = lambda text: pytest.fail(f'{text} is no JSON')
+  found = json.loads(line, parse_constant=strict)
+  assert found['id'] == '\ud83d' and found['inputs'] == 'a\r\nb\u2028c\x85d'
+  assert found['n'] == 'inf'
+  assert _lines([Row('a\r\nb')]) == ['0:a\\r\\nb']
+
+
+def test_what_is_not_finite_is_written_as_text():
+  class Broken(Echo):
+    def answers(self, prompts, asked, *, numbers):
+      yield [Answer('', [0], [float('nan')], -float('inf'))]
+
+  ((line, _),) = stream.results(Broken(), [Row('a')], PLAIN, JSONL)
+  (said,) = json.loads(line)['outputs']
+  assert (said['logprobs'], said['score']) == (['nan'], '-inf')
 
 
 def _lines(rows, form=LINES, **options):
@@ -175,6 +229,83 @@ def test_a_torn_line_is_written_anew(source, tmp_path):
     assert output.read_bytes() == whole
 
 
+@pytest.mark.parametrize(
+  'there',
+  [
+    {'out': b'no line end'},
+    {'out': b'\xff\x00binary\n'},
+    {'out': b'a', 'out.about.json': b''},
+    {'out': b'a', 'out.about.json': b'{"method": {'},  # Damaged.
+    {'out.about.json': b'{"method": {'},
+    {'out.about.json': b'{"title": "all about it"}'},
+    {'out.about.json': b'[' * 5000},
+    {'out.about.json': b'not JSON'},
+    {'out.parts/000000000000': b'one\n'},
+    {'out': b'', 'out.parts/photo.jpg': b'jpg'},
+    {'out.parts/photo.jpg': b'jpg'},
+  ],
+)
+def test_what_is_not_ours_stays(there, source, place):
+  base = stream.epath.Path(place) / 'there'
+  for name, data in there.items():
+    (base / name).parent.mkdir(parents=True, exist_ok=True)
+    (base / name).write_bytes(data)
+  if 'gs:' in place or not any('.parts' in name for name in there):
+    with pytest.raises(ValueError, match='was not written by this command, or'):
+      _run(source, f'{base}/out')
+  else:  # On a disk there are no parts, and the folder is somebody's.
+    _run(source, f'{base}/out')
+    there.pop('out', None)
+  for name, data in there.items():
+    assert (base / name).read_bytes() == data
+
+
+def test_an_empty_file_may_be_filled(source, place):
+  output = stream.epath.Path(place) / 'out.txt'
+  output.parent.mkdir(exist_ok=True)
+  output.write_bytes(b'')
+  with pytest.raises(KeyboardInterrupt):
+    _run(source, str(output), Echo(breaks_at=61))
+  assert _run(source, str(output)) == 40
+  assert _read(str(output)) == WANT
+
+
+def test_the_input_is_no_output(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  path = tmp_path / 'prompts.txt'
+  (tmp_path / 'folder').mkdir()
+  for prompts in ('one prompt without an end', 'two\nlines\n', ''):
+    path.write_text(prompts)
+    (tmp_path / 'soft').symlink_to(path)
+    (tmp_path / 'hard').hardlink_to(path)
+    for name in (
+      str(path),
+      'prompts.txt',
+      'folder/../prompts.txt',
+      'soft',
+      'hard',
+    ):
+      with pytest.raises(ValueError, match=f'{name} is the input itself'):
+        _run(str(path), name)
+      assert path.read_text() == prompts
+    (tmp_path / 'soft').unlink()
+    (tmp_path / 'hard').unlink()
+  assert not list(tmp_path.glob('*.about.json'))
+
+
+def test_an_output_is_a_file(source, tmp_path):
+  fifo = tmp_path / 'fifo'
+  os.mkfifo(fifo)
+  for output, message in {
+    tmp_path: 'is a directory; name a file',
+    fifo: 'fifo is a device or a pipe; name a file',
+    '/dev/null': '/dev/null is a device or a pipe; name a file',
+  }.items():
+    with pytest.raises(ValueError, match=message):
+      _run(source, str(output))
+  assert {p.name for p in tmp_path.iterdir()} == {'fifo', 'prompts.txt'}
+
+
 def test_what_another_command_wrote_is_left_alone(source, tmp_path):
   output = tmp_path / 'out.txt'
   _run(source, str(output))
@@ -200,6 +331,22 @@ def test_a_broken_line_is_told_before_work_is_begun(tmp_path):
   with pytest.raises(ValueError, match='line 51 is not UTF-8'):
     _run(str(path), str(tmp_path / 'out'), echo)
   assert echo.answered == 0 and not (tmp_path / 'out').exists()
+
+
+def test_a_line_without_end_is_told(tmp_path, monkeypatch):
+  monkeypatch.setattr(stream, '_LONGEST', 1000)
+  path = tmp_path / 'in.txt'
+  path.write_bytes(b'a\n' + b'x' * 999 + b'\n')
+  stream.check(str(path), LINES)
+  path.write_bytes(b'a\n' + b'x' * 1001)
+  with pytest.raises(ValueError, match='in.txt has a line of more than'):
+    stream.check(str(path), LINES)
+
+
+def test_arguments_that_are_no_characters():
+  # What Python makes of the byte ff on a command line.
+  with pytest.raises(ValueError, match='prompt, line 2 is not UTF-8'):
+    stream.run(Echo(), PLAIN, LINES, prompts=['a', '\udcff'])
 
 
 def test_standard_input_and_a_conversation(monkeypatch, capsys):
