@@ -97,7 +97,10 @@ def test_a_mistake_is_one_line_of_a_real_process(tmp_path):
     text=True,
   )
   assert found.returncode == 1 and found.stdout == ''
-  assert found.stderr == 'st-moe: k=9 experts per token; it must be 1 to 8.\n'
+  assert found.stderr == (
+    'st-moe: config.model.moe.selector.k=9 experts per token; it must be 1 to'
+    ' 8.\n'
+  )
   assert not (tmp_path / 'w').exists()
 
 
@@ -214,7 +217,7 @@ def train(tmp_path, capsys):
       'batch_size=12 does not divide into 1 microbatches on 8 devices; the'
       ' nearest that do are 8 and 16',
     ),
-    ('microbatches=0', 'microbatches=0 must both be at least 1'),
+    ('microbatches=0', 'config.microbatches = 0 should be a int, at least 1'),
     (
       'evaluate.batch_size=12',
       'evaluate.batch_size=12 does not divide among 8',
@@ -233,8 +236,11 @@ def train(tmp_path, capsys):
       'init=nowhere',
       '/nowhere: give a workdir of `st-moe train`, or one of',
     ),
-    ('optimizer.name=adam', "'adam' is none of adafactor, adamw"),
-    ('optimizer.decay=cosine', "decay 'cosine' is no rsqrt and no none"),
+    (
+      'optimizer.name=adam',
+      "config.optimizer.name 'adam'. Did you mean 'adamw",
+    ),
+    ('optimizer.decay=cosine', "Known: ['none', 'rsqrt']."),
     ('loss.router.load_balanse=1', "Did you mean 'load_balance'?"),
     ('model.moe.selector=top_kk', "selector 'top_kk'. Did you mean 'top_k'?"),
     ('model.moe.selector.kk=2', "option of selector 'top_k' 'kk'"),
@@ -387,8 +393,11 @@ def test_generate(capsys, tiny_model, tmp_path):
     (['--targets=t'], '--targets names a field of JSON objects: add --jsonl.'),
     (['hi', '--input=x'], 'Prompts as arguments or in --input, not both.'),
     (['hi', '--off=decoder.1.9'], 'decoder.1.9: the experts are 0, 1, 2, 3.'),
-    (['hi', '--top_p=0'], 'top_p 0.0 must be above 0 and at most 1.'),
-    (['hi', '--early_stopping=yes'], "must be true, false or 'never'."),
+    (
+      ['hi', '--top_p=0'],
+      '--top_p = 0.0 should be a float, above 0 and at',
+    ),
+    (['hi', '--early_stopping=yes'], "Unknown --early_stopping 'yes'. Known:"),
     (['hi', '--long=trim'], "long 'trim'"),
     (['x' * 600, '--long=refuse'], 'Prompt 1 has 600 tokens, of 511 that'),
     (['hi', '--vocabulary=no.model'], 'no.model: no such file'),

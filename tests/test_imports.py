@@ -14,7 +14,15 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 LINES = (
-  ('config', 'counts', 'config_file', 'schedules', 'backend'),
+  (
+    'fields',
+    'flags',
+    'config',
+    'counts',
+    'config_file',
+    'schedules',
+    'backend',
+  ),
   ('routing',),
   ('sharding', 'hosts'),
   ('model',),
@@ -59,6 +67,8 @@ NEVER = {
 
 # Other packages a room may import; a room not named here may any.
 PACKAGES = {
+  'fields': (),
+  'flags': (),
   'config': ('numpy',),
   'counts': (),
   'backend': (),
@@ -75,6 +85,8 @@ HEAVY = ('seqio', 'tensorflow', 'tensorflow_datasets', 'tensorflow_text')
 # Modules that must not even need jax to be imported; the verbs import on use.
 LIGHT = (
   'backend',
+  'fields',
+  'flags',
   'cli',
   'infer.generate_flags',
   'plan.plan_flags',

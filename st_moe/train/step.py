@@ -235,11 +235,6 @@ def check_sizes(config: Config, mesh) -> None:
       no whole number of groups.
   """
   batch, parts = config.data.batch_size, config.microbatches
-  if batch < 1 or parts < 1:
-    raise ValueError(
-      f'data.batch_size={batch} and microbatches={parts} must both be at least'
-      ' 1.'
-    )
   shards = sharding.batch_shards(mesh)
   measured = config.evaluate.batch_size
   if measured % shards:
