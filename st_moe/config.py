@@ -19,6 +19,7 @@ from st_moe.fields import (
   Checked,
   Count,
   CountOr0,
+  Length,
   Range,
   Rate,
   Seed,
@@ -28,13 +29,37 @@ from st_moe.fields import (
   unknown,
 )
 
+# Numbers in one array: beyond lies a slip of a digit, and beyond 2 ** 63 the
+# compiler ends the whole process.
+_MOST = 2**52
+
 # Parameters of gates, selectors and dispatchers that the sparse layer fills.
 _NOT_OPTIONS = (
   *('scores', 'ctx', 'rng', 'capacity'),  # Of a selector.
   *('num_experts', 'name', 'parent'),  # Of a gate.
   *('x', 'seats', 'experts', 'transport'),  # Of a dispatcher.
 )
+_MISSING = inspect.Parameter.empty
 _ROUND = {'floor': math.floor, 'round': round, 'ceil': math.ceil}
+
+
+def _check_room(arrays: Mapping[str, int]) -> None:
+  """Raises for the array that nothing could hold; `arrays` by their sides."""
+  for sides, size in arrays.items():
+    if size > _MOST:
+      raise ValueError(
+        f'{sides} = {size:,} numbers in one array should be at most {_MOST:,}:'
+        ' does one of them have a digit too many?'
+      )
+
+
+def options(mechanism: Callable) -> dict[str, object]:
+  """The options of a function or module, and what each may be."""
+  return {
+    name: fields.hint(parameter)
+    for name, parameter in inspect.signature(mechanism).parameters.items()
+    if name not in _NOT_OPTIONS
+  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,25 +91,20 @@ class Part:
     """
     if self.name not in table:
       raise unknown(what, self.name, table)
-    known = {
-      name: parameter
-      for name, parameter in inspect.signature(
-        table[self.name]
-      ).parameters.items()
-      if name not in _NOT_OPTIONS
-    }
+    known = options(table[self.name])
     for option in self.kwargs:
       if option not in known:
         kind = what.rpartition('.')[2]
         raise unknown(f'option of {kind} {self.name!r}', option, known)
-    bound = {}
-    for name, parameter in known.items():
-      where, hint = f'{what}.{name}', fields.hint(parameter)
-      if name in self.kwargs:
-        bound[name] = fields.check(self.kwargs[name], hint, where)
-      elif parameter.default is parameter.empty:
+    bound = {
+      name: fields.check(value, known[name], f'{what}.{name}')
+      for name, value in self.kwargs.items()
+    }
+    parameters = inspect.signature(table[self.name]).parameters
+    for name, hint in known.items():
+      if name not in bound and parameters[name].default is _MISSING:
         raise ValueError(
-          f'{what} = {self.name!r} needs {name}: set {where} to'
+          f'{what} = {self.name!r} needs {name}: set {what}.{name} to'
           f' {fields.described(hint)}.'
         )
     return functools.partial(table[self.name], **bound)
@@ -175,7 +195,7 @@ class StackConfig(Checked):
   HuggingFace Switch: 1 of 2); sparse_every 0 makes none sparse.
   """
 
-  num_layers: Annotated[int, Range(1, 2**14)] = 12
+  num_layers: Annotated[int, Range(1, 2**12)] = 12
   sparse_every: CountOr0 = 4
   sparse_offset: CountOr0 = 3
   group_size: Count = 2048  # Tokens that compete for places.
@@ -287,6 +307,22 @@ class ModelConfig(Checked):
         f' {exact}: so far each distance has one of the relpos_buckets ='
         f' {self.relpos_buckets}.'
       )
+    layers = max(self.stack(stack).num_layers for stack in self.stacks)
+    joined, expert = self.num_heads * self.head_dim, self.expert_dim
+    _check_room(
+      {
+        'embed_dim x vocab_size': self.embed_dim * self.vocab_size,
+        'embed_dim x num_heads x head_dim x num_layers': (
+          self.embed_dim * joined * layers
+        ),
+        'embed_dim x mlp_dim x num_layers': (
+          self.embed_dim * self.mlp_dim * layers
+        ),
+        'embed_dim x moe.hidden_dim x moe.num_experts x num_layers': (
+          self.embed_dim * expert * self.moe.num_experts * layers
+        ),
+      }
+    )
     k, experts = self.moe.selector.kwargs.get('k'), self.num_experts
     if experts and isinstance(k, int) and not 1 <= k <= experts:
       raise ValueError(
@@ -395,13 +431,15 @@ class DataConfig(Checked):
   # '': that of `init`, else one of `vocabulary_size` ids, sentinels included,
   # trained on the mixture.
   vocabulary: str = ''
-  vocabulary_size: Size = 4000
+  vocabulary_size: Annotated[
+    int, Range(104, 2**24, says='100 are sentinels, 3 special')
+  ] = 4000
   # What else a new vocabulary learns from: a glob of text, or 'tiny_world', the
   # embedded tasks.
   vocabulary_extra: str = ''
 
-  inputs_length: Size = 512
-  targets_length: Size = 114
+  inputs_length: Length = 512
+  targets_length: Length = 114
   batch_size: Size = 128
   seed: Seed = 0
   cache_dir: str = ''  # Where tokenised shards lie; '' is ~/.cache/st_moe.
@@ -579,3 +617,27 @@ class Config(Checked):
   checkpoint: CheckpointConfig = CheckpointConfig()
   evaluate: EvalConfig = EvalConfig()
   log: LogConfig = LogConfig()
+
+  def __post_init__(self):
+    super().__post_init__()
+    model, data = self.model, self.data
+    wide = {'embed_dim': model.embed_dim, 'mlp_dim': model.mlp_dim}
+    for stack in model.stacks:
+      length = 'inputs' if stack == 'encoder' else 'targets'
+      batch = f'data.batch_size x data.{length}_length'
+      tokens = data.batch_size * data.length(stack)
+      layers = model.stack(stack).num_layers
+      _check_room(
+        {
+          f'{batch} x its length x model.num_heads': (
+            tokens * data.length(stack) * model.num_heads
+          ),
+          f'{batch} x model.vocab_size': tokens * model.vocab_size,
+          **{
+            f'{batch} x model.{side} x model.{stack}.num_layers': (
+              tokens * size * layers
+            )
+            for side, size in wide.items()
+          },
+        }
+      )

@@ -58,6 +58,7 @@ _INT32 = 2**31 - 1
 
 Size = Annotated[int, Range(1, _MOST)]  # Of an array.
 SizeOr0 = Annotated[int, Range(0, _MOST)]
+Length = Annotated[int, Range(1, 2**20)]  # Tokens of a row.
 Count = Annotated[int, Range(1, _INT32)]
 CountOr0 = Annotated[int, Range(0, _INT32)]
 Above0 = Annotated[float, Range(0, above=True)]

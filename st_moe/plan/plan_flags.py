@@ -60,9 +60,9 @@ def run(flags, load: Callable) -> int:
   # No accelerator is needed, and none should be waited for.
   os.environ['JAX_PLATFORMS'] = 'cpu'
   if flags.count:
-    from st_moe.plan import tables
+    from st_moe.plan import tables, topology
 
-    tables.count(load())
+    tables.count(topology.resolved(load()))
     return 0
   if flags.topology:
     prepare()

@@ -81,6 +81,8 @@ def train(
   model = Transformer(config.model)
   with sharding.use(mesh):
     tx = optimizer.make(config.optimizer, step.parameter_axes(model))
+    plan = step.plan_init(model, tx, mesh)  # Shapes, before any memory.
+    step.check_room(plan, config, mesh)
   if hosts.first():
     _keep_config(workdir, asked, config_path)
 
@@ -100,11 +102,8 @@ def train(
   evaluate = Evaluator(model, config, vocab, mesh)
   best = _best(config.checkpoint.keep_best, evaluate.names(evaluations))
 
-  # --- Shapes, before any memory ---------------------------------------------
+  # --- State: where this run was, else a checkpoint, else random -------------
   with sharding.use(mesh):
-    plan = step.plan_init(model, tx, mesh)
-
-    # --- State: where this run was, else a checkpoint, else random ------------
     checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint, best)
     abstract = sharding.placed(plan.shapes, plan.shardings)
     found = checkpoints.restore(abstract, notify=hosts.tell)
@@ -270,7 +269,7 @@ def _claim(workdir: epath.Path, config: Config) -> int:
   if not path.exists():
     return done
   # By way of a Config, which knows the fields that have come since.
-  theirs = config_file.from_dict(json.loads(path.read_text()))
+  theirs = config_file.stored(path)
   ours = config_file.to_dict(config)
   lines = config_file.diff(config_file.to_dict(theirs), ours)
   lines = [line for line in lines if not line.startswith(_FREE)]
