@@ -331,8 +331,13 @@ def _grid(flags, overrides):
   with _hosts(flags, preemptible=True):
     from st_moe.train import grid
 
+    def make(cell):
+      for field in overrides.keys() & cell:
+        raise twice(f'--config.{field}', overrides[field], cell[field])
+      return _load(flags, {**overrides, **cell})
+
     grid.run(
-      lambda cell: _load(flags, {**overrides, **cell}),
+      make,
       flags.vary,
       flags.workdir,
       metrics=flags.metric,

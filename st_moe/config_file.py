@@ -172,6 +172,8 @@ def merge(kind, base: dict, path: str, value, where: str = 'config') -> dict:
     raise _unknown_field(kind, head, where, rest)
   hint = hints.get(head, object)
   if not rest:
+    if value == '' and base.get(head) is ...:  # Of a shell: $RUN is not set.
+      return base
     value = _literal(value, hint) if isinstance(value, str) else value
     return {**base, head: value}
   nested = _dataclass_of(hint)
@@ -302,11 +304,16 @@ def read(name: str) -> dict:
   path = os.path.join(name, 'config.json')
   if not os.path.isfile(path):
     return to_dict(load(name))
+  return to_dict(stored(pathlib.Path(path)))
+
+
+def stored(path) -> config_lib.Config:
+  """The run that the config.json at `path` (which may be remote) is of."""
   try:
-    values = json.loads(pathlib.Path(path).read_text())
+    values = json.loads(path.read_text())
   except (ValueError, RecursionError) as e:
-    raise ValueError(f'{path} is no JSON: {e}.') from None
-  return to_dict(from_dict(values, path))
+    raise ValueError(f'{path} is damaged: {e}.') from None
+  return from_dict(values, path)
 
 
 def load(
@@ -337,7 +344,12 @@ def load(
     values = merge(config_lib.Config, values, field, value)
   values = _closed(values, path, refuse=base is not None)
   if values.get('init') and base:
-    model, own = base(values['init'])['model'], values.get('model', {})
+    hint = fields.of(config_lib.Config)['init']
+    init = fields.check(values['init'], hint, 'config.init')
+    try:
+      model, own = base(init)['model'], values.get('model', {})
+    except ValueError as e:
+      raise ValueError(f'config.init = {init!r}: {e}') from None
     values['model'] = _over(model, own) if isinstance(own, Mapping) else own
   return build(config_lib.Config, values)
 

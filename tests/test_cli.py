@@ -8,6 +8,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -211,6 +212,9 @@ def train(tmp_path, capsys):
     ('modle.embed_dim=3', "field of config 'modle'. Did you mean 'model'?"),
     ('total_steps=many', "config.total_steps = 'many' should be a int"),
     ('model.dense=3', 'config.model.dense = 3 should be a bool'),
+    ('model.mlp_dim=16777216', 'A device here has'),
+    ('data.batch_size=16777216', 'the logits of 16,777,216 rows'),
+    ('total_steps=-1', 'config.total_steps = -1 should be a int, at least 0'),
     ('total_steps=0', 'total_steps is 0; set how long to train'),
     (
       'data.batch_size=12',
@@ -343,6 +347,65 @@ def test_a_full_disk(tmp_path, capsys, monkeypatch):
     f'The disk of {workdir / "config.json"} is full. What was saved before is'
     ' intact: free some space and run the same command again.'
   )
+
+
+@pytest.mark.parametrize('make', [np.zeros, jnp.zeros])
+def test_no_memory(capsys, monkeypatch, make):
+  # 4 TiB, in earnest.
+  monkeypatch.setitem(cli._RUN, 'report', lambda *_: make((2**40,), 'float32'))
+  said = _fails(capsys, 'report', 'x')
+  assert said.startswith('Out of memory: ') and said.count('\n') == 0
+  assert '4.00 TiB' in said or '4398046511104 bytes' in said
+  for way in ('batch_size', 'microbatches', 'remat=full', '--max_length'):
+    assert way in said
+
+
+@pytest.mark.parametrize(
+  ('path', 'message'),
+  [
+    ('{}', 'is a folder, where a file is needed.'),
+    ('{}/none', 'no such file or folder.'),
+    ('{}/file/none', 'a part of this path is a file, where a folder is'),
+    ('{}/' + 'x' * 300, 'this name is too long.'),
+  ],
+)
+def test_what_the_system_says_of_a_file(
+  capsys, monkeypatch, tmp_path, path, message
+):
+  (tmp_path / 'file').touch()
+  path = path.format(tmp_path)
+  monkeypatch.setitem(cli._RUN, 'report', lambda *_: open(path))
+  assert _fails(capsys, 'report', 'x').startswith(f'{path}: {message}')
+
+
+def test_a_bug_stays_a_trace(monkeypatch):
+  monkeypatch.setitem(cli._RUN, 'report', lambda *_: {}['ours'])
+  with pytest.raises(KeyError):
+    cli.main(['report', 'x'])
+
+
+def test_a_module_that_breaks(train, tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(tmp_path)
+  (tmp_path / 'mine_that_breaks.py').write_text('x = 1\nraise KeyError("x")\n')
+  said = train('--module_import=mine_that_breaks')
+  assert said == f"{tmp_path}/mine_that_breaks.py, line 2: KeyError: 'x'."
+
+
+def test_counting_settles_the_vocabulary(capsys):
+  # 2,048 ids of 16 numbers, and as many to the logits.
+  said = _runs(capsys, 'plan', f'--config={TINY}', '--count')
+  assert '65,536' in said and 'forward FLOPs' in said
+
+
+def test_a_grid_over_a_field_that_is_set(capsys, tmp_path):
+  grid = (
+    'grid',
+    f'--config={TINY}',
+    f'--workdir={tmp_path}',
+    '--vary=seed=0,1',
+  )
+  said = _fails(capsys, *grid, '--config.seed=3')
+  assert said.startswith('--config.seed is given twice')
 
 
 def test_an_error_with_its_trace(capsys, monkeypatch):
