@@ -479,7 +479,7 @@ class OptimizerConfig(Checked):
   train: Text = 'all'
   # Schedule: `learning_rate` after a linear ramp of `warmup_steps` (0: none),
   # constant for `constant_steps`, then falling as 1 / sqrt(step).
-  learning_rate: Above0 = 0.01
+  learning_rate: AtLeast0 = 0.01
   warmup_steps: CountOr0 = 0
   constant_steps: CountOr0 = 10_000
   # 'none': constant for ever (fine-tuning).

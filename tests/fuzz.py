@@ -91,7 +91,7 @@ ALSO_WRONG = {
   'loss.router.load_balance': '-1|nan|word|true',
   'loss.label_smoothing': '1|2',
   'optimizer.train': '|',
-  'optimizer.learning_rate': '0|-0.1',
+  'optimizer.learning_rate': '-0.1',
   'optimizer.decay_exponent': '0',
   'optimizer.clip_threshold': '0',
   'optimizer.b1': '1|2',

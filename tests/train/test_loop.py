@@ -566,7 +566,7 @@ def _slots(path):
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'init_slots': 'kept'}, "Unknown init_slots 'kept'. Did you mean 'keep'"),
+    ({'init_slots': 'kept'}, "config.init_slots 'kept'. Did you mean 'keep'"),
     ({'optimizer.name': 'adamw'}, 'has slots of adafactor, this config wants'),
     ({'optimizer.min_dim_to_factor': '4'}, 'has no slot .*init_slots='),
     ({'optimizer.train': 'rooter'}, "train='rooter' trains nothing: it is"),
