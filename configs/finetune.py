@@ -17,7 +17,7 @@ def get_config(arg=None):
   c = config_dict.ConfigDict()
   c.seed = arg.seed
   c.total_steps = 900
-  c.init = ''
+  c.init = ...  # Yours to say: --config.init=CHECKPOINT
   c.init_take = 'architecture' if arg.scratch else 'params'
 
   c.data = dict(

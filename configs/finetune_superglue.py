@@ -20,7 +20,7 @@ def get_config(arg=None):
   c = config_dict.ConfigDict()
   c.seed = arg.seed
   c.total_steps = 10_000
-  c.init = ''
+  c.init = ...  # Yours to say: --config.init=CHECKPOINT
   c.init_slots = 'keep'  # Resetting them hurts (Table 20).
 
   mixture = arg.task or 'super_glue' + '_sentinel' * arg.sentinel

@@ -1,11 +1,12 @@
 """The command `st-moe`: its verbs, their flags, and errors in plain words."""
 
-import argparse
 import contextlib
 import os
 import sys
 
 from st_moe import backend, signals, stdio
+from st_moe.fields import Count, CountOr0
+from st_moe.flags import Parser, twice
 from st_moe.infer import generate_flags
 from st_moe.plan import plan_flags
 
@@ -54,8 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     sys.exit(130)
   except BrokenPipeError:
     os._exit(0)  # `st-moe ... | head`; nobody is left to be told.
-  except (ValueError, OSError) as e:
-    if os.environ.get('ST_MOE_TRACEBACK'):
+  except Exception as e:
+    if os.environ.get('ST_MOE_TRACEBACK') or not _is_plain(e):
       raise
     print(f'st-moe: {_plainly(e)}', file=sys.stderr)
     sys.exit(1)
@@ -85,7 +86,7 @@ def _hosts(flags, *, preemptible: bool = False):
   except Exception as e:
     if hosts.count() == 1:
       raise
-    plain = isinstance(e, ValueError | OSError) or hosts.is_loss(e)
+    plain = _is_plain(e) or hosts.is_loss(e)
     if os.environ.get('ST_MOE_TRACEBACK') or not plain:
       sys.excepthook(*sys.exc_info())
     if text := hosts.last_words(e, _plainly(e)):
@@ -97,43 +98,78 @@ def _hosts(flags, *, preemptible: bool = False):
     hosts.leave(130)
 
 
-def _plainly(e: Exception) -> str:
-  import errno
+# What the system says of a file, and the way out.
+_OF_FILES = {
+  'ENOENT': 'no such file or folder.',
+  'EISDIR': 'is a folder, where a file is needed.',
+  'ENOTDIR': 'a part of this path is a file, where a folder is needed.',
+  'EEXIST': 'is there already.',
+  'EACCES': 'you may not read or write here: look at its owner and rights.',
+  'EPERM': 'you may not do this here: look at its owner and rights.',
+  'EROFS': 'this file system can only be read: name another place.',
+  'ENAMETOOLONG': 'this name is too long.',
+  'ELOOP': 'its links lead in a circle.',
+  'EMFILE': 'too many files are open; `ulimit -n` raises the limit.',
+}
 
-  if isinstance(e, OSError) and e.errno == errno.ENOSPC:
-    where = f' of {e.filename}' if e.filename else ''
+
+def _is_plain(e: Exception) -> bool:
+  """Whether a user is told in words: a mistake, or a machine that is full."""
+  return isinstance(e, ValueError | OSError | MemoryError) or _is_full(e)
+
+
+def _is_full(e: Exception) -> bool:
+  # The compiler's own error; its class is not worth waiting for JAX.
+  return isinstance(e, MemoryError) or (
+    type(e).__name__ in ('JaxRuntimeError', 'XlaRuntimeError')
+    and any(sign in str(e) for sign in ('RESOURCE_EXHAUSTED', 'bad_alloc'))
+  )
+
+
+def _plainly(e: Exception) -> str:
+  if _is_full(e):
+    said = str(e).partition('\n')[0].removeprefix('RESOURCE_EXHAUSTED: ')
     return (
-      f'The disk{where} is full. What was saved before is intact: free some'
-      ' space and run the same command again.'
+      f'Out of memory: {said.rstrip(".") or "the machine has no more"}. Less is'
+      ' held with a smaller batch (--config.data.batch_size in training,'
+      ' --config.evaluate.batch_size, --batch_size of answers), more'
+      ' --config.microbatches, --config.model.remat=full, some'
+      ' --config.loss.positions, a smaller --max_length, or parameters split'
+      ' over more devices (--config.mesh.fsdp).'
     )
+  if isinstance(e, OSError) and e.errno:
+    import errno
+
+    if e.errno in (errno.ENOSPC, errno.EDQUOT):
+      where = f' of {e.filename}' if e.filename else ''
+      return (
+        f'The disk{where} is full. What was saved before is intact: free some'
+        ' space and run the same command again.'
+      )
+    what = _OF_FILES.get(errno.errorcode.get(e.errno), f'{e.strerror}.')
+    return f'{e.filename}: {what}' if e.filename else what
   return str(e)
 
 
-def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
+def _parser() -> tuple[Parser, dict[str, Parser]]:
+  """The parser of the command, and that of each verb."""
+  parser = Parser(
     prog='st-moe',
     description='Sparse expert encoder-decoder models in JAX.',
-    formatter_class=argparse.RawDescriptionHelpFormatter,
     epilog=_EPILOG,
-    allow_abbrev=False,
   )
   parser.add_argument(
     '--version', action='store_true', help='of st_moe and what it stands on'
   )
   verbs = parser.add_subparsers(dest='verb', metavar='VERB')
   made = {
-    name: verbs.add_parser(
-      name,
-      help=text,
-      description=text,
-      epilog=_EPILOG,
-      formatter_class=argparse.RawDescriptionHelpFormatter,
-      allow_abbrev=False,
-    )
+    name: verbs.add_parser(name, help=text, description=text, epilog=_EPILOG)
     for name, text in _VERBS.items()
   }
   for name in ('train', 'grid', 'prepare', 'plan', 'config'):
-    made[name].add_argument('--config', metavar='FILE[:ARG]', default='')
+    made[name].add_argument(
+      '--config', metavar='FILE[:ARG]', default='', rule=str
+    )
   for name in ('train', 'grid', 'prepare', 'evaluate'):
     made[name].add_argument(
       '--module_import',
@@ -143,7 +179,10 @@ def _parser() -> argparse.ArgumentParser:
       help='imported first: where your own seqio tasks are registered',
     )
     made[name].add_argument(
-      '--data_dir', default='', help="of the files of tasks; '': $ST_MOE_DATA"
+      '--data_dir',
+      default='',
+      rule=str,
+      help="of the files of tasks; '': $ST_MOE_DATA",
     )
   for name in ('train', 'grid'):
     made[name].add_argument('--workdir', required=True)
@@ -155,8 +194,8 @@ def _parser() -> argparse.ArgumentParser:
     several.add_argument(
       '--coordinator', metavar='HOST:PORT', default='', help='of process 0'
     )
-    several.add_argument('--processes', metavar='N', type=int)
-    several.add_argument('--process', metavar='I', type=int, help='from 0')
+    several.add_argument('--processes', metavar='N', rule=Count)
+    several.add_argument('--process', metavar='I', rule=CountOr0, help='from 0')
   made['train'].add_argument(
     '--profile',
     metavar='START:STOP',
@@ -183,13 +222,16 @@ def _parser() -> argparse.ArgumentParser:
     '--checkpoint', required=True, help='a workdir, or its checkpoints/STEP'
   )
   made['evaluate'].add_argument(
-    '--mixture', default='', help="NAME or NAME,NAME; '': what it trained on"
+    '--mixture',
+    default='',
+    rule=str,
+    help="NAME or NAME,NAME; '': what it trained on",
   )
   made['evaluate'].add_argument(
-    '--vocabulary', default='', help="'': the checkpoint's"
+    '--vocabulary', default='', rule=str, help="'': the checkpoint's"
   )
   made['evaluate'].add_argument(
-    '--output', default='', help="'': WORKDIR/evaluation"
+    '--output', default='', help='in place of WORKDIR/evaluation'
   )
   made['evaluate'].add_argument(
     '--all', action='store_true', help='every checkpoint of a workdir'
@@ -226,25 +268,27 @@ def _parser() -> argparse.ArgumentParser:
   made['config'].add_argument(
     'files', nargs='*', help='diff CONFIG CONFIG, each FILE[:ARG] or a workdir'
   )
-  return parser
+  return parser, made
 
 
 def run(argv: list[str]) -> int:
   """Parses and runs; returns the exit status."""
-  parser = _parser()
-  flags, rest = parser.parse_known_args(argv)
-  if flags.version:
-    print(_version())
-    return 0
-  if not flags.verb:
+  parser, verbs = _parser()
+  if not argv:
     parser.print_help()
     return 2
-  overrides = _overrides(rest)
+  if argv[0] not in verbs and parser.parse_args(argv).version:
+    print(_version())
+    return 0
+  verb, rest = argv[0], argv[1:]
+  flags, overrides = verbs[verb].read(rest)
   if getattr(flags, 'data_dir', ''):
-    overrides.setdefault('data.data_dir', flags.data_dir)
-  if overrides and flags.verb in ('report', 'doctor', 'list', 'generate'):
-    raise ValueError(f'`st-moe {flags.verb}` has no config to set fields of.')
-  return _RUN[flags.verb](flags, overrides) or 0
+    field = 'data.data_dir'
+    if overrides.setdefault(field, flags.data_dir) != flags.data_dir:
+      raise twice('--data_dir', flags.data_dir, overrides[field])
+  if overrides and verb in ('report', 'doctor', 'list', 'generate'):
+    raise ValueError(f'`st-moe {verb}` has no config to set fields of.')
+  return _RUN[verb](flags, overrides) or 0
 
 
 def _version() -> str:
@@ -262,24 +306,6 @@ def _version() -> str:
     f'st_moe {found["st_moe"]}, Python {platform.python_version()},'
     f' jax {found["jax"]}'
   )
-
-
-def _overrides(rest: list[str]) -> dict[str, str]:
-  """`--config.a.b=value` as {'a.b': 'value'}; anything else is refused."""
-  found, rest = {}, list(rest)
-  while rest:
-    flag, equals, value = rest.pop(0).partition('=')
-    if not flag.startswith('--config.'):
-      raise ValueError(
-        f'Unknown flag {flag!r}; fields of the config are --config.FIELD=VALUE,'
-        ' the rest is in `st-moe VERB --help`.'
-      )
-    if not equals:
-      if not rest:
-        raise ValueError(f'{flag} needs a value: {flag}=VALUE.')
-      value = rest.pop(0)
-    found[flag.removeprefix('--config.')] = value
-  return found
 
 
 def _start(flags) -> None:
@@ -301,11 +327,11 @@ def _start(flags) -> None:
   if not os.environ.get('ST_MOE_TRACEBACK'):
     logging.getLogger('absl').setLevel(logging.CRITICAL)
   sys.path.insert(0, os.getcwd())
+  from st_moe import config_file
+
   for name in getattr(flags, 'module_import', ()):
-    try:
+    with config_file.blamed(f'--module_import={name}'):
       importlib.import_module(name)
-    except ImportError as e:
-      raise ValueError(f'--module_import={name}: {e}.') from None
 
 
 def _load(flags, overrides):
@@ -321,7 +347,14 @@ def _load(flags, overrides):
 
     return config_file.to_dict(convert.open_source(init).config)
 
-  return config_file.load(flags.config, overrides, base=base)
+  config = config_file.load(flags.config, overrides, base=base)
+  # What stands in tables of mechanisms, which a config does not know.
+  from st_moe.model import moe
+  from st_moe.train import loss
+
+  moe.check(config.model.moe)
+  loss.check_names(config.loss)
+  return config
 
 
 @_lasting()
@@ -345,8 +378,13 @@ def _grid(flags, overrides):
   with _hosts(flags, preemptible=True):
     from st_moe.train import grid
 
+    def make(cell):
+      for field in overrides.keys() & cell:
+        raise twice(f'--config.{field}', overrides[field], cell[field])
+      return _load(flags, {**overrides, **cell})
+
     grid.run(
-      lambda cell: _load(flags, {**overrides, **cell}),
+      make,
       flags.vary,
       flags.workdir,
       metrics=flags.metric,

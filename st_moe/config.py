@@ -5,12 +5,33 @@ what its experiment changes; `config_file.load` turns it into a `Config`.
 """
 
 import dataclasses
-import difflib
 import fractions
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Annotated, Literal
+
+from st_moe import fields
+from st_moe.fields import (
+  Above0,
+  AtLeast0,
+  Checked,
+  Count,
+  CountOr0,
+  Length,
+  Range,
+  Rate,
+  Seed,
+  Size,
+  SizeOr0,
+  Text,
+  unknown,
+)
+
+# Numbers in one array: beyond lies a slip of a digit, and beyond 2 ** 63 the
+# compiler ends the whole process.
+_MOST = 2**52
 
 # Parameters of gates, selectors and dispatchers that the sparse layer fills.
 _NOT_OPTIONS = (
@@ -18,15 +39,27 @@ _NOT_OPTIONS = (
   *('num_experts', 'name', 'parent'),  # Of a gate.
   *('x', 'seats', 'experts', 'transport'),  # Of a dispatcher.
 )
+_MISSING = inspect.Parameter.empty
 _ROUND = {'floor': math.floor, 'round': round, 'ceil': math.ceil}
 
 
-def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
-  """The error for a `name` that is not among the `known` ones."""
-  known = sorted(known)
-  near = difflib.get_close_matches(name, known, n=1)
-  hint = f' Did you mean {near[0]!r}?' if near else ''
-  return ValueError(f'Unknown {what} {name!r}.{hint} Known: {known}.')
+def _check_room(arrays: Mapping[str, int]) -> None:
+  """Raises for the array that nothing could hold; `arrays` by their sides."""
+  for sides, size in arrays.items():
+    if size > _MOST:
+      raise ValueError(
+        f'{sides} = {size:,} numbers in one array should be at most {_MOST:,}:'
+        ' does one of them have a digit too many?'
+      )
+
+
+def options(mechanism: Callable) -> dict[str, object]:
+  """The options of a function or module, and what each may be."""
+  return {
+    name: fields.hint(parameter)
+    for name, parameter in inspect.signature(mechanism).parameters.items()
+    if name not in _NOT_OPTIONS
+  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,21 +80,38 @@ class Part:
   def choose(self, what: str, table: Mapping[str, Callable]) -> Callable:
     """The entry of `table` with this name, its options bound.
 
+    What an option may be says its annotation, or else its default.
+
+    Args:
+      what: the field that chooses, for errors: 'config.model.moe.selector'.
+
     Raises:
-      ValueError: an unknown name or option, with the known ones.
+      ValueError: an unknown name or option, with the known ones; one that is
+        missing, or cannot be what it is.
     """
     if self.name not in table:
       raise unknown(what, self.name, table)
-    parameters = inspect.signature(table[self.name]).parameters
-    known = [name for name in parameters if name not in _NOT_OPTIONS]
+    known = options(table[self.name])
     for option in self.kwargs:
       if option not in known:
-        raise unknown(f'option of {what} {self.name!r}', option, known)
-    return functools.partial(table[self.name], **self.kwargs)
+        kind = what.rpartition('.')[2]
+        raise unknown(f'option of {kind} {self.name!r}', option, known)
+    bound = {
+      name: fields.check(value, known[name], f'{what}.{name}')
+      for name, value in self.kwargs.items()
+    }
+    parameters = inspect.signature(table[self.name]).parameters
+    for name, hint in known.items():
+      if name not in bound and parameters[name].default is _MISSING:
+        raise ValueError(
+          f'{what} = {self.name!r} needs {name}: set {what}.{name} to'
+          f' {fields.described(hint)}.'
+        )
+    return functools.partial(table[self.name], **bound)
 
 
 @dataclasses.dataclass(frozen=True)
-class Capacity:
+class Capacity(Checked):
   """How many tokens of one group an expert can seat.
 
   The default is the rule of the paper and of Mesh-TensorFlow: `factor` * tokens
@@ -69,24 +119,14 @@ class Capacity:
   Other codes differ in exactly the fields below (see `slots`).
   """
 
-  factor: float = 1.25
-  count: int = 0  # So many places, whatever the rest says; 0: by `factor`.
+  factor: Above0 = 1.25
+  count: CountOr0 = 0  # So many places, whatever the rest says; 0: by `factor`.
   times_k: bool = False  # V-MoE multiplies by the experts per token.
-  rounding: str = 'floor'  # Flaxformer: 'round'; V-MoE: 'ceil'.
-  minimum: int = 4
-  multiple: int = 1
+  # Flaxformer: 'round'; V-MoE: 'ceil'.
+  rounding: Literal['floor', 'round', 'ceil'] = 'floor'
+  minimum: CountOr0 = 4
+  multiple: Count = 1
   dropless: bool = False  # Everyone sits; all of the above is moot.
-
-  def __post_init__(self):
-    if self.rounding not in _ROUND:
-      raise ValueError(
-        f'Capacity rounding {self.rounding!r} is none of {sorted(_ROUND)}.'
-      )
-    if self.factor <= 0 or self.count < 0 or self.multiple < 1:
-      raise ValueError(
-        f'{self} cannot seat anyone: factor must be above 0, count at least 0'
-        ' and multiple at least 1.'
-      )
 
   def slots(self, group_size: int, num_experts: int, k: int = 1) -> int:
     """Places per expert in a group of `group_size` tokens, never more."""
@@ -102,48 +142,34 @@ class Capacity:
     return min(slots, group_size)
 
 
-# What the fields of a sparse layer that are words may say.
-_MOE_WORDS = {
-  'extra_ffn': ('none', 'before', 'after'),
-  'group_by': ('tokens', 'sequence'),
-  'padding': ('ignored', 'routed', 'zeroed'),
-  'transport': ('auto', 'gspmd', 'shard_map'),
-}
-
-
 @dataclasses.dataclass(frozen=True)
-class MoEConfig:
+class MoEConfig(Checked):
   """One sparse feed-forward layer. Defaults: ST-MoE (arXiv:2202.08906)."""
 
-  num_experts: int = 32
-  hidden_dim: int = 0  # 0: as wide as the dense FFN.
+  num_experts: Size = 32
+  hidden_dim: SizeOr0 = 0  # 0: as wide as the dense FFN.
   train_capacity: Capacity = Capacity(1.25)
   eval_capacity: Capacity = Capacity(2.0)
   gate: Part = Part.of('linear')
   selector: Part = Part.of('top_k', k=2)
   # 'auto': `index` where places are limited; where nothing drops, `grouped`,
   # or what suits few tokens (see `MoE`).
-  dispatcher: str = 'auto'
+  dispatcher: Text = 'auto'
   # How tokens reach the devices of their experts: 'gspmd', as the compiler
   # finds best, or 'shard_map', to the letter: by all-to-alls, or for `grouped`
   # gathered by all who share the experts. 'auto': the latter for `grouped`
   # alone, where the compiler would gather in every turn of its loop.
-  transport: str = 'auto'
+  transport: Literal['auto', 'gspmd', 'shard_map'] = 'auto'
   multiplicative_bias: bool = False  # On the expert's hidden units, Table 17.
-  expert_dropout: float | None = None  # None: the model's dropout.
+  expert_dropout: Rate | None = None  # None: the model's dropout.
   # Dense FFN 'before' or 'after' a sparse one; 'none'.
-  extra_ffn: str = 'after'
+  extra_ffn: Literal['none', 'before', 'after'] = 'after'
   # Who competes for places: `group_size` neighbours of the flattened batch
   # ('tokens'), or each 'sequence' by itself.
-  group_by: str = 'tokens'
+  group_by: Literal['tokens', 'sequence'] = 'tokens'
   # 'ignored': asks for no place. 'routed': as any token. 'zeroed': as any token
   # whose activations are 0.
-  padding: str = 'ignored'
-
-  def __post_init__(self):
-    for field, known in _MOE_WORDS.items():
-      if getattr(self, field) not in known:
-        raise unknown(field, getattr(self, field), known)
+  padding: Literal['ignored', 'routed', 'zeroed'] = 'ignored'
 
   def capacity(self, deterministic: bool) -> Capacity:
     return self.eval_capacity if deterministic else self.train_capacity
@@ -169,23 +195,20 @@ class MoEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class StackConfig:
+class StackConfig(Checked):
   """Depth of one stack and which of its layers are sparse.
 
   Layer i is sparse where i % sparse_every == sparse_offset (ST-MoE: 3 of 4;
   HuggingFace Switch: 1 of 2); sparse_every 0 makes none sparse.
   """
 
-  num_layers: int = 12
-  sparse_every: int = 4
-  sparse_offset: int = 3
-  group_size: int = 2048  # Tokens that compete for places.
+  num_layers: Annotated[int, Range(1, 2**12)] = 12
+  sparse_every: CountOr0 = 4
+  sparse_offset: CountOr0 = 3
+  group_size: Count = 2048  # Tokens that compete for places.
 
   def __post_init__(self):
-    if self.group_size < 1:
-      raise ValueError(
-        f'group_size {self.group_size}: a group has at least one token.'
-      )
+    super().__post_init__()
     if self.sparse_every and not 0 <= self.sparse_offset < self.sparse_every:
       raise ValueError(
         f'sparse_offset {self.sparse_offset} is never reached with'
@@ -234,30 +257,21 @@ class LayerPlan:
     return len(self.sparse)
 
 
-# What the fields of a model that are words may say.
-_WORDS = {
-  'activation': ('geglu', 'gelu', 'relu'),
-  'dtype': ('auto', 'float32', 'bfloat16'),
-  'gradient_sums': ('float32', 'activations'),
-  'remat': ('none', 'full', 'dots'),
-}
-
-
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Checked):
   """A T5-like Transformer: T5 1.1 by default, sparse where its stacks say so.
 
   Without a decoder it reads (encoder-only), without an encoder it is a causal
   language model; nothing else changes.
   """
 
-  vocab_size: int = 32_128  # 0: as the vocabulary of the run needs it.
-  embed_dim: int = 768
-  num_heads: int = 12
-  head_dim: int = 64
-  mlp_dim: int = 2048
+  vocab_size: SizeOr0 = 32_128  # 0: as the vocabulary of the run needs it.
+  embed_dim: Size = 768
+  num_heads: Size = 12
+  head_dim: Size = 64
+  mlp_dim: Size = 2048
   # 'geglu': three matrices; 'relu' (T5 1.0, Switch) or 'gelu': two.
-  activation: str = 'geglu'
+  activation: Literal['geglu', 'gelu', 'relu'] = 'geglu'
   encoder: StackConfig | None = StackConfig()
   decoder: StackConfig | None = StackConfig(group_size=456)
   moe: MoEConfig = MoEConfig()
@@ -265,31 +279,66 @@ class ModelConfig:
   # the sparse one computes per token. Everything else stays.
   dense: bool = False
 
-  dropout: float = 0.0
+  dropout: Rate = 0.0
   tie_embeddings: bool = False
-  relpos_buckets: int = 32
-  relpos_max_distance: int = 128
+  relpos_buckets: Annotated[int, Range(2, 2**16)] = 32
+  relpos_max_distance: Count = 128
   relpos_per_layer: bool = False  # A table for each layer (UMT5), not one.
-  init_scale: float = 0.1  # Of every kernel; T5 had 1.0 (Switch, section 2.4).
+  init_scale: Above0 = 0.1  # Of every kernel; T5 had 1.0 (Switch, section 2.4).
   # Of the position biases; None: `init_scale`. Adafactor's steps are as large
   # as the weights are: a table that starts small learns word order late.
-  relpos_init_scale: float | None = None
+  relpos_init_scale: Above0 | None = None
 
-  dtype: str = 'auto'  # Of activations: bfloat16 on TPU and GPU, else float32.
+  # Of activations; 'auto': bfloat16 on TPU and GPU, else float32.
+  dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'
   # In which gradients of weights add up over tokens and devices: 'float32', as
   # in the paper (section 3.4), or that of 'activations': fewer bytes travel.
-  gradient_sums: str = 'float32'
+  gradient_sums: Literal['float32', 'activations'] = 'float32'
   scan_layers: bool = True
-  remat: str = (
-    'none'  # What the backward pass recomputes: 'none', 'full', 'dots'.
-  )
+  # What the backward pass recomputes.
+  remat: Literal['none', 'full', 'dots'] = 'none'
 
   def __post_init__(self):
+    super().__post_init__()
     if self.encoder is None and self.decoder is None:
-      raise ValueError('A model needs an encoder, a decoder, or both.')
-    for field, known in _WORDS.items():
-      if getattr(self, field) not in known:
-        raise unknown(field, getattr(self, field), known)
+      raise ValueError(
+        'encoder and decoder are none: a model needs an encoder, a decoder, or'
+        ' both.'
+      )
+    # Of an encoder half of the buckets look back and half ahead.
+    least = 4 if self.encoder else 2
+    if self.relpos_buckets < least:
+      raise ValueError(
+        f'relpos_buckets = {self.relpos_buckets} should be at least {least}.'
+      )
+    exact = self.relpos_buckets // (2 if self.decoder else 4)
+    if self.relpos_max_distance <= exact:
+      raise ValueError(
+        f'relpos_max_distance = {self.relpos_max_distance} should be above'
+        f' {exact}: so far each distance has one of the relpos_buckets ='
+        f' {self.relpos_buckets}.'
+      )
+    layers = max(self.stack(stack).num_layers for stack in self.stacks)
+    joined, expert = self.num_heads * self.head_dim, self.expert_dim
+    _check_room(
+      {
+        'embed_dim x vocab_size': self.embed_dim * self.vocab_size,
+        'embed_dim x num_heads x head_dim x num_layers': (
+          self.embed_dim * joined * layers
+        ),
+        'embed_dim x mlp_dim x num_layers': (
+          self.embed_dim * self.mlp_dim * layers
+        ),
+        'embed_dim x moe.hidden_dim x moe.num_experts x num_layers': (
+          self.embed_dim * expert * self.moe.num_experts * layers
+        ),
+      }
+    )
+    k, experts = self.moe.selector.kwargs.get('k'), self.num_experts
+    if experts and isinstance(k, int) and not 1 <= k <= experts:
+      raise ValueError(
+        f'moe.selector.k={k} experts per token; it must be 1 to {experts}.'
+      )
 
   @property
   def expert_dim(self) -> int:
@@ -367,42 +416,47 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Checked):
   """What the batches are made of. Lengths in tokens, sizes in examples."""
 
   # Task or text source by name -> rate. A rate is a number, or 'size': as many
   # as it has training examples, capped by `size_cap` (0: no cap) and flattened
   # by `temperature` (rate ** (1 / temperature)).
-  mixture: Mapping[str, float | str] = dataclasses.field(default_factory=dict)
-  size_cap: int = 0
-  temperature: float = 1.0
+  mixture: Mapping[Text, Above0 | Literal['size']] = dataclasses.field(
+    default_factory=dict
+  )
+  size_cap: CountOr0 = 0
+  # Below, rates leave what a float can hold.
+  temperature: Annotated[float, Range(0.1)] = 1.0
 
   # Text sources for span corruption: name -> {'train': glob, 'validation':
   # glob}. Globs of .txt, .jsonl, .json, plain or .gz; local or gs://.
-  files: Mapping[str, Mapping[str, str]] = dataclasses.field(
+  files: Mapping[Text, Mapping[Text, Text]] = dataclasses.field(
     default_factory=dict
   )
-  text_field: str = 'text'
-  noise_density: float = 0.15
-  mean_span: float = 3.0
+  text_field: Text = 'text'
+  noise_density: Annotated[float, Range(0, 1, above=True, below=True)] = 0.15
+  mean_span: Annotated[float, Range(1)] = 3.0
 
   # Path of a SentencePiece model, or 'bytes'; both get 100 sentinels on top,
   # unless the model has its own. 'byt5': bytes with the sentinels of ByT5.
   # '': that of `init`, else one of `vocabulary_size` ids, sentinels included,
   # trained on the mixture.
   vocabulary: str = ''
-  vocabulary_size: int = 4000
+  vocabulary_size: Annotated[
+    int, Range(104, 2**24, says='100 are sentinels, 3 special')
+  ] = 4000
   # What else a new vocabulary learns from: a glob of text, or 'tiny_world', the
   # embedded tasks.
   vocabulary_extra: str = ''
 
-  inputs_length: int = 512
-  targets_length: int = 114
-  batch_size: int = 128
-  seed: int = 0
+  inputs_length: Length = 512
+  targets_length: Length = 114
+  batch_size: Size = 128
+  seed: Seed = 0
   cache_dir: str = ''  # Where tokenised shards lie; '' is ~/.cache/st_moe.
   data_dir: str = ''  # Where tasks find their files; '': $ST_MOE_DATA.
-  workers: int = 1
+  workers: Annotated[int, Range(1, 4096)] = 1
   # Whether a run may go on where its training data have changed. It trains on
   # other batches from there on.
   may_change: bool = False
@@ -413,78 +467,72 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LossConfig:
+class LossConfig(Checked):
   """What is minimised: cross-entropy per target token plus these."""
 
-  z_loss: float = 1e-4  # On the output softmax.
-  label_smoothing: float = 0.0
+  z_loss: AtLeast0 = 1e-4  # On the output softmax.
+  label_smoothing: Rate = 0.0
   # Router losses by name; coefficients of Eq. 6 of arXiv:2202.08906.
-  router: Mapping[str, float] = dataclasses.field(
+  router: Mapping[Text, AtLeast0] = dataclasses.field(
     default_factory=lambda: {'load_balance': 1e-2, 'router_z': 1e-3}
   )
-  layers: str = 'sum'  # Over sparse layers: 'sum' (Mesh-TF) or 'mean' (T5X).
+  # Over sparse layers: 'sum' (Mesh-TF) or 'mean' (T5X).
+  layers: Literal['sum', 'mean'] = 'sum'
   # Targets of a row whose logits are there at once; 0: all. With few of them a
   # large vocabulary takes little memory, and one more product with the output
   # matrix time.
-  positions: int = 0
-
-  def __post_init__(self):
-    if self.positions < 0:
-      raise ValueError(
-        f'loss.positions={self.positions} must be 0 (all) or more.'
-      )
-    if self.layers not in ('sum', 'mean'):
-      raise ValueError(f'loss.layers {self.layers!r} is neither sum nor mean.')
+  positions: CountOr0 = 0
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Checked):
   """Adafactor as T5X sets it for sparse models, or AdamW."""
 
-  name: str = 'adafactor'
+  name: Literal['adafactor', 'adamw'] = 'adafactor'
   # What is trained, the rest is frozen: 'all', 'moe', 'non_moe', 'attention',
   # 'ffn', 'router', or a pattern of parameter paths.
-  train: str = 'all'
+  train: Text = 'all'
   # Schedule: `learning_rate` after a linear ramp of `warmup_steps` (0: none),
   # constant for `constant_steps`, then falling as 1 / sqrt(step).
-  learning_rate: float = 0.01
-  warmup_steps: int = 0
-  constant_steps: int = 10_000
-  decay: str = 'rsqrt'  # or 'none': constant for ever (fine-tuning).
+  learning_rate: AtLeast0 = 0.01
+  warmup_steps: CountOr0 = 0
+  constant_steps: CountOr0 = 10_000
+  # 'none': constant for ever (fine-tuning).
+  decay: Literal['rsqrt', 'none'] = 'rsqrt'
   # Adafactor.
-  decay_exponent: float = 0.8
-  clip_threshold: float = 1.0
+  decay_exponent: Above0 = 0.8
+  clip_threshold: Above0 = 1.0
   parameter_scale: bool = True
-  min_dim_to_factor: int = 128
+  min_dim_to_factor: CountOr0 = 128
   # AdamW.
-  b1: float = 0.9
-  b2: float = 0.999
+  b1: Annotated[float, Range(0, 1, below=True)] = 0.9
+  b2: Annotated[float, Range(0, 1, below=True)] = 0.999
   # Of either, times the learning rate.
-  weight_decay: float = 0.0
+  weight_decay: AtLeast0 = 0.0
   # A step whose loss or gradients are not finite is not applied; so many in a
   # row end the run.
-  max_bad_steps: int = 10
+  max_bad_steps: Count = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Checked):
   """Devices along each mesh axis; data 0: whatever the others leave."""
 
-  data: int = 0
-  fsdp: int = 1
-  expert: int = 1
-  model: int = 1
+  data: SizeOr0 = 0
+  fsdp: Size = 1
+  expert: Size = 1
+  model: Size = 1
   # Lets axes other than data cross the slow network between TPU slices.
   across_slices: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Checked):
   """When checkpoints are written and which of them stay."""
 
-  every: int = 1000
-  keep_last: int = 2
-  keep_every: int = 0  # Steps; 0: none are kept for ever.
+  every: CountOr0 = 1000  # Steps; 0: at the end only.
+  keep_last: CountOr0 = 2  # 0: all.
+  keep_every: CountOr0 = 0  # Steps; 0: none are kept for ever.
   # Metrics; the best checkpoint of each stays. Separated by commas, * is any:
   # 'eval/*/accuracy,eval/*/f1'; '-eval/x/loss' is the lowest.
   keep_best: str = ''
@@ -492,13 +540,13 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Checked):
   """What is measured during training and by `st-moe evaluate`."""
 
-  every: int = 1000  # Steps; 0: at the end only.
-  batches: int = 0  # Batches per source and split; 0: all.
-  batch_size: int = 0  # 0: the training batch.
-  split: str = 'validation'
+  every: CountOr0 = 1000  # Steps; 0: at the end only.
+  batches: CountOr0 = 0  # Batches per source and split; 0: all.
+  batch_size: SizeOr0 = 0  # 0: the training batch.
+  split: Text = 'validation'
   decode: bool = False  # Greedy decoding beside rank classification.
   # Rank by the mean log-probability of an answer's tokens, not by their sum.
   length_normalized: bool = False
@@ -507,13 +555,13 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LogConfig:
+class LogConfig(Checked):
   """Where numbers go."""
 
-  every: int = 100
+  every: CountOr0 = 100  # Steps; 0: only what is measured.
   tensorboard: bool = True
   wandb: bool = False
-  wandb_project: str = 'st_moe'
+  wandb_project: Text = 'st_moe'
 
 
 # How other codes route, as fields that differ from the defaults; a checkpoint
@@ -559,28 +607,28 @@ ROUTINGS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Checked):
   """One run."""
 
   name: str = ''
-  routing: str = 'paper'  # One of ROUTINGS: what the file leaves open.
-  seed: int = 0
-  total_steps: int = 0
+  routing: Literal[tuple(ROUTINGS)] = 'paper'  # What the file leaves open.
+  seed: Seed = 0
+  total_steps: CountOr0 = 0
   init: str = ''  # A checkpoint or workdir to start from; '': random.
   # 'params'; 'upcycle': dense into sparse; 'architecture': only its model and
   # vocabulary, untrained.
-  init_take: str = 'params'
+  init_take: Literal['params', 'upcycle', 'architecture'] = 'params'
   # The optimizer's slots of `init`: 'reset', or 'keep' to go on with them.
-  init_slots: str = 'reset'
+  init_slots: Literal['reset', 'keep'] = 'reset'
   # What else is made of what: pattern of a path -> path there ('' is: new).
-  init_rules: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  init_rules: Mapping[Text, str] = dataclasses.field(default_factory=dict)
   # Gradient accumulation. Each microbatch draws dropout and routing noise by a
   # lot of its own; where a config has no noise it changes no number.
-  microbatches: int = 1
+  microbatches: Size = 1
   # Places that sparse layers may compute for each that their tokens need, where
   # groups are larger than what a device has; 0: any number.
-  max_padding: float = 2.0
-  paper_params: float = 0.0  # What its paper prints, to compare; 0: nothing.
+  max_padding: AtLeast0 = 2.0
+  paper_params: AtLeast0 = 0.0  # What its paper prints, to compare; 0: nothing.
   model: ModelConfig = ModelConfig()
   data: DataConfig = DataConfig()
   loss: LossConfig = LossConfig()
@@ -591,5 +639,25 @@ class Config:
   log: LogConfig = LogConfig()
 
   def __post_init__(self):
-    if self.init_slots not in ('reset', 'keep'):
-      raise unknown('init_slots', self.init_slots, ('reset', 'keep'))
+    super().__post_init__()
+    model, data = self.model, self.data
+    wide = {'embed_dim': model.embed_dim, 'mlp_dim': model.mlp_dim}
+    for stack in model.stacks:
+      length = 'inputs' if stack == 'encoder' else 'targets'
+      batch = f'data.batch_size x data.{length}_length'
+      tokens = data.batch_size * data.length(stack)
+      layers = model.stack(stack).num_layers
+      _check_room(
+        {
+          f'{batch} x its length x model.num_heads': (
+            tokens * data.length(stack) * model.num_heads
+          ),
+          f'{batch} x model.vocab_size': tokens * model.vocab_size,
+          **{
+            f'{batch} x model.{side} x model.{stack}.num_layers': (
+              tokens * size * layers
+            )
+            for side, size in wide.items()
+          },
+        }
+      )

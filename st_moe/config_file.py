@@ -7,16 +7,24 @@ the place, what is known there, and the nearest spelling.
 """
 
 import ast
+import contextlib
 import dataclasses
+import difflib
 import importlib.util
+import inspect
 import json
+import os
 import pathlib
+import sysconfig
+import traceback
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal
 
 from st_moe import config as config_lib
-from st_moe.config import unknown
+from st_moe import fields
+from st_moe.fields import shown, unknown
 
 _CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 
@@ -52,99 +60,124 @@ def _literal(text: str, kind=object):
   'none' is None only where None may stand: elsewhere it is a word, as in
   `model.remat=none`.
   """
-  if kind is str:
+  kinds = [fields.base(each)[0] for each in fields.alternatives(kind)]
+  if str in kinds or any(typing.get_origin(k) is Literal for k in kinds[:1]):
     return text
-  if text.lower() == 'none' and type(None) in typing.get_args(kind):
+  if text.lower() == 'none' and type(None) in kinds:
     return None
   if text.lower() in ('true', 'false'):
     return text.lower() == 'true'
   try:
     return ast.literal_eval(text)
-  except (ValueError, SyntaxError):
-    return text
+  except (ValueError, SyntaxError, MemoryError, RecursionError):
+    return text  # The last two: of a thousand brackets.
 
 
-def build(kind, value, where: str = 'config', default=None):
-  """`value` (plain dicts and scalars) as an instance of the type `kind`.
+def build(hint, value, where: str = 'config', default=None):
+  """`value` (plain dicts and scalars) as what `hint` says.
 
   What a dict leaves open is as in `default`, an instance: a decoder, or the
   capacity of evaluation, has defaults of its own.
+
+  Raises:
+    ValueError: a field that is unknown, or breaks its rule; by its whole path.
   """
-  if isinstance(kind, types.UnionType):
-    if value is None and type(None) in kind.__args__:
-      return None
-    kinds = [k for k in kind.__args__ if k is not type(None)]
-    for k in kinds[:-1]:
-      try:
-        return build(k, value, where, default)
-      except ValueError:
-        continue
-    return build(kinds[-1], value, where, default)
-  if dataclasses.is_dataclass(kind):
+  kind = _dataclass_of(hint)
+  if (
+    kind and not isinstance(value, kind) and (value is not None or hint is kind)
+  ):
     return _build_dataclass(kind, value, where, default)
-  origin = typing.get_origin(kind) or kind
-  if origin is Mapping:
-    if not isinstance(value, Mapping):
-      raise ValueError(f'{where} = {value!r} should be a dict.')
-    item = (typing.get_args(kind) or (str, object))[1]
-    return {k: build(item, v, f'{where}.{k}') for k, v in value.items()}
-  if origin is float and type(value) is int:
-    return float(value)
-  if origin is not object and type(value) is not origin:
-    raise ValueError(f'{where} = {value!r} should be a {origin.__name__}.')
-  return value
+  return fields.check(value, hint, where)
+
+
+def _dataclass_of(hint):
+  """The dataclass that a field holds, if it holds one."""
+  of = fields.alternatives(hint)
+  return next((k for k in of if dataclasses.is_dataclass(k)), None)
 
 
 def _build_dataclass(kind, value, where: str, default):
-  if isinstance(value, kind):
-    return value
   if kind is config_lib.Part:
     value = {'name': value} if isinstance(value, str) else value
-    if not isinstance(value, Mapping) or 'name' not in value:
-      raise ValueError(f'{where} = {value!r} needs a name.')
-    return config_lib.Part.of(**value)
+    if not isinstance(value, Mapping) or not isinstance(value.get('name'), str):
+      raise ValueError(f'{where} = {shown(value)} needs a name.')
+    options = {str(name): option for name, option in value.items()}
+    return config_lib.Part.of(**options)
   if not isinstance(value, Mapping):
-    raise ValueError(f'{where} = {value!r} should be a dict.')
-  hints = typing.get_type_hints(kind)
+    raise ValueError(f'{where} = {shown(value)} should be a dict.')
+  hints = fields.of(kind)
   for name in value:
     if name not in hints:
-      raise unknown(f'field of {where}', name, hints)
+      raise _unknown_field(kind, name, where)
   default = default if isinstance(default, kind) else kind()
+  built = {
+    k: build(hints[k], v, f'{where}.{k}', getattr(default, k))
+    for k, v in value.items()
+  }
   try:
-    return dataclasses.replace(
-      default,
-      **{
-        k: build(hints[k], v, f'{where}.{k}', getattr(default, k))
-        for k, v in value.items()
-      },
-    )
-  except ValueError as e:
-    # `kind` itself refused: say where, once.
-    raise (
-      e
-      if str(e).startswith((where, 'Unknown'))
-      else ValueError(f'{where}: {e}')
-    ) from None
+    return dataclasses.replace(default, **built)
+  except ValueError as e:  # Fields that do not go together.
+    raise ValueError(f'{where}.{e}') from None
+
+
+def _unknown_field(kind, name, where: str, rest: str = '') -> ValueError:
+  """The error for a field that `kind` does not have: where is it, then?
+
+  What is spelt nearly alike may stand beside it, and what is spelt alike
+  anywhere in a config: `model.num_experts` is `model.moe.num_experts`.
+  """
+  beside, leaf = fields.of(kind), rest.rpartition('.')[2]
+  close = lambda of, cutoff: difflib.get_close_matches(
+    _plain(name), of, n=1, cutoff=cutoff
+  )
+  everywhere = [*map(_last, _paths(config_lib.Config))]
+  near = (
+    close(beside, 0.8)
+    or [f'{path}.{rest}' if rest else path for path in named(name)]
+    or (leaf and named(leaf))
+    or close(beside, 0.6)
+    or [path for other in close(everywhere, 0.8) for path in named(other)]
+  )
+  return unknown(f'field of {where}', name, beside, near)
+
+
+def named(name: object) -> list[str]:
+  """The fields of a config that have a name, by their dotted paths."""
+  paths = _paths(config_lib.Config)
+  return [path for path in paths if _last(path) == _plain(name)]
+
+
+def _plain(name: object) -> str:
+  return str(name).lower().replace('-', '_')
+
+
+def _last(path: str) -> str:
+  return path.rpartition('.')[2]
+
+
+def _paths(kind, above: str = '') -> Iterator[str]:
+  """Every field of a dataclass, by its dotted path, groups included."""
+  for name, hint in fields.of(kind).items():
+    yield above + name
+    inner = _dataclass_of(hint)
+    if inner and inner is not config_lib.Part:
+      yield from _paths(inner, f'{above}{name}.')
 
 
 def merge(kind, base: dict, path: str, value, where: str = 'config') -> dict:
   """`base` with the field at dotted `path` of dataclass `kind` set."""
   head, _, rest = path.partition('.')
-  hints = typing.get_type_hints(kind) if kind else {}
+  hints = fields.of(kind) if kind else {}
   if kind and head not in hints:
-    raise unknown(f'field of {where}', head, hints)
+    raise _unknown_field(kind, head, where, rest)
   hint = hints.get(head, object)
   if not rest:
+    if value == '' and base.get(head) is ...:  # Of a shell: $RUN is not set.
+      return base
     value = _literal(value, hint) if isinstance(value, str) else value
     return {**base, head: value}
-  nested = next(
-    (
-      k
-      for k in getattr(hint, '__args__', (hint,))
-      if dataclasses.is_dataclass(k) and k is not config_lib.Part
-    ),
-    None,
-  )
+  nested = _dataclass_of(hint)
+  nested = None if nested is config_lib.Part else nested
   inner = base.get(head)
   if inner is None:  # The file left this to its defaults: start from them.
     inner = to_dict(getattr(kind(), head)) if kind else {}
@@ -152,13 +185,12 @@ def merge(kind, base: dict, path: str, value, where: str = 'config') -> dict:
     inner = {'name': inner}
   where = f'{where}.{head}'
   if not isinstance(inner, Mapping):
-    raise ValueError(f'{where} = {inner!r} has no field {rest!r}.')
+    raise ValueError(f'{where} = {shown(inner)} has no field {rest!r}.')
   return {**base, head: merge(nested, dict(inner), rest, value, where)}
 
 
 def set_field(values: dict, field: str, value) -> dict:
   """A run's `values` with a dotted field set to a value or a flag's text."""
-  value = _literal(value) if isinstance(value, str) else value
   return merge(config_lib.Config, values, field, value)
 
 
@@ -185,9 +217,16 @@ def _over(below: Mapping, above: Mapping) -> dict:
   return merged
 
 
-def from_dict(value: Mapping) -> config_lib.Config:
-  """The inverse of `to_dict` for a whole run."""
-  return build(config_lib.Config, value)
+def from_dict(value: Mapping, source: object = '') -> config_lib.Config:
+  """The inverse of `to_dict` for a whole run.
+
+  Args:
+    source: the file it was read from, for errors.
+  """
+  try:
+    return build(config_lib.Config, value)
+  except ValueError as e:
+    raise ValueError(f'{source}: {e}' if source else str(e)) from None
 
 
 def to_json(config: config_lib.Config) -> str:
@@ -208,8 +247,9 @@ def diff(a: Mapping, b: Mapping, path: str = '') -> list[str]:
 
 def routed(values: Mapping) -> dict:
   """A run's `values` with what their `routing` says and they leave open."""
-  code = values.get('routing', 'paper')
-  for field, value in choose('routing', code, config_lib.ROUTINGS).items():
+  hint = fields.of(config_lib.Config)['routing']
+  code = fields.check(values.get('routing', 'paper'), hint, 'config.routing')
+  for field, value in config_lib.ROUTINGS[code].items():
     values = _fill(config_lib.Config, values, field.split('.'), value)
   return dict(values)
 
@@ -219,25 +259,33 @@ def _fill(kind, values: Mapping, path: list[str], value) -> dict:
   head, *rest = path
   if not rest:
     return {head: value, **values}
-  hint = typing.get_type_hints(kind)[head]
-  inner = values.get(head, {})
-  if inner is None:  # A stack that is not there.
+  nested, inner = _dataclass_of(fields.of(kind)[head]), values.get(head, {})
+  if nested is config_lib.Part and isinstance(inner, str):
+    inner = {'name': inner}
+  if not isinstance(inner, Mapping):  # None, or what `build` refuses.
     return dict(values)
-  if hint is config_lib.Part:
-    inner = {'name': inner} if isinstance(inner, str) else dict(inner)
-    inner.setdefault('name', getattr(kind(), head).name)
-    return {**values, head: {rest[0]: value, **inner}}
-  nested = next(k for k in getattr(hint, '__args__', (hint,)))
+  if nested is config_lib.Part:
+    name = inner.get('name', getattr(kind(), head).name)
+    return {**values, head: {'name': name, rest[0]: value, **inner}}
   return {**values, head: _fill(nested, inner, rest, value)}
 
 
 def find(name: str) -> pathlib.Path:
-  """The config file `name`: as given, or among the ones shipped."""
-  path = pathlib.Path(name)
-  for place in (path, _CONFIGS / path.name):
-    if place.is_file():
-      return place
-  known = [f'configs/{p.name}' for p in shipped()]
+  """The config file `name`: as given, or among the ones shipped.
+
+  Those are meant by `NAME.py` and `configs/NAME.py` alone.
+  """
+  if os.path.isfile(name):
+    return pathlib.Path(name)
+  if os.path.exists(name):
+    raise ValueError(
+      f'The config {name} is no file. One of Python is needed, with'
+      ' get_config(arg); `st-moe list configs` shows some.'
+    )
+  known = {f'configs/{p.name}': p for p in shipped()}
+  for spelling in (name, f'configs/{name}'):
+    if spelling in known:
+      return known[spelling]
   raise unknown('config file', name, known)
 
 
@@ -269,10 +317,10 @@ def _parses(node: ast.AST) -> bool:
 
 def read(name: str) -> dict:
   """A config as plain dicts: of a workdir, or of FILE[:ARG]."""
-  path = pathlib.Path(name) / 'config.json'
-  if path.is_file():
-    return to_dict(of_run(path))
-  return to_dict(load(name))
+  path = os.path.join(name, 'config.json')
+  if not os.path.isfile(path):
+    return to_dict(load(name))
+  return to_dict(of_run(pathlib.Path(path)))
 
 
 def of_run(path: pathlib.Path) -> config_lib.Config:
@@ -283,7 +331,7 @@ def of_run(path: pathlib.Path) -> config_lib.Config:
   """
   try:
     return from_dict(json.loads(path.read_text()))
-  except (ValueError, TypeError, AttributeError) as e:
+  except (ValueError, TypeError, AttributeError, RecursionError) as e:
     decoding = isinstance(e, json.JSONDecodeError | UnicodeDecodeError)
     what = 'is damaged' if decoding else f'is no config of this version ({e})'
     raise ValueError(
@@ -311,17 +359,112 @@ def load(
   """
   name, _, arg = spec.partition(':')
   path = find(name)
-  module_spec = importlib.util.spec_from_file_location(path.stem, path)
-  module = importlib.util.module_from_spec(module_spec)
-  module_spec.loader.exec_module(module)
-  values = module.get_config(arg or None).to_dict()
+  values = _values(path, arg)
   values.setdefault('name', path.stem)
   if 'routing' in (overrides or {}):
     values['routing'] = overrides['routing']
   values = routed(values)
   for field, value in (overrides or {}).items():
     values = merge(config_lib.Config, values, field, value)
+  values = _closed(values, path, refuse=base is not None)
   if values.get('init') and base:
-    model = base(values['init'])['model']
-    values['model'] = _over(model, values.get('model', {}))
+    hint = fields.of(config_lib.Config)['init']
+    init = fields.check(values['init'], hint, 'config.init')
+    try:
+      model, own = base(init)['model'], values.get('model', {})
+    except ValueError as e:
+      raise ValueError(f'config.init = {init!r}: {e}') from None
+    values['model'] = _over(model, own) if isinstance(own, Mapping) else own
   return build(config_lib.Config, values)
+
+
+_LARGEST = 2**20  # Bytes of a config file. More is something else.
+
+
+def _values(path: pathlib.Path, arg: str) -> dict:
+  """What the `get_config` of a file returns, as plain dicts."""
+  if path.suffix != '.py' or path.stat().st_size > _LARGEST:
+    raise ValueError(
+      f'The config {path} is no file of Python with get_config(arg); `st-moe'
+      ' list configs` shows some.'
+    )
+  module_spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(module_spec)
+  with blamed(path):
+    module_spec.loader.exec_module(module)
+  make = getattr(module, 'get_config', None)
+  if not callable(make):
+    raise ValueError(f'{path} has no function get_config(arg=None).')
+  try:
+    inspect.signature(make).bind(None)
+  except (TypeError, ValueError):
+    line = getattr(getattr(make, '__code__', None), 'co_firstlineno', 1)
+    raise ValueError(
+      f'{path}, line {line}: get_config is called with what follows the colon'
+      ' of --config=FILE:ARG, or None: write `def get_config(arg=None)`.'
+    ) from None
+  with blamed(path):
+    config = make(arg or None)
+    values = config.to_dict() if hasattr(config, 'to_dict') else config
+  if not isinstance(values, Mapping):
+    raise ValueError(
+      f'{path}: get_config returned {shown(config)}, and not the ConfigDict or'
+      ' dict it made.'
+    )
+  return dict(values)
+
+
+@contextlib.contextmanager
+def blamed(what: object):
+  """Runs code of a user: whatever it raises is a sentence with file and line.
+
+  Args:
+    what: which code, where no line of it is to blame.
+
+  Raises:
+    ValueError: it raised something.
+  """
+  try:
+    yield
+  except (Exception, SystemExit) as e:
+    raise ValueError(f'{_place(e, what)}{_said(e)}') from e
+
+
+def _place(e: BaseException, what: object) -> str:
+  """The line to blame: the last outside of libraries and of this package."""
+  if isinstance(e, SyntaxError) and e.filename:
+    return f'{e.filename}, line {e.lineno or 1}: '
+  others = (sysconfig.get_path('stdlib'), str(pathlib.Path(__file__).parent))
+  for frame in reversed(traceback.extract_tb(e.__traceback__)):
+    file = frame.filename
+    library = file.startswith(others) or 'site-packages' in file
+    if os.path.isfile(file) and not library:
+      return f'{file}, line {frame.lineno}: '
+  return f'{what}: '
+
+
+def _said(e: BaseException) -> str:
+  text = e.msg if isinstance(e, SyntaxError) else str(e)
+  plain = type(e) is ValueError and text
+  text = text if plain else f'{type(e).__name__}: {text}'.rstrip(': ')
+  return text if text.endswith(('.', '?')) else f'{text}.'
+
+
+def _closed(values: Mapping, path, refuse: bool, above: str = '') -> dict:
+  """`values` without what a file leaves open, written `...`.
+
+  Raises:
+    ValueError: with `refuse`, there is some.
+  """
+  found = {}
+  for name, value in values.items():
+    field = f'{above}{name}'
+    if value is ... and refuse:
+      raise ValueError(
+        f'{path} leaves config.{field} to you: set --config.{field}=VALUE.'
+      )
+    if isinstance(value, Mapping):
+      value = _closed(value, path, refuse, f'{field}.')
+    if value is not ...:
+      found[name] = value
+  return found

@@ -11,10 +11,6 @@ def learning_rate(config: OptimizerConfig):
   With `warmup_steps` 0 this is T5X's `constant * rsqrt_decay`: 0.01 for the
   first 10,000 steps, then 1 / sqrt(step).
   """
-  if config.decay not in ('rsqrt', 'none'):
-    raise ValueError(
-      f'optimizer.decay {config.decay!r} is no rsqrt and no none.'
-    )
 
   def schedule(step):
     step = jnp.asarray(step, jnp.float32)

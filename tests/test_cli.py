@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -128,7 +129,10 @@ def test_a_mistake_is_one_line_of_a_real_process(tmp_path):
     text=True,
   )
   assert found.returncode == 1 and found.stdout == ''
-  assert found.stderr == 'st-moe: k=9 experts per token; it must be 1 to 8.\n'
+  assert found.stderr == (
+    'st-moe: config.model.moe.selector.k=9 experts per token; it must be 1 to'
+    ' 8.\n'
+  )
   assert not (tmp_path / 'w').exists()
 
 
@@ -240,13 +244,16 @@ def train(tmp_path, capsys):
     ('modle.embed_dim=3', "field of config 'modle'. Did you mean 'model'?"),
     ('total_steps=many', "config.total_steps = 'many' should be a int"),
     ('model.dense=3', 'config.model.dense = 3 should be a bool'),
+    ('model.mlp_dim=16777216', 'A device here has'),
+    ('data.batch_size=16777216', 'the logits of 16,777,216 rows'),
+    ('total_steps=-1', 'config.total_steps = -1 should be a int, at least 0'),
     ('total_steps=0', 'total_steps is 0; set how long to train'),
     (
       'data.batch_size=12',
       'batch_size=12 does not divide into 1 microbatches on 8 devices; the'
       ' nearest that do are 8 and 16',
     ),
-    ('microbatches=0', 'microbatches=0 must both be at least 1'),
+    ('microbatches=0', 'config.microbatches = 0 should be a int, at least 1'),
     (
       'evaluate.batch_size=12',
       'evaluate.batch_size=12 does not divide among 8',
@@ -265,8 +272,11 @@ def train(tmp_path, capsys):
       'init=nowhere',
       '/nowhere: give a workdir of `st-moe train`, or one of',
     ),
-    ('optimizer.name=adam', "'adam' is none of adafactor, adamw"),
-    ('optimizer.decay=cosine', "decay 'cosine' is no rsqrt and no none"),
+    (
+      'optimizer.name=adam',
+      "config.optimizer.name 'adam'. Did you mean 'adamw",
+    ),
+    ('optimizer.decay=cosine', "Known: ['none', 'rsqrt']."),
     ('loss.router.load_balanse=1', "Did you mean 'load_balance'?"),
     ('model.moe.selector=top_kk', "selector 'top_kk'. Did you mean 'top_k'?"),
     ('model.moe.selector.kk=2', "option of selector 'top_k' 'kk'"),
@@ -371,6 +381,65 @@ def test_a_full_disk(tmp_path, capsys, monkeypatch):
   )
 
 
+@pytest.mark.parametrize('make', [np.zeros, jnp.zeros])
+def test_no_memory(capsys, monkeypatch, make):
+  # 4 TiB, in earnest.
+  monkeypatch.setitem(cli._RUN, 'report', lambda *_: make((2**40,), 'float32'))
+  said = _fails(capsys, 'report', 'x')
+  assert said.startswith('Out of memory: ') and said.count('\n') == 0
+  assert '4.00 TiB' in said or '4398046511104 bytes' in said
+  for way in ('batch_size', 'microbatches', 'remat=full', '--max_length'):
+    assert way in said
+
+
+@pytest.mark.parametrize(
+  ('path', 'message'),
+  [
+    ('{}', 'is a folder, where a file is needed.'),
+    ('{}/none', 'no such file or folder.'),
+    ('{}/file/none', 'a part of this path is a file, where a folder is'),
+    ('{}/' + 'x' * 300, 'this name is too long.'),
+  ],
+)
+def test_what_the_system_says_of_a_file(
+  capsys, monkeypatch, tmp_path, path, message
+):
+  (tmp_path / 'file').touch()
+  path = path.format(tmp_path)
+  monkeypatch.setitem(cli._RUN, 'report', lambda *_: open(path))
+  assert _fails(capsys, 'report', 'x').startswith(f'{path}: {message}')
+
+
+def test_a_bug_stays_a_trace(monkeypatch):
+  monkeypatch.setitem(cli._RUN, 'report', lambda *_: {}['ours'])
+  with pytest.raises(KeyError):
+    cli.main(['report', 'x'])
+
+
+def test_a_module_that_breaks(train, tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(tmp_path)
+  (tmp_path / 'mine_that_breaks.py').write_text('x = 1\nraise KeyError("x")\n')
+  said = train('--module_import=mine_that_breaks')
+  assert said == f"{tmp_path}/mine_that_breaks.py, line 2: KeyError: 'x'."
+
+
+def test_counting_settles_the_vocabulary(capsys):
+  # 2,048 ids of 16 numbers, and as many to the logits.
+  said = _runs(capsys, 'plan', f'--config={TINY}', '--count')
+  assert '65,536' in said and 'forward FLOPs' in said
+
+
+def test_a_grid_over_a_field_that_is_set(capsys, tmp_path):
+  grid = (
+    'grid',
+    f'--config={TINY}',
+    f'--workdir={tmp_path}',
+    '--vary=seed=0,1',
+  )
+  said = _fails(capsys, *grid, '--config.seed=3')
+  assert said.startswith('--config.seed is given twice')
+
+
 def test_an_error_with_its_trace(capsys, monkeypatch):
   monkeypatch.setenv('ST_MOE_TRACEBACK', '1')
   with pytest.raises(ValueError, match='Which config'):
@@ -419,8 +488,11 @@ def test_generate(capsys, tiny_model, tmp_path):
     (['--targets=t'], '--targets names a field of JSON objects: add --jsonl.'),
     (['hi', '--input=x'], 'Prompts as arguments or in --input, not both.'),
     (['hi', '--off=decoder.1.9'], 'decoder.1.9: the experts are 0, 1, 2, 3.'),
-    (['hi', '--top_p=0'], 'top_p 0.0 must be above 0 and at most 1.'),
-    (['hi', '--early_stopping=yes'], "must be true, false or 'never'."),
+    (
+      ['hi', '--top_p=0'],
+      '--top_p = 0.0 should be a float, above 0 and at',
+    ),
+    (['hi', '--early_stopping=yes'], "Unknown --early_stopping 'yes'. Known:"),
     (['hi', '--long=trim'], "long 'trim'"),
     (['x' * 600, '--long=refuse'], 'Prompt 1 has 600 tokens, of 511 that'),
     (['hi', '--vocabulary=no.model'], 'no.model: no such file'),

@@ -86,7 +86,7 @@ def test_overrides_come_as_text(file):
     file,
     {
       'total_steps': '20',
-      'model.dropout': '1',
+      'model.dropout': '0',
       'model.scan_layers': 'false',
       'model.moe.num_experts': '4',
       'model.decoder': 'none',
@@ -96,7 +96,7 @@ def test_overrides_come_as_text(file):
     },
   )
   assert config.total_steps == 20
-  assert config.model.dropout == 1.0
+  assert repr(config.model.dropout) == '0.0'  # A whole number is fine.
   assert config.model.scan_layers is False
   assert config.model.moe.num_experts == 4
   assert config.model.decoder is None
@@ -184,13 +184,89 @@ def test_experts_follow_the_width_of_the_dense_ffn(tmp_path):
       "extra_ffn 'no'. Did you mean 'none'",
     ),
     ('model.encoder.sparse_offset', '4', 'sparse_offset 4 is never reached'),
-    ('model.moe.train_capacity.factor', '0', 'train_capacity: .*cannot seat'),
-    ('loss.layers', 'max', "config.loss: loss.layers 'max'"),
+    (
+      'model.moe.train_capacity.factor',
+      '0',
+      'train_capacity.factor = 0 .* ab',
+    ),
+    ('loss.layers', 'max', "Unknown config.loss.layers 'max'"),
   ],
 )
 def test_a_wrong_override_says_where(file, field, value, message):
   with pytest.raises(ValueError, match=message):
     config_file.load(file, {field: value})
+
+
+@pytest.mark.parametrize(
+  ('field', 'meant'),
+  [
+    ('model.num_experts', "'model.moe.num_experts'"),
+    ('moe.num_experts', "'model.moe.num_experts'"),
+    ('model.selector.k', "'model.moe.selector.k'"),
+    ('model.optimizer.learning_rate', "'optimizer.learning_rate'"),
+    ('learning_rate', "'optimizer.learning_rate'"),
+    ('training.warmup-steps', "'optimizer.warmup_steps'"),
+    ('batch_size', "'data.batch_size' or 'evaluate.batch_size'"),
+    ('Embed-Dim', "'model.embed_dim'"),
+    ('total-steps', "'total_steps'"),
+    ('modle.num_experts', "'model'"),
+    ('model.embed_dimm', "'embed_dim'"),
+  ],
+)
+def test_a_field_in_the_wrong_place_leads_to_the_right_one(file, field, meant):
+  with pytest.raises(ValueError) as e:
+    config_file.load(file, {field: '1'})
+  assert f'Did you mean {meant}?' in str(e.value)
+
+
+def test_a_plain_dict_is_a_config(tmp_path):
+  path = tmp_path / 'plain.py'
+  path.write_text('def get_config(arg=None):\n  return {"seed": 3}\n')
+  assert config_file.load(str(path)).seed == 3
+
+
+def test_an_error_of_a_file_is_its_line(tmp_path):
+  path = tmp_path / 'mine.py'
+  path.write_text('x = 1\n\ndef get_config(arg=None):\n  return {}["a"]\n')
+  with pytest.raises(ValueError) as e:
+    config_file.load(str(path))
+  assert str(e.value) == f"{path}, line 4: KeyError: 'a'."
+  path.write_text('x = 1\ny = (\n')
+  with pytest.raises(ValueError, match="mine.py, line 2: SyntaxError: '.' was"):
+    config_file.load(str(path))
+
+
+def test_only_their_own_names_mean_the_shipped_files(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for name in ('finetune.py', 'configs/finetune.py'):
+    assert config_file.load(name).name == 'finetune'
+  for name in ('/typo/finetune.py', './x/finetune.py', '/configs/finetune.py'):
+    with pytest.raises(ValueError, match=f'config file {name!r}. Did you mean'):
+      config_file.load(name)
+
+
+def test_what_a_file_leaves_open_must_be_said():
+  base = lambda init: config_file.to_dict(Config(name=init))
+  for given in ({}, {'init': ''}):  # As of a shell without that variable.
+    with pytest.raises(
+      ValueError, match='finetune.py leaves config.init to you'
+    ):
+      config_file.load('configs/finetune.py', given, base=base)
+  found = config_file.load('configs/finetune.py', {'init': 'w'}, base=base)
+  assert found.init == 'w'
+  # To look at it, or to compare, needs none.
+  assert config_file.read('configs/finetune.py')['init'] == ''
+
+
+def test_a_stored_config_that_breaks_a_rule_is_named(tmp_path):
+  path = tmp_path / 'config.json'
+  path.write_text('{"model": {"dropout": 7.0}}')
+  with pytest.raises(ValueError) as e:
+    config_file.stored(path)
+  assert str(e.value).startswith(f'{path}: config.model.dropout = 7.0 should')
+  path.write_text('{"model": {"dropo')
+  with pytest.raises(ValueError, match='config.json is damaged: Unterminated'):
+    config_file.stored(path)
 
 
 def test_a_model_without_stacks_is_refused():
@@ -300,10 +376,10 @@ def test_capacity_of_others():
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
-    ({'rounding': 'up'}, "'up' is none of \\['ceil', 'floor', 'round'\\]"),
-    ({'factor': 0.0}, 'cannot seat anyone'),
-    ({'count': -1}, 'cannot seat anyone'),
-    ({'multiple': 0}, 'cannot seat anyone'),
+    ({'rounding': 'up'}, "Capacity.rounding 'up'. Known: ..ceil', 'floor'"),
+    ({'factor': 0.0}, 'Capacity.factor = 0.0 should be a float, above 0'),
+    ({'count': -1}, 'Capacity.count = -1 should be a int, at least 0'),
+    ({'multiple': 0}, 'Capacity.multiple = 0 should be a int, at least 1'),
   ],
 )
 def test_capacity_refuses(fields, message):
@@ -387,10 +463,14 @@ def test_the_dense_twin_is_as_wide_as_what_the_sparse_one_computes():
 @pytest.mark.parametrize(
   'field, value, message',
   [
-    ('model.activation', 'gegl', "Unknown activation 'gegl'.*'geglu'"),
-    ('model.dtype', 'float3', "Unknown dtype 'float3'.*'float32'"),
-    ('model.remat', 'ful', "Unknown remat 'ful'.*'full'"),
-    ('model.encoder.group_size', '0', 'at least one token'),
+    (
+      'model.activation',
+      'gegl',
+      "config.model.activation 'gegl'.*'geglu'",
+    ),
+    ('model.dtype', 'float3', "Unknown config.model.dtype 'float3'.*'float32'"),
+    ('model.remat', 'ful', "Unknown config.model.remat 'ful'.*'full'"),
+    ('model.encoder.group_size', '0', 'group_size = 0 .* at least 1'),
   ],
 )
 def test_a_wrong_word_or_size_is_refused(field, value, message):

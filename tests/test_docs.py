@@ -63,11 +63,11 @@ def _commands(verb):
 
 @pytest.mark.parametrize('number', range(3))
 def test_the_grids_of_the_page_are_those_of_the_paper(number):
-  flags, rest = cli._parser().parse_known_args(_commands('grid')[number])
+  _, verbs = cli._parser()
+  flags, overrides = verbs['grid'].read(_commands('grid')[number][1:])
   cells = grid.cells(flags.vary)
   # Figure 5 over three seeds, Table 5, Table 20 of sparse models.
   assert len(cells) == (15, 8, 18)[number]
-  overrides = cli._overrides(rest)
   del overrides['init']
   for cell in cells:
     config_file.load(flags.config, {**overrides, **cell})

@@ -15,6 +15,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 LINES = (
   (
+    'fields',
+    'flags',
     'config',
     'counts',
     'config_file',
@@ -76,6 +78,8 @@ NEVER = {
 
 # Other packages a room may import; a room not named here may any.
 PACKAGES = {
+  'fields': (),
+  'flags': (),
   'config': ('numpy',),
   'counts': (),
   'backend': (),
@@ -96,6 +100,8 @@ LIGHT = (
   'backend',
   'signals',
   'stdio',
+  'fields',
+  'flags',
   'cli',
   'infer.generate_flags',
   'plan.plan_flags',

@@ -146,7 +146,7 @@ def rates(
       for member in shares:
         size = min(sizes[member], config.size_cap or sizes[member])
         total[member] += size ** (1 / config.temperature)
-    elif isinstance(rate, int | float) and rate > 0:
+    else:
       if None in shares.values():
         raise ValueError(
           f'The rates of mixture {name!r} are counts of examples that its tasks'
@@ -154,9 +154,4 @@ def rates(
         )
       for member, share in shares.items():
         total[member] += rate * share / sum(shares.values())
-    else:
-      raise ValueError(
-        f'data.mixture.{name} is {rate!r}; a rate is a number above 0, or'
-        " 'size'. To leave a source out, do not name it."
-      )
   return total

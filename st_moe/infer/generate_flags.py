@@ -3,22 +3,43 @@
 Needs nothing but the standard library until it runs: `--help` waits for none.
 """
 
-# Flag -> type, default, help. Those of decoding have the names they have in
+from typing import Annotated, Literal
+
+from st_moe.fields import Above0, AtLeast0, Range, Seed, Size, SizeOr0, Text
+
+_Finite = Annotated[float, Range()]
+# Above it each step would hold more answers than any machine has room for.
+_Few = Annotated[int, Range(1, 2**16)]
+_Share = Annotated[float, Range(0, 1, above=True)]
+
+# Flag -> rule, default, help. Those of decoding have the names they have in
 # `infer.methods.Method` and `infer.generate.Asked`.
 _ANSWER_FLAGS = {
-  'max_length': (int, 64, 'tokens of an answer at most'),
-  'temperature': (float, 0.0, 'of sampling; 0 is greedy'),
-  'top_k': (int, 0, 'sample among so many likeliest tokens; 0: all'),
-  'top_p': (float, 1.0, 'sample among the fewest that hold this probability'),
-  'seed': (int, 0, 'of sampling'),
-  'num_beams': (int, 1, 'above 1: beam search'),
-  'length_penalty': (float, 1.0, 'beam scores are over length ** this'),
-  'early_stopping': (str, 'false', 'of beam search: true, false or never'),
-  'num_return': (int, 1, 'answers a prompt'),
-  'repetition_penalty': (float, 1.0, 'above 1: tokens said are less likely'),
+  'max_length': (Size, 64, 'tokens of an answer at most'),
+  'temperature': (AtLeast0, 0.0, 'of sampling; 0 is greedy'),
+  'top_k': (SizeOr0, 0, 'sample among so many likeliest tokens; 0: all'),
+  'top_p': (_Share, 1.0, 'sample among the fewest that hold this probability'),
+  'seed': (Seed, 0, 'of sampling'),
+  'num_beams': (_Few, 1, 'above 1: beam search'),
+  'length_penalty': (_Finite, 1.0, 'beam scores are over length ** this'),
+  'early_stopping': (
+    Literal['true', 'false', 'never'],
+    'false',
+    'of beam search: true, false or never',
+  ),
+  'num_return': (_Few, 1, 'answers a prompt'),
+  'repetition_penalty': (
+    Above0,
+    1.0,
+    'above 1: tokens said are less likely',
+  ),
   'prefix': (str, '', 'what every answer begins with'),
-  'k': (int, None, 'experts per token, in place of the config'),
-  'long': (str, 'cut', 'prompts longer than --max_inputs: cut or refuse'),
+  'k': (Size, None, 'experts per token, in place of the config'),
+  'long': (
+    Literal['cut', 'refuse'],
+    'cut',
+    'prompts longer than --max_inputs: cut or refuse',
+  ),
 }
 _ANSWER_LISTS = {
   'stop': 'an answer ends before this text',
@@ -41,7 +62,8 @@ def add(parser) -> None:
     'vocabulary': "a SentencePiece model or 'bytes'; '': the checkpoint's",
     'targets': 'the field whose text is scored, instead of answering',
   }.items():
-    parser.add_argument(f'--{name}', default='', help=text)
+    rule = str if name == 'vocabulary' else Text
+    parser.add_argument(f'--{name}', default='', rule=rule, help=text)
   parser.add_argument(
     '--jsonl', action='store_true', help='lines are JSON objects'
   )
@@ -49,12 +71,12 @@ def add(parser) -> None:
   parser.add_argument(
     '--fill', action='store_true', help='answer by filling <extra_id_N> in'
   )
-  parser.add_argument('--batch_size', type=int, default=16)
+  parser.add_argument('--batch_size', rule=_Few, default=16)
   parser.add_argument(
-    '--max_inputs', type=int, default=0, help='tokens; 0: as trained'
+    '--max_inputs', rule=SizeOr0, default=0, help='tokens; 0: as trained'
   )
-  for name, (kind, default, text) in _ANSWER_FLAGS.items():
-    parser.add_argument(f'--{name}', type=kind, default=default, help=text)
+  for name, (rule, default, text) in _ANSWER_FLAGS.items():
+    parser.add_argument(f'--{name}', rule=rule, default=default, help=text)
   for name, text in _ANSWER_LISTS.items():
     parser.add_argument(
       f'--{name}', metavar='TEXT', action='append', default=[], help=text
@@ -62,12 +84,12 @@ def add(parser) -> None:
   parser.add_argument(
     '--contrast',
     metavar='BETA',
-    type=float,
+    rule=AtLeast0,
     default=None,
     help='self-contrast of strong and weak routing (0.5 is usual)',
   )
-  parser.add_argument('--contrast_alpha', type=float, default=0.1)
-  parser.add_argument('--contrast_rank', type=int, default=2)
+  parser.add_argument('--contrast_alpha', rule=_Share, default=0.1)
+  parser.add_argument('--contrast_rank', rule=Size, default=2)
 
 
 def check(flags) -> None:

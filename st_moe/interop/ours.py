@@ -22,7 +22,7 @@ class Source:
 
   def load(self, abstract):
     """Parameters in the layout of `abstract`, scanned or not."""
-    own = config_file.from_dict(checkpoint.read_run(self.where)['config']).model
+    own = _config(self.where, checkpoint.read_run(self.where)).model
     model = self.config.model
     if own.scan_layers == model.scan_layers:
       return checkpoint.load_params(self.where, abstract)
@@ -37,7 +37,7 @@ class Source:
     Raises:
       ValueError: this checkpoint has none, or others.
     """
-    own = config_file.from_dict(checkpoint.read_run(self.where)['config'])
+    own = _config(self.where, checkpoint.read_run(self.where))
     if own.optimizer.name != config.optimizer.name:
       raise ValueError(
         f'{self.where} has slots of {own.optimizer.name}, this config wants'
@@ -66,9 +66,13 @@ def _as_asked(array, abstract):
   return jax.device_put(array.astype(abstract.dtype), abstract.sharding)
 
 
+def _config(where: str, run) -> Config:
+  return config_file.from_dict(run['config'], f'the config of {where}')
+
+
 def open_source(where: str) -> Source:
   run = checkpoint.read_run(where)
-  config = config_file.from_dict(run['config'])
+  config = _config(where, run)
   return Source(where, config, checkpoint.vocabulary_of(run))
 
 

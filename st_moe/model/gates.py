@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from st_moe.fields import Rate
 from st_moe.routing.types import RouteContext, Scores
 from st_moe.sharding import annotate
 
@@ -16,7 +17,7 @@ class LinearGate(nn.Module):
   """
 
   num_experts: int
-  jitter: float = 0.0
+  jitter: Rate = 0.0
 
   @nn.compact
   def __call__(self, x: jax.Array, ctx: RouteContext) -> Scores:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from st_moe.fields import Count
 from st_moe.model.rows import add, by_slot, picked, tiled
 from st_moe.routing.types import Seats
 from st_moe.sharding import AXES, on_shards, shards
@@ -32,7 +33,7 @@ def grouped(
   capacity,
   num_experts,
   transport='auto',
-  block=BLOCK,
+  block: Count = BLOCK,
 ):
   """Rows sorted by expert, in blocks of one expert each.
 

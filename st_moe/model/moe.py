@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from st_moe import sharding
-from st_moe.config import ModelConfig, Part
+from st_moe.config import ModelConfig, MoEConfig, Part
 from st_moe.model.dispatch import DISPATCHERS
 from st_moe.model.experts import Experts
 from st_moe.model.gates import GATES
@@ -16,6 +16,19 @@ from st_moe.model.layers import activation_dtype, sums_dtype
 from st_moe.routing.losses import LOSSES, gauges
 from st_moe.routing.selectors import SELECTORS
 from st_moe.routing.types import RouteContext
+
+# The fields that choose parts of a layer.
+_GATE, _SELECTOR, _DISPATCHER = (
+  f'config.model.moe.{name}' for name in ('gate', 'selector', 'dispatcher')
+)
+
+
+def check(moe: MoEConfig) -> None:
+  """Raises for a part, or an option of one, that there is not."""
+  moe.gate.choose(_GATE, GATES)
+  moe.selector.choose(_SELECTOR, SELECTORS)
+  if moe.dispatcher != 'auto':
+    Part(moe.dispatcher).choose(_DISPATCHER, DISPATCHERS)
 
 
 class MoE(nn.Module):
@@ -43,12 +56,12 @@ class MoE(nn.Module):
     xg = sharding.constrain(xg, 'group', 'length', 'activation_embed')
     capacity = moe.slots(xg.shape[1], ctx.deterministic)
 
-    gate = moe.gate.choose('gate', GATES)
+    gate = moe.gate.choose(_GATE, GATES)
     scores = gate(moe.num_experts, name='router')(xg, ctx)
     if ctx.override is not None:
       scores = scores.biased(ctx.override.bias)
     rng = self.make_rng('dropout') if self.has_rng('dropout') else None
-    select = moe.selector.choose('selector', SELECTORS)
+    select = moe.selector.choose(_SELECTOR, SELECTORS)
     with jax.named_scope('router'):
       seats = select(scores, ctx, rng=rng, capacity=capacity)
     experts = Experts(
@@ -62,7 +75,7 @@ class MoE(nn.Module):
       sums=sums_dtype(cfg),
       name='experts',
     )(x.shape[-1], deterministic=ctx.deterministic)
-    dispatch = self._dispatcher(seats, ctx).choose('dispatcher', DISPATCHERS)
+    dispatch = self._dispatcher(seats, ctx).choose(_DISPATCHER, DISPATCHERS)
     y = dispatch(
       xg,
       seats,

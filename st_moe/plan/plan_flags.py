@@ -7,6 +7,8 @@ import os
 import pathlib
 from collections.abc import Callable
 
+from st_moe.fields import SizeOr0
+
 
 def add(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
@@ -15,7 +17,9 @@ def add(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--chip', default='', help='by arithmetic, for v4, v5e, v5p, v6e, h100, ...'
   )
-  parser.add_argument('--devices', type=int, default=0, help='how many of them')
+  parser.add_argument(
+    '--devices', rule=SizeOr0, default=0, help='how many of them'
+  )
   parser.add_argument(
     '--search', action='store_true', help='rank all meshes of --devices'
   )

@@ -1,8 +1,11 @@
 """Which experts each token meets: `selector(scores, ctx, ...) -> Seats`."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
+from st_moe.fields import AtLeast0, Size
 from st_moe.routing.seating import seat
 from st_moe.routing.types import Assignment, RouteContext, Scores, Seats
 
@@ -15,10 +18,10 @@ def top_k(
   *,
   rng: jax.Array | None,
   capacity: int,
-  k: int,
-  train_policy: str = 'random',
-  eval_policy: str = 'all',
-  threshold: float = 0.2,
+  k: Size,
+  train_policy: Literal[_POLICIES] = 'random',
+  eval_policy: Literal[_POLICIES] = 'all',
+  threshold: AtLeast0 = 0.2,
   normalize: bool = True,
 ) -> Seats:
   """The k best experts of each token.

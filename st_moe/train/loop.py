@@ -108,6 +108,8 @@ def _train(config: Config, workdir, config_path, profile, check_owner) -> dict:
   model = Transformer(config.model)
   with sharding.use(mesh):
     tx = optimizer.make(config.optimizer, step.parameter_axes(model))
+    plan = step.plan_init(model, tx, mesh)  # Shapes, before any memory.
+    step.check_room(plan, config, mesh)
   if hosts.first():
     workdirs.explain(workdir, asked, config_path)
 
@@ -122,11 +124,8 @@ def _train(config: Config, workdir, config_path, profile, check_owner) -> dict:
   evaluate = Evaluator(model, config, vocab, mesh)
   best = _best(config.checkpoint.keep_best, evaluate.names(evaluations))
 
-  # --- Shapes, before any memory ---------------------------------------------
+  # --- State: where this run was, else a checkpoint, else random -------------
   with sharding.use(mesh):
-    plan = step.plan_init(model, tx, mesh)
-
-    # --- State: where this run was, else a checkpoint, else random ------------
     checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint, best)
     abstract = sharding.placed(plan.shapes, plan.shardings)
     found = checkpoints.restore(abstract, notify=hosts.tell)

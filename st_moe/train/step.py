@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator
 
 import flax.struct
@@ -238,11 +239,6 @@ def check_sizes(config: Config, mesh) -> None:
       no whole number of groups.
   """
   batch, parts = config.data.batch_size, config.microbatches
-  if batch < 1 or parts < 1:
-    raise ValueError(
-      f'data.batch_size={batch} and microbatches={parts} must both be at least'
-      ' 1.'
-    )
   shards = sharding.batch_shards(mesh)
   measured = config.evaluate.batch_size
   if measured % shards:
@@ -360,6 +356,46 @@ class Plan:
     """Drops both programs, of 100 MB and more, that a run needs but once."""
     self.random_params.clear_cache()
     self.begin.clear_cache()
+
+
+def check_room(plan: Plan, config: Config, mesh) -> None:
+  """Refuses what no device here can hold, before it is made.
+
+  Else the system would end the process, without a word. What a step takes
+  beside its logits is not counted: what is refused here is hopeless.
+
+  Raises:
+    ValueError: with what it takes and what there is.
+  """
+  leaves = jax.tree.leaves(sharding.placed(plan.shapes, plan.shardings))
+  state = sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in leaves
+  )
+  params = jax.tree.leaves(plan.shapes.params)
+  count = sum(math.prod(leaf.shape) for leaf in params)
+  data, length = config.data, config.data.length(config.model.stacks[-1])
+  rows = data.batch_size // config.microbatches
+  numbers = rows * min(config.loss.positions or length, length)
+  logits = 4 * numbers * config.model.vocab_size // mesh.size
+  room = _memory(mesh.local_devices[0])
+  if state + logits > room:
+    gib = lambda size: f'{size / 2**30:,.1f} GiB'
+    raise ValueError(
+      f'A device here has {gib(room)}. {count:,} parameters and the optimizer'
+      f' take {gib(state)} of each, the logits of {rows:,} rows {gib(logits)}.'
+      ' Make the model smaller (config.model.embed_dim, mlp_dim,'
+      ' moe.num_experts, encoder.num_layers) or split it over more devices'
+      ' (config.mesh.fsdp, expert, model); take fewer rows at a time'
+      ' (config.data.batch_size, microbatches) or logits (loss.positions).'
+    )
+
+
+def _memory(device) -> int:
+  """Bytes of a device; those of CPUs share the memory of the machine."""
+  stats = device.memory_stats() or {}
+  whole = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+  return stats.get('bytes_limit', whole // jax.local_device_count())
 
 
 def plan_init(model, optimizer, mesh) -> Plan:

@@ -264,7 +264,7 @@ def test_rates_by_hand():
 
 @pytest.mark.parametrize('rate', [0, -1, 'all', None])
 def test_rates_that_are_none(rate):
-  with pytest.raises(ValueError, match='data.mixture.a is .* above 0, or'):
+  with pytest.raises(ValueError, match="mixture.a = .* above 0, .*or 'size'"):
     rates_of({'a': rate}, {'a': 100})
 
 

@@ -268,6 +268,6 @@ def test_adamw_is_that_of_optax():
 
 
 def test_an_unknown_optimizer_is_named():
-  message = "Optimizer 'adam' is none of adafactor, adamw"
+  message = "Unknown OptimizerConfig.name 'adam'. Did you mean 'adamw'?"
   with pytest.raises(ValueError, match=message):
     optimizer.make(OptimizerConfig(name='adam'), {})

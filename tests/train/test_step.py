@@ -437,8 +437,8 @@ def test_sizes_that_fit():
       dict(devices=2, microbatches=4, batch_size=20),
       'batch_size=20 .* 4 microbatches on 2 devices; .* 16 and 24',
     ),
-    (dict(batch_size=0), 'batch_size=0 and microbatches=1 .* at least 1'),
-    (dict(microbatches=0), 'microbatches=0 must both be at least 1'),
+    (dict(batch_size=0), 'batch_size = 0 .* at least 1'),
+    (dict(microbatches=0), 'microbatches = 0 .* at least 1'),
   ],
 )
 def test_a_batch_that_does_not_divide(sizes, message):
