@@ -253,7 +253,9 @@ def _start(flags) -> None:
   # Orbax logs what it raises, with a trace; `main` says it in one line.
   if not os.environ.get('ST_MOE_TRACEBACK'):
     logging.getLogger('absl').setLevel(logging.CRITICAL)
-  sys.path.insert(0, os.getcwd())
+  if getattr(flags, 'module_import', ()):
+    # Behind everything else: a jax.py that lies here is not JAX.
+    sys.path.append(os.getcwd())
   for name in getattr(flags, 'module_import', ()):
     try:
       importlib.import_module(name)
@@ -454,4 +456,10 @@ _RUN = {
 }
 
 if __name__ == '__main__':
+  if not sys.flags.safe_path:
+    # `python -m` looks into the current folder first, where a jax.py that came
+    # with a checkpoint would be taken for JAX. That of a clone stays, as last.
+    first = sys.path.pop(0)
+    if first == os.path.dirname(os.path.dirname(os.path.abspath(__file__))):
+      sys.path.append(first)
   main()

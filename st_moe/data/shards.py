@@ -172,7 +172,10 @@ def _run(todo, workers: int):
   # Not forked: a process with JAX or TensorFlow in it has threads.
   context = multiprocessing.get_context('spawn')
   size = min(workers, len(todo))
-  with concurrent.futures.ProcessPoolExecutor(size, context) as pool:
+  with (
+    _safe_path(),
+    concurrent.futures.ProcessPoolExecutor(size, context) as pool,
+  ):
     futures = {pool.submit(_write_part, path, job): path for path, job in todo}
     try:
       for future in concurrent.futures.as_completed(futures):
@@ -185,6 +188,23 @@ def _run(todo, workers: int):
       ) from None
     finally:
       pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _safe_path():
+  """For workers, which begin as `python -c`.
+
+  That would look for modules in the current folder first, and find what came
+  with a checkpoint.
+  """
+  name = 'PYTHONSAFEPATH'
+  before = os.environ.get(name)
+  os.environ[name] = before or '1'
+  try:
+    yield
+  finally:
+    if not before:
+      del os.environ[name]
 
 
 def _write_part(path: epath.Path, job: Job) -> dict:

@@ -116,7 +116,10 @@ def test_plan_shares_out_bytes(monkeypatch):
   ]
 
 
-def test_workers_change_nothing(corpus, cache, tmp_path):
+def test_workers_change_nothing(corpus, cache, tmp_path, monkeypatch):
+  # What lies in the current folder is not run: it may have come with a model.
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'pickle.py').write_text('raise SystemExit("ran what lies here")')
   alone = write(cache, corpus)
   together = write(tmp_path / 'other', corpus, workers=2)
   assert alone.directory != together.directory
