@@ -5,7 +5,7 @@ import contextlib
 import os
 import sys
 
-from st_moe import backend
+from st_moe import backend, terminal
 from st_moe.infer import generate_flags
 from st_moe.plan import plan_flags
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
   except (ValueError, OSError) as e:
     if os.environ.get('ST_MOE_TRACEBACK'):
       raise
-    print(f'st-moe: {_plainly(e)}', file=sys.stderr)
+    terminal.say(f'st-moe: {_plainly(e)}', file=sys.stderr)
     sys.exit(1)
 
 
@@ -66,7 +66,7 @@ def _hosts(flags, *, preemptible: bool = False):
     if os.environ.get('ST_MOE_TRACEBACK') or not plain:
       sys.excepthook(*sys.exc_info())
     if text := hosts.last_words(e, _plainly(e)):
-      print(f'st-moe: {text}', file=sys.stderr)
+      terminal.say(f'st-moe: {text}', file=sys.stderr)
     hosts.leave(1)
   except KeyboardInterrupt:
     if hosts.count() == 1:
@@ -164,6 +164,11 @@ def _parser() -> argparse.ArgumentParser:
   )
   made['evaluate'].add_argument(
     '--output', default='', help="'': WORKDIR/evaluation"
+  )
+  made['evaluate'].add_argument(
+    '--trust_config',
+    action='store_true',
+    help='read the files that a checkpoint names, though others trained it',
   )
   made['evaluate'].add_argument(
     '--all', action='store_true', help='every checkpoint of a workdir'
@@ -325,14 +330,16 @@ def _prepare(flags, overrides):
     vocab = pipeline.train_vocabulary(
       config.data, path, config.data.vocabulary_size
     )
-    print(
+    terminal.say(
       f'wrote {path}: {vocab.size} ids; use --config.data.vocabulary={path}'
     )
-  show = lambda name, done, total: print(f'{name}: part {done} of {total}')
+  show = lambda name, done, total: terminal.say(
+    f'{name}: part {done} of {total}'
+  )
   counts = pipeline.prepare(config.data, vocab, progress=show)
   for name, splits in counts.items():
     for split, count in splits.items():
-      print(
+      terminal.say(
         f'{name} {split}:', ', '.join(f'{v:,} {k}' for k, v in count.items())
       )
 
@@ -348,6 +355,7 @@ def _evaluate(flags, overrides):
       output=flags.output,
       vocabulary=flags.vocabulary,
       overrides=overrides,
+      trust_config=flags.trust_config,
       every_step=flags.all,
       submission=flags.submission,
     )
@@ -371,7 +379,7 @@ def _convert(flags, overrides):
     overrides=overrides,
     verify=flags.verify,
   )
-  print('\n'.join(lines))
+  terminal.say('\n'.join(lines))
 
 
 def _plan(flags, overrides):
@@ -408,7 +416,7 @@ def _list(flags, overrides):
     _start(flags)
     from st_moe.data import task_shards
 
-    print('\n'.join(task_shards.registered()))
+    terminal.say('\n'.join(task_shards.registered()))
   else:
     _start(flags)
     from st_moe.model import dispatch, gates
@@ -431,7 +439,7 @@ def _config(flags, overrides):
   if flags.files and flags.files[0] == 'diff' and len(flags.files) == 3:
     a, b = (config_file.read(name) for name in flags.files[1:])
     for line in config_file.diff(a, b):
-      print(line)
+      terminal.say(line)
   elif flags.files:
     raise ValueError(
       f'`st-moe config {" ".join(flags.files)}`: only `config diff A B`, or'

@@ -23,7 +23,7 @@ import numpy as np
 from jax._src import distributed  # No public door to its key-value store.
 from jax.experimental import multihost_utils
 
-from st_moe import backend
+from st_moe import backend, terminal
 
 # Exit status of a run that was told to stop and can go on: EX_TEMPFAIL.
 PREEMPTED = 75
@@ -184,7 +184,7 @@ def tell(*lines: str) -> None:
   """Prints lines, once."""
   if first():
     for line in lines:
-      print(line, flush=True)
+      terminal.say(line)
 
 
 def agreed(decide: Callable):

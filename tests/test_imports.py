@@ -14,7 +14,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 LINES = (
-  ('config', 'counts', 'config_file', 'schedules', 'backend'),
+  ('config', 'counts', 'config_file', 'schedules', 'backend', 'terminal'),
   ('routing',),
   ('sharding', 'hosts'),
   ('model',),
@@ -62,6 +62,7 @@ PACKAGES = {
   'config': ('numpy',),
   'counts': (),
   'backend': (),
+  'terminal': ('rich',),
   'config_file': ('numpy',),
   'schedules': ('numpy', 'jax'),
   'routing': ('numpy', 'jax', 'flax.struct'),
@@ -75,6 +76,7 @@ HEAVY = ('seqio', 'tensorflow', 'tensorflow_datasets', 'tensorflow_text')
 # Modules that must not even need jax to be imported; the verbs import on use.
 LIGHT = (
   'backend',
+  'terminal',
   'cli',
   'infer.generate_flags',
   'plan.plan_flags',

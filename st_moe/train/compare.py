@@ -1,11 +1,11 @@
 """`st-moe report`: finished runs side by side, from the files they wrote."""
 
-import json
-
 import numpy as np
 from etils import epath
 
+from st_moe import terminal
 from st_moe.config import unknown
+from st_moe.data import files
 from st_moe.train.report import best_steps, read_rows
 
 
@@ -17,10 +17,9 @@ def compare(workdirs: list[str], *, baseline: str = '') -> None:
     baseline: of a run fine-tuned alike from random parameters.
   """
   from rich import box
-  from rich.console import Console
   from rich.table import Table
 
-  console = Console()
+  console = terminal.console()
   runs = [_Run(w) for w in (*workdirs, *([baseline] if baseline else []))]
   stages = Table('stage', 'steps', 'tokens/s', 'loss first', 'loss last')
   stages.title = 'Stages'
@@ -57,7 +56,7 @@ def compare(workdirs: list[str], *, baseline: str = '') -> None:
     console.print(tasks)
   console.print('Files:')
   for run in runs:
-    console.print(f'  {run.workdir}: {run.files()}', highlight=False)
+    console.print(f'  {run.workdir}: {run.files()}')
 
 
 def draw_curves(workdirs: list[str], path: str) -> None:
@@ -94,7 +93,7 @@ def draw_curves(workdirs: list[str], path: str) -> None:
   if ending not in endings:
     raise unknown('kind of picture', ending, endings)
   figure.savefig(path, dpi=100)
-  print(f'wrote {path}')
+  terminal.say(f'wrote {path}')
 
 
 class _Run:
@@ -104,7 +103,7 @@ class _Run:
     self.workdir = epath.Path(workdir)
     if not (self.workdir / 'config.json').exists():
       raise ValueError(f'{workdir} is no workdir of `st-moe train`.')
-    self.config = json.loads((self.workdir / 'config.json').read_text())
+    self.config = files.read_json(self.workdir / 'config.json')
     rows = read_rows(self.workdir)
     self.steps = [r for r in rows if 'loss' in r]
     self.measured = [r for r in rows if any(k.startswith('eval/') for k in r)]

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from st_moe import hosts
+from st_moe import hosts, terminal
 from st_moe.config import Config, unknown
 from st_moe.data import files
 from st_moe.train import loop
@@ -91,7 +91,7 @@ def run(
       if hosts.count() > 1:  # Did it fail on all of them?
         raise
       failed[name] = str(e)
-      print(f'{name} failed: {e}')
+      terminal.say(f'{name} failed: {e}')
     jax.clear_caches()  # Each cell compiles its own steps.
     if hosts.first():
       _tell(wanted[: number + 1], workdir, metrics, failed)
@@ -114,7 +114,7 @@ def _tell(done: list[Cell], workdir: epath.Path, metrics, failed) -> None:
   write('grid.json', json.dumps(about, indent=2))
   text = markdown(rows)
   write('grid.md', text)
-  print(text)
+  terminal.say(text)
 
 
 def _measured(workdir: epath.Path) -> dict:

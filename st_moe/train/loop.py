@@ -13,7 +13,7 @@ from etils import epath
 
 from st_moe import backend, config_file, counts, hosts, sharding
 from st_moe.config import Config, unknown
-from st_moe.data import files, pipeline, vocabulary
+from st_moe.data import files, pipeline, trust, vocabulary
 from st_moe.infer.evaluator import Evaluator
 from st_moe.interop import convert, links, rules
 from st_moe.model.transformer import Transformer
@@ -135,9 +135,14 @@ def train(
     traced = traced if hosts.first() else range(0)
     trace = profiles.Profile(traced, workdir, report.note, start=start)
 
+    signature = trust.signature(config.data)
+
     def describe():
       return checkpoint.describe_run(
-        config_file.to_dict(config), vocab.model, tokens_seen=seen
+        config_file.to_dict(config),
+        vocab.model,
+        tokens_seen=seen,
+        signature=signature,
       )
 
     try:
