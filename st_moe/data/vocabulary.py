@@ -48,7 +48,12 @@ class Vocabulary:
 
   @property
   def _pieces(self):
-    return _processor(self.model)
+    try:
+      return _processor(self.model)
+    except (RuntimeError, ValueError) as e:
+      raise ValueError(
+        f'The vocabulary {self.path} is not a SentencePiece model ({e}).'
+      ) from None
 
   def sentinel(self, k: int) -> int:
     """The id of <extra_id_k>; <extra_id_0> is the last id of all."""
@@ -125,13 +130,10 @@ def load(path: str) -> Vocabulary:
       f"data.vocabulary {path}: no such file; a SentencePiece model or 'bytes'"
       ' is needed.'
     )
-  vocabulary = Vocabulary(str(file), file.read_bytes())
-  try:
-    pieces = vocabulary._pieces
-  except RuntimeError as e:
-    raise ValueError(
-      f'data.vocabulary {path} is not a SentencePiece model ({e}).'
-    ) from None
+  vocabulary = Vocabulary(str(file), files.read_bytes(file))
+  if not vocabulary.model:
+    raise ValueError(f'data.vocabulary {path} is empty.')
+  pieces = vocabulary._pieces
   ids = pieces.pad_id(), pieces.eos_id(), pieces.unk_id()
   if ids != (0, 1, 2):
     raise ValueError(
@@ -234,7 +236,49 @@ def _processor(model: bytes):
   """SentencePiece with the sentinels appended, loaded once per process."""
   import sentencepiece
 
+  _check_whole(model)
   return sentencepiece.SentencePieceProcessor(model_proto=_extended(model))
+
+
+# Fields of a SentencePiece model that all have.
+_PARTS = {1: 'pieces', 2: 'trainer_spec', 3: 'normalizer_spec'}
+
+
+def _check_whole(model: bytes) -> None:
+  """Raises a ValueError for a serialised model that is cut off.
+
+  What is appended to one would be taken for the rest of it.
+  """
+  at, found = 0, set()
+
+  def number():
+    nonlocal at
+    value, shift = 0, 0
+    while True:
+      byte = model[at]
+      at += 1
+      value |= (byte & 127) << shift
+      shift += 7
+      if byte < 128:
+        return value
+      if shift > 63:
+        raise IndexError
+
+  try:
+    while at < len(model):
+      field, kind = divmod(number(), 8)
+      if kind != 2:  # All of its fields are messages.
+        raise ValueError(f'damaged at byte {at}')
+      size = number()
+      at += size
+      found.add(field)
+  except IndexError:
+    at = len(model) + 1
+  if at != len(model):
+    raise ValueError('it is cut off')
+  for field, name in _PARTS.items():
+    if field not in found:
+      raise ValueError(f'it has no {name}')
 
 
 def _extended(model: bytes) -> bytes:

@@ -327,3 +327,17 @@ def test_the_default_place(monkeypatch):
   monkeypatch.setenv('HOME', '/home/somebody')
   assert str(shards.cache_root('')) == '/home/somebody/.cache/st_moe'
   assert str(shards.cache_root('~/x')) == '/home/somebody/x'
+
+
+@pytest.mark.parametrize(
+  'text', ['', '{', '[]', '{}', '{"parts": [{"file": "../x", "records": 1}]}']
+)
+def test_damaged_notes_are_told_by_name(corpus, cache, text):
+  """Opening says what to delete; writing again just does its work anew."""
+  found = write(cache, corpus)
+  about = pathlib.Path(found.directory, 'info.json')
+  about.write_text(text)
+  with pytest.raises(ValueError, match='info.json is damaged.*delete it and'):
+    shards.Shards(found.directory)
+  parts(found)[0].with_suffix('.json').write_text(text)
+  assert chunks(write(cache, corpus)) == chunks(found)
