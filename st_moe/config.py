@@ -21,6 +21,18 @@ _NOT_OPTIONS = (
 _ROUND = {'floor': math.floor, 'round': round, 'ceil': math.ceil}
 
 
+# What a size may be: what devices count with, and what compiles in a lifetime.
+_MOST = {'num_layers': 10_000, 'num_experts': 1_000_000}
+
+
+def _check_sizes(config, **least: int) -> None:
+  """Raises a ValueError for a size that no model has."""
+  for field, low in least.items():
+    value, high = getattr(config, field), _MOST.get(field, 2**31 - 1)
+    if not low <= value <= high:
+      raise ValueError(f'{field} {value!r} must be {low} to {high:,}.')
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
   """The error for a `name` that is not among the `known` ones."""
   known = sorted(known)
@@ -141,6 +153,7 @@ class MoEConfig:
   padding: str = 'ignored'
 
   def __post_init__(self):
+    _check_sizes(self, num_experts=1, hidden_dim=0)
     for field, known in _MOE_WORDS.items():
       if getattr(self, field) not in known:
         raise unknown(field, getattr(self, field), known)
@@ -175,6 +188,7 @@ class StackConfig:
   group_size: int = 2048  # Tokens that compete for places.
 
   def __post_init__(self):
+    _check_sizes(self, num_layers=0)
     if self.group_size < 1:
       raise ValueError(
         f'group_size {self.group_size}: a group has at least one token.'
@@ -273,6 +287,10 @@ class ModelConfig:
   )
 
   def __post_init__(self):
+    _check_sizes(
+      self, vocab_size=0, embed_dim=1, num_heads=1, head_dim=1, mlp_dim=1,
+      relpos_buckets=1, relpos_max_distance=1,
+    )  # fmt: skip
     if self.encoder is None and self.decoder is None:
       raise ValueError('A model needs an encoder, a decoder, or both.')
     for field, known in _WORDS.items():

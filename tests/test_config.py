@@ -391,6 +391,11 @@ def test_the_dense_twin_is_as_wide_as_what_the_sparse_one_computes():
     ('model.dtype', 'float3', "Unknown dtype 'float3'.*'float32'"),
     ('model.remat', 'ful', "Unknown remat 'ful'.*'full'"),
     ('model.encoder.group_size', '0', 'at least one token'),
+    ('model.encoder.num_layers', '1000000000', 'must be 0 to 10,000'),
+    ('model.decoder.num_layers', '-1', 'num_layers -1 must be 0 to'),
+    ('model.num_heads', '0', 'num_heads 0 must be 1 to 2,147,483,647'),
+    ('model.vocab_size', str(10**12), 'must be 0 to 2,147,483,647'),
+    ('model.moe.num_experts', '0', 'num_experts 0 must be 1 to 1,000,000'),
   ],
 )
 def test_a_wrong_word_or_size_is_refused(field, value, message):

@@ -9,6 +9,7 @@ import numpy as np
 
 from st_moe import config_file, sharding
 from st_moe.config import Config, ModelConfig, unknown
+from st_moe.data import vocabulary
 from st_moe.model import layout
 from st_moe.model.transformer import Transformer
 from st_moe.train import step
@@ -20,6 +21,13 @@ FORMATS = {
   'mtf': 'st_moe.interop.mesh_tf',
   'st_moe': 'st_moe.interop.ours',
 }
+
+
+# What code that expects a number, a list or a tensor of two axes makes of
+# anything else that a checkpoint may say.
+_STRANGE = (
+  ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
+)  # fmt: skip
 
 
 def split(uri: str) -> tuple[str, str]:
@@ -39,6 +47,15 @@ def open_source(uri: str):
   except KeyError as e:  # Of a field or tensor that every model there has.
     raise ValueError(
       f'{uri} has no {e.args[0]}: it is damaged, or of another model.'
+    ) from e
+  except ValueError as e:  # Of a format, which may say where, or not.
+    if where in str(e):
+      raise
+    raise ValueError(f'{uri}: {e}') from e
+  except _STRANGE as e:
+    raise ValueError(
+      f'{uri} cannot be understood ({type(e).__name__}: {e}): it is damaged, or'
+      ' of another model.'
     ) from e
 
 
@@ -83,6 +100,8 @@ def convert(
   name, where = split(target)
   module = importlib.import_module(FORMATS[name])
   config = opened.config
+  if opened.vocabulary:  # A broken one would go on into what is written.
+    _ = vocabulary.Vocabulary(source, opened.vocabulary).size
   if hasattr(module, 'check_export'):
     module.check_export(config)
   # Arrays of JAX, which Orbax writes without a copy.

@@ -33,27 +33,52 @@ def open_source(where: str) -> Source:
     ValueError: no such place, no safetensors, or a model we have no class for.
   """
   directory = _directory(where)
-  try:
-    about = json.loads((directory / 'config.json').read_text())
-  except ValueError as e:
-    raise ValueError(f'{directory}/config.json is no JSON ({e}).') from None
+  about = files.read_json(directory / 'config.json')
   reader = safetensors.Reader(directory)
+  _check_numbers(about, where, len(reader.shapes))
   config, scaled = _config(about, where)
   head = 'lm_head.weight' in reader.shapes and not _tied(reader)
   tied = scaled and not head
   model = dataclasses.replace(config.model, tie_embeddings=tied)
-  pieces = directory / 'spiece.model'
   copies = [*_COPIES] if head else [*_COPIES, 'lm_head.weight']
   return Source(
     where=f'hf:{where}',
     config=dataclasses.replace(config, model=model),
-    vocabulary=pieces.read_bytes() if pieces.exists() else None,
+    vocabulary=_pieces(directory / 'spiece.model'),
     links=links(model, head=head, scaled=scaled),
     shapes=reader.shapes,
     dtypes=reader.dtypes,
     read=reader.read,
     copies={n: 'shared.weight' for n in copies if n in reader.shapes},
   )
+
+
+# Fields of config.json that are numbers, and so many at least.
+_NUMBERS = {
+  'vocab_size': 1, 'd_model': 1, 'num_heads': 1, 'd_kv': 1, 'd_ff': 1,
+  'num_layers': 1, 'num_decoder_layers': 1, 'num_experts': 1,
+  'num_sparse_encoder_layers': 0, 'num_sparse_decoder_layers': 0,
+  'relative_attention_num_buckets': 1, 'relative_attention_max_distance': 1,
+  'expert_capacity': 1,
+}  # fmt: skip
+_MOST = 1 << 31
+
+
+def _check_numbers(about: dict, where: str, tensors: int) -> None:
+  """Raises a ValueError for a size that is none, or more layers than tensors.
+
+  Else a config alone could ask for any amount of time and memory.
+  """
+  for field, least in _NUMBERS.items():
+    value = about.get(field)
+    most = tensors if 'layers' in field or 'experts' in field else _MOST
+    if value is None:
+      continue  # It has a default, or is missed by name.
+    if type(value) is not int or not least <= value <= most:
+      raise ValueError(
+        f'{where}: {field} is {value!r}, with {tensors} tensors; it must be a'
+        f' whole number from {least} to {most}.'
+      )
 
 
 def _directory(where: str) -> pathlib.Path:
@@ -77,6 +102,15 @@ def _directory(where: str) -> pathlib.Path:
       f' ({type(e).__name__}: {line}).'
     ) from e
   return pathlib.Path(found)
+
+
+def _pieces(path: pathlib.Path) -> bytes | None:
+  """The SentencePiece model, if one comes along."""
+  if not path.exists():
+    return None
+  if not (model := files.read_bytes(path)):
+    raise ValueError(f'The vocabulary {path} is empty.')
+  return model
 
 
 def _tied(reader) -> bool:
