@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 
-from st_moe import backend, signals, stdio
+from st_moe import backend, signals, stdio, terminal
 from st_moe.fields import Count, CountOr0
 from st_moe.flags import Parser, twice
 from st_moe.infer import generate_flags
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
   except Exception as e:
     if os.environ.get('ST_MOE_TRACEBACK') or not _is_plain(e):
       raise
-    print(f'st-moe: {_plainly(e)}', file=sys.stderr)
+    terminal.say(f'st-moe: {_plainly(e)}', file=sys.stderr)
     sys.exit(1)
 
 
@@ -90,7 +90,7 @@ def _hosts(flags, *, preemptible: bool = False):
     if os.environ.get('ST_MOE_TRACEBACK') or not plain:
       sys.excepthook(*sys.exc_info())
     if text := hosts.last_words(e, _plainly(e)):
-      print(f'st-moe: {text}', file=sys.stderr)
+      terminal.say(f'st-moe: {text}', file=sys.stderr)
     hosts.leave(1)
   except KeyboardInterrupt:
     if hosts.count() == 1:
@@ -234,6 +234,11 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     '--output', default='', help='in place of WORKDIR/evaluation'
   )
   made['evaluate'].add_argument(
+    '--trust_config',
+    action='store_true',
+    help='read the files that a checkpoint names, though others trained it',
+  )
+  made['evaluate'].add_argument(
     '--all', action='store_true', help='every checkpoint of a workdir'
   )
   made['evaluate'].add_argument(
@@ -326,7 +331,9 @@ def _start(flags) -> None:
   # Orbax logs what it raises, with a trace; `main` says it in one line.
   if not os.environ.get('ST_MOE_TRACEBACK'):
     logging.getLogger('absl').setLevel(logging.CRITICAL)
-  sys.path.insert(0, os.getcwd())
+  if getattr(flags, 'module_import', ()):
+    # Behind everything else: a jax.py that lies here is not JAX.
+    sys.path.append(os.getcwd())
   from st_moe import config_file
 
   for name in getattr(flags, 'module_import', ()):
@@ -410,14 +417,16 @@ def _prepare(flags, overrides):
     vocab = pipeline.train_vocabulary(
       config.data, path, config.data.vocabulary_size
     )
-    print(
+    terminal.say(
       f'wrote {path}: {vocab.size} ids; use --config.data.vocabulary={path}'
     )
-  show = lambda name, done, total: print(f'{name}: part {done} of {total}')
+  show = lambda name, done, total: terminal.say(
+    f'{name}: part {done} of {total}'
+  )
   counts = pipeline.prepare(config.data, vocab, progress=show)
   for name, splits in counts.items():
     for split, count in splits.items():
-      print(
+      terminal.say(
         f'{name} {split}:', ', '.join(f'{v:,} {k}' for k, v in count.items())
       )
 
@@ -433,6 +442,7 @@ def _evaluate(flags, overrides):
       output=flags.output,
       vocabulary=flags.vocabulary,
       overrides=overrides,
+      trust_config=flags.trust_config,
       every_step=flags.all,
       submission=flags.submission,
     )
@@ -456,7 +466,7 @@ def _convert(flags, overrides):
     overrides=overrides,
     verify=flags.verify,
   )
-  print('\n'.join(lines))
+  terminal.say('\n'.join(lines))
 
 
 def _plan(flags, overrides):
@@ -498,7 +508,7 @@ def _list(flags, overrides):
     _start(flags)
     from st_moe.data import task_shards
 
-    print('\n'.join(task_shards.registered()))
+    terminal.say('\n'.join(task_shards.registered()))
   else:
     _start(flags)
     from st_moe.model import dispatch, gates
@@ -536,7 +546,7 @@ def _config(flags, overrides):
   if flags.files and flags.files[0] == 'diff' and len(flags.files) == 3:
     a, b = (config_file.read(name) for name in flags.files[1:])
     for line in config_file.diff(a, b):
-      print(line)
+      terminal.say(line)
   elif flags.files:
     raise ValueError(
       f'`st-moe config {" ".join(flags.files)}`: only `config diff A B`, or'
@@ -561,4 +571,10 @@ _RUN = {
 }
 
 if __name__ == '__main__':
+  if not sys.flags.safe_path:
+    # `python -m` looks into the current folder first, where a jax.py that came
+    # with a checkpoint would be taken for JAX. That of a clone stays, as last.
+    first = sys.path.pop(0)
+    if first == os.path.dirname(os.path.dirname(os.path.abspath(__file__))):
+      sys.path.append(first)
   main()

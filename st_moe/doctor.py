@@ -10,6 +10,8 @@ import time
 
 from etils import epath
 
+from st_moe import terminal
+
 _PACKAGES = (
   'jax',
   'jaxlib',
@@ -26,15 +28,15 @@ _PACKAGES = (
 
 def examine(workdir: str) -> int:
   """Prints one line per question; returns 1 if something stands in the way."""
-  from rich.console import Console
+  from rich.text import Text
 
-  console, broken = Console(), 0
+  console, broken = terminal.console(), 0
   for name, question in _QUESTIONS.items():
     try:
-      mark, answer = '[green]ok[/]  ', question(workdir)
+      mark, answer = Text('ok  ', 'green'), question(workdir)
     except Exception as e:  # Whatever is wrong here is the answer.
-      mark, answer, broken = '[red]no[/]  ', f'{e}', 1
-    console.print(f'{mark}{name:14}', answer, soft_wrap=True, highlight=False)
+      mark, answer, broken = Text('no  ', 'red'), f'{e}', 1
+    console.print(mark + f'{name:14}', answer, soft_wrap=True)
   return broken
 
 

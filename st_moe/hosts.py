@@ -23,7 +23,7 @@ import numpy as np
 from jax._src import distributed  # No public door to its key-value store.
 from jax.experimental import multihost_utils
 
-from st_moe import backend, signals
+from st_moe import backend, signals, terminal
 
 MEETING = 300  # Seconds in which all processes must have started.
 # Seconds after which a machine that says nothing counts as dead; a process that
@@ -181,7 +181,7 @@ def tell(*lines: str) -> None:
   """Prints lines, once."""
   if first():
     for line in lines:
-      print(line, flush=True)
+      terminal.say(line)
 
 
 def agreed(decide: Callable):

@@ -121,6 +121,7 @@ def test_versions_formats_and_configs_need_no_jax():
 def test_a_mistake_is_one_line_of_a_real_process(tmp_path):
   arguments = ['train', f'--config={TINY}', f'--workdir={tmp_path / "w"}']
   mistake = '--config.model.moe.selector.k=9'
+  (tmp_path / 'jax.py').write_text('raise SystemExit("ran what lies here")')
   found = subprocess.run(
     [sys.executable, '-m', 'st_moe.cli', *arguments, mistake],
     env={**os.environ, 'PYTHONPATH': str(ROOT)},
@@ -286,6 +287,20 @@ def train(tmp_path, capsys):
 )
 def test_a_field_that_cannot_be(train, flag, message):
   assert message in train(f'--config.{flag}')
+
+
+def test_modules_of_the_current_folder_are_for_module_import_alone(
+  train, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  here = str(tmp_path)
+  train('--config.total_steps=0')
+  assert here not in sys.path
+  (tmp_path / 'jax.py').write_text('raise SystemExit("ran what lies here")')
+  (tmp_path / 'my_tasks.py').write_text('import jax.numpy')
+  train('--config.total_steps=0', '--module_import=my_tasks')
+  assert sys.path.index(here) == len(sys.path) - 1
+  del sys.modules['my_tasks']
 
 
 def test_microbatches_of_broken_groups(train):

@@ -1,15 +1,18 @@
 """`st-moe prepare superglue`: the official files, unpacked and checked."""
 
 import hashlib
+import http.client
 import os
 import pathlib
+import struct
 import tempfile
-import urllib.error
 import urllib.request
 import zipfile
+import zlib
 
 from etils import epath
 
+from st_moe import terminal
 from st_moe.data import files
 from st_moe.data import superglue as tasks
 
@@ -46,8 +49,14 @@ SUMS = {
 }
 
 
+_LARGEST = 1 << 30  # Bytes of the archive, and of each of its files.
+_PATIENCE = 60  # Seconds without a byte.
+
+
 def superglue(data_dir: str, url: str = URL) -> None:
   """Fetches what is missing of DIR/superglue/TASK/*.jsonl, and checks all.
+
+  A file appears when all of it has come and is the official one.
 
   Raises:
     ValueError: no directory, no network, a file that is not the official one;
@@ -60,21 +69,33 @@ def superglue(data_dir: str, url: str = URL) -> None:
   official = (f for task in tasks.TASKS.values() for f in task.files.values())
   wanted = sorted({names[0] for names in official})
   missing = [name for name in wanted if not (root / name).exists()]
+  for name in wanted:
+    if name not in missing and (wrong := _wrong(root / name, name)):
+      raise ValueError(
+        f'{root / name} is not the official file: {wrong}. Move it away and run'
+        ' this again.'
+      )
   if missing:
     with tempfile.TemporaryDirectory() as folder:
       archive = pathlib.Path(folder) / 'superglue.zip'
       _fetch(url, archive, root, missing)
       _unpack(url, archive, root, missing)
-  for name in wanted:
-    _check(root / name, SUMS.get(name.partition('/')[2], ''))
-  print(f'{root / "superglue"}: all {len(wanted)} files are there.')
+  terminal.say(f'{root / "superglue"}: all {len(wanted)} files are there.')
 
 
 def _fetch(url: str, archive: pathlib.Path, root, missing) -> None:
-  print(f'fetching {url}')
+  terminal.say(f'fetching {url}')
   try:
-    urllib.request.urlretrieve(url, archive)
-  except (urllib.error.URLError, OSError) as e:
+    with (
+      urllib.request.urlopen(url, timeout=_PATIENCE) as answer,
+      archive.open('wb') as file,
+    ):
+      said = answer.headers.get('Content-Length') or ''
+      _copy(answer, file)
+      size = file.tell()
+    if said.isdigit() and size != int(said):
+      raise OSError(f'{size:,} of {said} bytes came')
+  except (OSError, http.client.HTTPException) as e:
     listed = '\n  '.join(f'{root / name}' for name in missing)
     raise ValueError(
       f'Cannot fetch {url}: {getattr(e, "reason", e)}. Fetch it on a machine'
@@ -87,18 +108,48 @@ def _unpack(url: str, archive: pathlib.Path, root, missing) -> None:
   try:
     with zipfile.ZipFile(archive) as opened:
       for name in missing:
-        data = opened.read(name.partition('/')[2])
-        files.write_whole(root / name, data)
-  except (zipfile.BadZipFile, KeyError) as e:
+        with (
+          opened.open(name.partition('/')[2]) as packed,
+          files.appearing(root / name) as temp,
+        ):
+          with temp.open('wb') as file:
+            _copy(packed, file)
+          if wrong := _wrong(temp, name):
+            raise ValueError(
+              f'{url} has another {name} than the official one: {wrong}.'
+              f' Nothing is kept of it; what is right goes to {root / name}.'
+            )
+  except _BROKEN as e:
     raise ValueError(
       f'What came is not the archive of SuperGLUE: {e}'
     ) from None
 
 
-def _check(path: epath.Path, expected: str) -> None:
-  found = hashlib.sha256(path.read_bytes()).hexdigest()
-  if not found.startswith(expected):
-    raise ValueError(
-      f'{path} is not the official file: its sha256 begins with'
-      f' {found[:16]}, not {expected}. Move it away and run this again.'
-    )
+# Whatever zipfile makes of an archive that is damaged or packed in another way.
+_BROKEN = (
+  zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError,
+  struct.error, UnicodeDecodeError,
+)  # fmt: skip
+
+
+def _copy(source, target) -> None:
+  """Copies what is left of `source`, which may say that it has no end."""
+  size = 0
+  while chunk := source.read(1 << 20):
+    size += len(chunk)
+    if size > _LARGEST:
+      raise ValueError(
+        f'More than {_LARGEST >> 20} MiB came: that is no file of SuperGLUE.'
+      )
+    target.write(chunk)
+
+
+def _wrong(path: epath.PathLike, name: str) -> str:
+  """What tells a file from the official one `name`; '' if it is that."""
+  files.check_regular(path)
+  with epath.Path(path).open('rb') as file:
+    found = hashlib.file_digest(file, 'sha256').hexdigest()
+  expected = SUMS.get(name.partition('/')[2], '')
+  if found.startswith(expected):
+    return ''
+  return f'its sha256 begins with {found[:16]}, not {expected}'

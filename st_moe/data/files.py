@@ -1,4 +1,6 @@
-"""Files that are whole or absent, on a disk or in an object store."""
+"""Files on a disk or in an object store: written whole or not at all, and read
+with an eye on what they may be instead: a device, a pipe, broken or endless.
+"""
 
 import contextlib
 import errno
@@ -7,11 +9,16 @@ import math
 import os
 import pathlib
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
+from typing import IO
 
 from etils import epath
+
+LONGEST_LINE = 64 << 20  # Bytes.
+LARGEST_WHOLE = 1 << 30  # Bytes of a file that is read at once.
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -28,10 +35,91 @@ def stamp(path: epath.PathLike) -> list:
   """What changes when a file does: its name, size and time of change."""
   path = os.fspath(path)
   if is_remote(path):
-    stat = epath.Path(path).stat()
-    return [path, stat.length, stat.mtime]
-  stat = os.stat(path)
-  return [path, stat.st_size, stat.st_mtime_ns]
+    found = epath.Path(path).stat()
+    return [path, found.length, found.mtime]
+  found = os.stat(path)
+  return [path, found.st_size, found.st_mtime_ns]
+
+
+def check_regular(path: epath.PathLike) -> None:
+  """Raises a ValueError for a folder, a device, a pipe: what may never end."""
+  if is_remote(path):
+    return
+  mode = os.stat(path).st_mode
+  if not stat.S_ISREG(mode):
+    kinds = {
+      stat.S_IFDIR: 'a directory', stat.S_IFIFO: 'a pipe',
+      stat.S_IFCHR: 'a device', stat.S_IFBLK: 'a device',
+    }  # fmt: skip
+    kind = kinds.get(stat.S_IFMT(mode), 'a socket')
+    raise ValueError(f'{path} is {kind}; a file is needed.')
+
+
+def read_bytes(path: epath.PathLike, most: int = LARGEST_WHOLE) -> bytes:
+  """A whole file.
+
+  Raises:
+    ValueError: it is no file, or larger than `most` bytes.
+  """
+  check_regular(path)
+  too_large = ValueError(
+    f'{path} has more than {most >> 20} MiB; it is not read.'
+  )
+  if not is_remote(path) and os.stat(path).st_size > most:
+    raise too_large
+  with epath.Path(path).open('rb') as file:
+    data = file.read(most + 1)
+  if len(data) > most:
+    raise too_large
+  return data
+
+
+def lines(
+  file: IO[bytes], name: epath.PathLike, longest: int = 0
+) -> Iterator[bytes]:
+  """The lines of an open file, split at newlines only.
+
+  Raises:
+    ValueError: one has more than `longest` bytes (0: `LONGEST_LINE`); names
+      file and line.
+  """
+  number, longest = 0, longest or LONGEST_LINE
+  while line := file.readline(longest + 1):
+    number += 1
+    if len(line) > longest:
+      raise ValueError(
+        f'{name}, line {number} has more than {longest >> 20} MiB; cut it.'
+      )
+    yield line
+
+
+def read_json(path: epath.PathLike) -> dict:
+  """The object in a file of JSON; raises like `read_bytes` and `parse_json`."""
+  return parse_json(read_bytes(path), path)
+
+
+def parse_json(data: bytes, path: epath.PathLike) -> dict:
+  """The object that is all of `data`, the content of `path`.
+
+  Raises:
+    ValueError: it is no JSON object, or has a field twice.
+  """
+  try:
+    found = json.loads(data.decode(), object_pairs_hook=_once)
+    if not isinstance(found, dict):
+      raise ValueError(f'it is a {type(found).__name__}, not an object')
+  except (ValueError, RecursionError) as e:
+    raise ValueError(f'{path} is no JSON, or damaged: {e}.') from None
+  return found
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict:
+  found = {}
+  for name, value in pairs:
+    if name in found:
+      raise ValueError(f'it has {name!r} twice')
+    found[name] = value
+  return found
 
 
 def check_free(path: epath.PathLike, is_ours: Callable) -> None:
@@ -60,18 +148,12 @@ def check_free(path: epath.PathLike, is_ours: Callable) -> None:
     )
 
 
-_READ = 1 << 26  # Bytes; more than any JSON of ours.
-
-
 def json_in(path: epath.PathLike) -> dict:
   """The object of JSON that a file holds; {} if it holds none."""
-  with epath.Path(path).open('rb') as file:
-    data = file.read(_READ)
   try:
-    found = json.loads(data)
-  except (ValueError, RecursionError):
+    return read_json(path)
+  except ValueError:
     return {}
-  return found if isinstance(found, dict) else {}
 
 
 def as_json(value, **options) -> str:

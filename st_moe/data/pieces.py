@@ -125,14 +125,18 @@ def behind(model: bytes) -> tuple[int | None, tuple[str, ...]]:
   Raises:
     ValueError: it is no model, or a truncated one.
   """
-  added, sentinels = [], SENTINELS
+  added, sentinels, parts = [], SENTINELS, set()
   if sentinel(0).encode() in model:  # As mT5's: its last 100 pieces.
     sentinels = None
   for number, value in _fields(model):
+    parts.add(number)
     if number == _SENTINELS:
       sentinels = value
     elif number == _ADDED:
       added.append(value.decode())
+  # What is appended to a truncated one would be taken for the rest of it.
+  if not parts >= {_PIECE, _TRAINER, _NORMALIZER}:
+    raise ValueError('some of its parts are missing')
   return sentinels, tuple(added)
 
 

@@ -45,13 +45,18 @@ class Shards:
 
   def __init__(self, directory: epath.PathLike):
     directory = epath.Path(directory)
+    about = directory / 'info.json'
     try:
-      self.info = json.loads((directory / 'info.json').read_text())
+      self.info = files.read_json(about)
+      parts = [part for part in self.info['parts'] if part['records']]
+      for part in parts:
+        _check_part(part)
     except FileNotFoundError:
       raise ValueError(
         f'{directory} holds no finished data; run `st-moe prepare` again.'
       ) from None
-    parts = [part for part in self.info['parts'] if part['records']]
+    except (ValueError, KeyError, TypeError) as e:
+      raise _damaged(about, str(e)) from None
     if files.is_remote(directory):
       directory = _download(directory, parts)
     self.directory = os.fspath(directory)
@@ -158,12 +163,14 @@ def write(
 def _finished(directory: epath.Path, recipe: Mapping) -> bool | None:
   """True: all there; None: something is missing; False: not what was asked."""
   try:
-    info = json.loads((directory / 'info.json').read_text())
+    info = files.read_json(directory / 'info.json')
     if info['recipe'] != recipe:
       raise KeyError
+    for part in info['parts']:
+      _check_part(part)
   except FileNotFoundError:
     return None
-  except (ValueError, KeyError):
+  except (ValueError, KeyError, TypeError):
     logging.warning('%s is stale and is written anew.', directory)
     return False
   if files.is_remote(directory):
@@ -181,13 +188,14 @@ def _run(todo, workers: int):
   # Not forked: a process with JAX or TensorFlow in it has threads.
   context = multiprocessing.get_context('spawn')
   size = min(workers, len(todo))
-  with concurrent.futures.ProcessPoolExecutor(
+  pool = concurrent.futures.ProcessPoolExecutor(
     size,
     context,
     # Ctrl-C is heard by the whole terminal; who asked for the work ends it.
     initializer=signal.signal,
     initargs=(signal.SIGINT, signal.SIG_IGN),
-  ) as pool:
+  )
+  with _safe_path(), pool:
     futures = {pool.submit(_write_part, path, job): path for path, job in todo}
     try:
       for future in concurrent.futures.as_completed(futures):
@@ -204,6 +212,23 @@ def _run(todo, workers: int):
       ) from None
     finally:
       pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _safe_path():
+  """For workers, which begin as `python -c`.
+
+  That would look for modules in the current folder first, and find what came
+  with a checkpoint.
+  """
+  name = 'PYTHONSAFEPATH'
+  before = os.environ.get(name)
+  os.environ[name] = before or '1'
+  try:
+    yield
+  finally:
+    if not before:
+      del os.environ[name]
 
 
 def _write_part(path: epath.Path, job: Job) -> dict:
@@ -232,10 +257,21 @@ def _write_part(path: epath.Path, job: Job) -> dict:
 def _note(path: epath.Path) -> dict | None:
   """What is known of a part; None if it is missing or not as it was written."""
   try:
-    note = json.loads(path.with_suffix('.json').read_text())
-    return note if path.stat().length == note['bytes'] else None
-  except (FileNotFoundError, ValueError, KeyError):
+    note = files.read_json(path.with_suffix('.json'))
+    _check_part(note)
+    right = note['file'] == path.name
+    return note if right and path.stat().length == note['bytes'] else None
+  except (FileNotFoundError, ValueError, KeyError, TypeError):
     return None
+
+
+def _check_part(note: Mapping) -> None:
+  """Raises where a note is not as `_write_part` writes it."""
+  counts = note['records'], note['bytes']
+  if not all(type(n) is int and n >= 0 for n in counts):
+    raise ValueError(f'{counts} records and bytes')
+  if pathlib.PurePath(note['file']).name != note['file']:
+    raise ValueError(f'a part at {note["file"]!r}')
 
 
 def _download(directory: epath.Path, parts: Sequence[Mapping]) -> epath.Path:
@@ -259,7 +295,7 @@ def _sweep(directory: epath.Path) -> None:
           temp.unlink()
 
 
-def _damaged(file: str, what: str) -> ValueError:
+def _damaged(file: epath.PathLike, what: str) -> ValueError:
   return ValueError(
     f'{file} is damaged or cut off ({what}); delete it and start again, and it'
     ' is written anew.'

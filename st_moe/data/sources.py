@@ -7,6 +7,7 @@ line: a run must not die an hour later of a typo in a glob.
 
 import codecs
 import concurrent.futures
+import contextlib
 import gzip
 import itertools
 import json
@@ -24,6 +25,8 @@ EMBEDDED = 'python_reference'
 # A .txt without blank lines is cut into documents at the line end after this
 # many characters, so that no file has to fit in memory.
 _LONGEST_PARAGRAPHS = 1 << 20
+
+_LARGEST_PACKED = 256 << 20  # Bytes of a list, as it is when unpacked.
 
 _EXTENSIONS = ('.txt', '.jsonl', '.json')
 
@@ -108,10 +111,10 @@ def read_text(path: epath.PathLike) -> str:
   """A whole file.
 
   Raises:
-    ValueError: it is missing or not UTF-8; names it.
+    ValueError: it is missing, too large or not UTF-8; names it.
   """
   try:
-    return epath.Path(path).read_bytes().decode('utf-8-sig')
+    return files.read_bytes(path).decode('utf-8-sig')
   except FileNotFoundError:
     raise ValueError(f'{path}: no such file.') from None
   except UnicodeDecodeError as e:
@@ -188,14 +191,15 @@ def _extension(path: str) -> str:
   return extension
 
 
-def _lines(path: str) -> Iterator[tuple[int, str]]:
+def _lines(path: str, longest: int = 0) -> Iterator[tuple[int, str]]:
   """(number from 1, line without its end) of a plain or gzipped file."""
   number = 0
   try:
+    files.check_regular(path)
     with epath.Path(path).open('rb') as file:
       plain = gzip.GzipFile(fileobj=file) if path.endswith('.gz') else file
       # Bytes are split at \n only: str.splitlines knows eight line ends more.
-      for line in plain:
+      for line in files.lines(plain, path, longest):
         number += 1
         if number == 1:
           line = line.removeprefix(codecs.BOM_UTF8)
@@ -211,8 +215,8 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
     raise ValueError(f'{path}: damaged gzip after line {number} ({e}).') from e
 
 
-def _filled(path: str) -> Iterator[tuple[int, str]]:
-  return ((n, line) for n, line in _lines(path) if line.strip())
+def _filled(path: str, longest: int = 0) -> Iterator[tuple[int, str]]:
+  return ((n, line) for n, line in _lines(path, longest) if line.strip())
 
 
 def _paragraphs(path: str) -> Iterator[tuple[int, str]]:
@@ -230,15 +234,40 @@ def _paragraphs(path: str) -> Iterator[tuple[int, str]]:
 
 def _rows(path: str) -> Iterator[tuple[int | str, str | dict]]:
   """Rows of a .json: of its list, or one a line."""
-  lines = _filled(path)
-  for head in lines:
-    lines = itertools.chain([head], lines)
-    if not head[1].lstrip().startswith('['):
-      return lines
-    text = '\n'.join(line for _, line in _lines(path))
-    rows = _parse(path, None, text, list)
-    return ((f'item {i}', row) for i, row in enumerate(rows, 1))
-  return iter(())
+  if _first(path) != b'[':
+    return _filled(path)
+  rows = _parse(path, None, _whole(path), list)
+  return ((f'item {i}', row) for i, row in enumerate(rows, 1))
+
+
+def _first(path: str) -> bytes:
+  """The first byte that is no space, if it comes soon."""
+  with contextlib.suppress(OSError, EOFError, zlib.error):  # `_lines` tells.
+    files.check_regular(path)
+    with epath.Path(path).open('rb') as file:
+      plain = gzip.GzipFile(fileobj=file) if path.endswith('.gz') else file
+      head = plain.read(1 << 16).removeprefix(codecs.BOM_UTF8)
+      return head.lstrip()[:1]
+  return b''
+
+
+def _whole(path: str) -> str:
+  """The text of a file that is one value; packed it may be any length."""
+  packed = path.endswith('.gz')
+  most = _LARGEST_PACKED if packed else files.LARGEST_WHOLE
+  too_large = ValueError(
+    f'{path} holds one list of more than {most >> 20} MiB; make it a .jsonl of'
+    ' one object per line.'
+  )
+  if not packed and files.stamp(path)[1] > most:
+    raise too_large
+  found, size = [], 0
+  for _, line in _lines(path, most):
+    found.append(line)
+    size += len(line) + 1
+    if size > most:
+      raise too_large
+  return '\n'.join(found)
 
 
 def _parse(path, where, row, kind=dict):
@@ -253,6 +282,8 @@ def _parse(path, where, row, kind=dict):
       f'{path}, line {where or e.lineno}: broken JSON ({e.msg} at column'
       f' {e.colno}); expected {what}.'
     ) from None
+  except (ValueError, RecursionError) as e:  # Of numbers, and of brackets.
+    raise ValueError(f'{path}, {_place(where)}: broken JSON ({e}).') from None
   if not isinstance(value, kind):
     raise ValueError(
       f'{path}, {_place(where)}: a JSON {type(value).__name__} where an object'
@@ -279,8 +310,15 @@ def _text(path, where, row: Mapping, field: str) -> str:
     raise ValueError(
       f'{path}, {_place(where)}: field {field!r} is not UTF-8 ({e.reason}).'
     ) from None
+  if len(row[field]) > files.LONGEST_LINE:
+    raise ValueError(
+      f'{path}, {_place(where)}: field {field!r} has more than'
+      f' {files.LONGEST_LINE >> 20} MiB; cut it into documents.'
+    )
   return row[field]
 
 
-def _place(where: int | str) -> str:
+def _place(where: int | str | None) -> str:
+  if where is None:
+    return 'the list'
   return where if isinstance(where, str) else f'line {where}'

@@ -61,7 +61,12 @@ class Vocabulary:
 
   @property
   def _pieces(self):
-    return _processor(self.model)
+    try:
+      return _processor(self.model)
+    except (RuntimeError, ValueError) as e:
+      raise ValueError(
+        f'The vocabulary {self.path} is not a SentencePiece model ({e}).'
+      ) from None
 
   @property
   def sentinels(self) -> range:
@@ -186,7 +191,10 @@ def load(path: str) -> Vocabulary:
       f"data.vocabulary {path}: no such file; a SentencePiece model or 'bytes'"
       ' is needed.'
     )
-  return checked(str(file), file.read_bytes())
+  model = files.read_bytes(file)
+  if not model:
+    raise ValueError(f'data.vocabulary {path} is empty.')
+  return checked(str(file), model)
 
 
 _BYTE_NAMES = {'bytes': b'', 'byt5': BYT5}
@@ -201,12 +209,7 @@ def checked(path: str, model: bytes) -> Vocabulary:
   vocabulary = Vocabulary(path, model)
   if vocabulary.is_bytes:
     return vocabulary
-  try:
-    processor = vocabulary._pieces
-  except (RuntimeError, ValueError) as e:
-    raise ValueError(
-      f'The vocabulary {path} is not a SentencePiece model ({e}).'
-    ) from None
+  processor = vocabulary._pieces
   ids = processor.pad_id(), processor.eos_id(), processor.unk_id()
   if ids != (0, 1, 2):
     raise ValueError(

@@ -11,9 +11,9 @@ import time
 import numpy as np
 from etils import epath
 
-from st_moe import config_file, hosts, sharding
+from st_moe import config_file, hosts, sharding, terminal
 from st_moe.config import Config
-from st_moe.data import files, pipeline
+from st_moe.data import files, pipeline, trust
 from st_moe.data import mixture as mixtures
 from st_moe.infer import results
 from st_moe.infer import submission as submissions
@@ -46,6 +46,7 @@ def evaluate(
   output: str = '',
   vocabulary: str = '',
   overrides: dict | None = None,
+  trust_config: bool = False,
   every_step: bool = False,
   submission: bool = False,
 ) -> dict[str, float]:
@@ -61,6 +62,7 @@ def evaluate(
       that is of none.
     vocabulary: a SentencePiece model or 'bytes'; '': the checkpoint's.
     overrides: fields of its config to set, as on a command line.
+    trust_config: read the files that its config names, whoever trained it.
     every_step: score all checkpoints of a workdir; tells which is best at what.
     submission: of the test split, unless another is set; also writes the zip
       that the leaderboard of SuperGLUE takes.
@@ -89,7 +91,13 @@ def evaluate(
   whole = {'evaluate.decode': 'true', 'evaluate.batches': '0'}
   if submission:
     whole['evaluate.split'] = 'test'
-  config = _set(loaded.config, {**whole, **(overrides or {})})
+  overrides = {**whole, **(overrides or {})}
+  config, trusted = loaded.config, True
+  if not _is_own(loaded):
+    trusted = trust_config
+    config = _without_places(config, trusted)
+  config = _set(config, overrides)
+  _check_files(loaded.path, config, mixture, overrides, trusted)
   sources = hosts.in_turn(lambda: _sources(config, loaded.vocabulary, mixture))
   if submission:
     submissions.check([source.name for source in sources])
@@ -118,12 +126,12 @@ def evaluate(
     _show(loaded, found)
     _warn(loaded, measured)
     if submission:
-      print(f'wrote {submissions.write(folder, measured)}')
+      terminal.say(f'wrote {submissions.write(folder, measured)}')
   if every_step and hosts.first():
     best = best_steps(known)
     results.write_best(to, best, moved)
     for name, (step, value) in best.items():
-      print(f'{name}: best {value:.4g} at step {step}')
+      terminal.say(f'{name}: best {value:.4g} at step {step}')
   hosts.tell(f'wrote {to}')
   return by_step[max(by_step)]
 
@@ -160,6 +168,47 @@ def _set(config: Config, fields: dict) -> Config:
   for field, value in fields.items():
     values = config_file.set_field(values, field, value)
   return config_file.from_dict(values)
+
+
+def _is_own(loaded) -> bool:
+  """Whether this user trained it, or it names no place of a machine."""
+  data = loaded.config.data
+  if not (data.files or data.data_dir or data.cache_dir):
+    return True
+  signed = lambda: checkpoint.read_run(loaded.path).get('signature', '')
+  return hosts.agreed(lambda: trust.is_own(data, signed()))
+
+
+def _without_places(config: Config, trusted: bool) -> Config:
+  """`config` without what strangers may not say of this machine.
+
+  Shards are written where this user has them; where the files of tasks lie is
+  for the user to say.
+  """
+  data = dataclasses.replace(config.data, cache_dir='', workers=1)
+  if not trusted:
+    data = dataclasses.replace(data, data_dir='')
+  return dataclasses.replace(config, data=data)
+
+
+def _check_files(path: str, config: Config, names, given, trusted: bool):
+  """Tells what will be read.
+
+  Raises:
+    ValueError: a file that a stranger's checkpoint alone names.
+  """
+  split = config.evaluate.split
+  for name in names or config.data.mixture:
+    if split not in config.data.files.get(name, ()):
+      continue
+    field, glob = f'data.files.{name}.{split}', config.data.files[name][split]
+    if not (trusted or any(f'{field}.'.startswith(f'{g}.') for g in given)):
+      raise ValueError(
+        f'{path} was not trained by you here, and says that {name} is in'
+        f' {glob}. Say so yourself (--config.{field}={glob}), or let it be read'
+        ' with all else that it names (--trust_config).'
+      )
+    hosts.tell(f'{name}: {glob}')
 
 
 def _mesh(path, overrides: dict):
@@ -228,7 +277,7 @@ def _announce(config: Config, sources) -> None:
     if not source.is_text:
       cut = np.mean([len(e.inputs) >= most for e in source.examples])
       if cut:
-        print(
+        terminal.say(
           f'{source.name}: {cut:.1%} of inputs fill data.inputs_length={most};'
           ' what is longer was cut.'
         )
@@ -297,12 +346,10 @@ def _warn(loaded, measured: dict) -> None:
 
 def _show(loaded, found: dict) -> None:
   """A line a metric: what it is, and what the most frequent answer gets."""
-  from rich.console import Console
-  from rich.markup import escape
   from rich.table import Table
 
   table = Table('source', 'metric', 'majority', 'ranked', 'decoded')
-  table.title = escape(loaded.path)
+  table.title = loaded.path
   seen = set()
   for name in found:
     _, source, metric = name.split('/', 2)
@@ -317,4 +364,4 @@ def _show(loaded, found: dict) -> None:
     table.add_row(
       source, metric, *('' if v is None else f'{v:.4g}' for v in values)
     )
-  Console().print(table)
+  terminal.console().print(table)

@@ -7,19 +7,23 @@ import functools
 import itertools
 import json
 import os
+import queue
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
+from typing import IO
 
 from etils import epath
 
+from st_moe import terminal
 from st_moe.data import files
 from st_moe.infer.generate import HALF, Answer, Asked, Generator
 from st_moe.infer.output import Output, check_output
 
+_PATIENCE = 30  # Seconds for a pipe.
 _WINDOW = 16  # Batches of a file that are sorted by length together.
-_LONGEST = 1 << 26  # Bytes of a line.
 _DEEPEST = 100  # Objects in objects.
 # Legal in JSON's texts as they are, but half a surrogate pair is no character
 # that a file could hold, and at the others some readers end a line.
@@ -196,7 +200,8 @@ def run(
       name, lines = 'prompt', map(os.fsencode, prompts)
       stamp = list(prompts)
     elif source:
-      name, lines = source, opened.enter_context(_opened(source))
+      file = opened.enter_context(_open(source))
+      name, lines = source, files.lines(file, source)
       if _is_file(source):
         window, stamp = _WINDOW, files.stamp(_path(source))
     elif sys.stdin.isatty():
@@ -205,7 +210,7 @@ def run(
       return converse(generator, asked, form)
     else:
       name = 'standard input'
-      lines = _bounded(sys.stdin.buffer, name)
+      lines = files.lines(sys.stdin.buffer, name)
     generator.understood(asked)  # Or nothing is written.
     rows = parse(lines, name, form)
     answer = functools.partial(
@@ -221,7 +226,9 @@ def run(
         ' its beginning: give --input=FILE, or name another output.'
       )
     if to.done:
-      print(f'{output}: {to.done} lines are there, going on', file=sys.stderr)
+      terminal.say(
+        f'{output}: {to.done} lines are there, going on', file=sys.stderr
+      )
     rest = itertools.islice(rows, to.done, None)
     found = answer(rest, first=to.done)
     with _Progress() as progress:
@@ -229,7 +236,7 @@ def run(
         to.write([line for line, _ in several])
         progress.advance(len(several), sum(tokens for _, tokens in several))
     to.join()
-  print(f'wrote {output}: {to.done} lines', file=sys.stderr)
+  terminal.say(f'wrote {output}: {to.done} lines', file=sys.stderr)
   return None
 
 
@@ -238,7 +245,8 @@ def _print(found) -> None:
   shown = contextlib.nullcontext() if sys.stdout.isatty() else _Progress()
   with shown as progress:
     for line, tokens in found:
-      print(line, flush=True)
+      # Elsewhere the bytes are what they are.
+      print(terminal.shown(line) if sys.stdout.isatty() else line, flush=True)
       if progress:
         progress.advance(1, tokens)
 
@@ -252,27 +260,38 @@ def check(source: str, form: Format) -> None:
   if not _path(source).exists() or _path(source).is_dir():
     raise ValueError(f'{source}: no such file.')
   if _is_file(source):  # A pipe can be read once.
-    with _opened(source) as lines:
-      for _ in parse(lines, source, form):
+    with _path(source).open('rb') as file:
+      for _ in parse(files.lines(file, source), source, form):
         pass
 
 
-@contextlib.contextmanager
-def _opened(source: str) -> Iterator[Iterable[bytes]]:
-  with _path(source).open('rb') as file:
-    # Files of a store may not know how to read a part of a line.
-    yield file if files.is_remote(source) else _bounded(file, source)
+def _open(source: str) -> IO[bytes]:
+  """Opens a file, or a pipe that somebody writes into.
 
+  Raises:
+    ValueError: nobody does.
+  """
+  if _is_file(source):
+    return _path(source).open('rb')
+  # Opening a pipe waits for who writes into it, without end.
+  opened = queue.SimpleQueue()
 
-def _bounded(file, name: str) -> Iterator[bytes]:
-  """Its lines, none of them longer than memory."""
-  while line := file.readline(_LONGEST + 1):
-    if len(line) > _LONGEST:
-      raise ValueError(
-        f'{name} has a line of more than {_LONGEST >> 20} MiB: is it a file of'
-        ' prompts, one a line?'
-      )
-    yield line
+  def wait():
+    try:
+      opened.put(_path(source).open('rb'))
+    except OSError as e:
+      opened.put(e)
+
+  threading.Thread(target=wait, daemon=True).start()
+  try:
+    found = opened.get(timeout=_PATIENCE)
+  except queue.Empty:
+    raise ValueError(
+      f'{source}: for {_PATIENCE} s nobody has opened this pipe to write.'
+    ) from None
+  if isinstance(found, OSError):
+    raise found
+  return found
 
 
 def _path(source: str) -> epath.Path:
@@ -295,9 +314,9 @@ def converse(generator: Generator, asked: Asked, form: Format) -> None:
     try:
       row = [Row(text)] if text.strip() else []
       for line, _ in results(generator, row, asked, form, first=number):
-        print(line)
+        terminal.say(line)
     except ValueError as e:
-      print(e, file=sys.stderr)
+      terminal.say(e, file=sys.stderr)
 
 
 class _Progress:
@@ -305,9 +324,8 @@ class _Progress:
 
   def __enter__(self):
     from rich import progress as bars
-    from rich.console import Console
 
-    console = Console(stderr=True)
+    console = terminal.console(stderr=True)
 
     self._bar = bars.Progress(
       bars.TextColumn('{task.completed} lines'),

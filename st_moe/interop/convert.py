@@ -25,6 +25,13 @@ FORMATS = {
 }
 
 
+# What code that expects a number, a list or a tensor of two axes makes of
+# anything else that a checkpoint may say.
+_STRANGE = (
+  ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
+)  # fmt: skip
+
+
 def split(uri: str) -> tuple[str, str]:
   """'hf:PLACE' as ('hf', 'PLACE'); what names no format is one of ours."""
   name, colon, where = str(uri).partition(':')
@@ -42,6 +49,15 @@ def open_source(uri: str):
   except KeyError as e:  # Of a field or tensor that every model there has.
     raise ValueError(
       f'{uri} has no {e.args[0]}: it is damaged, or of another model.'
+    ) from e
+  except ValueError as e:  # Of a format, which may say where, or not.
+    if where in str(e):
+      raise
+    raise ValueError(f'{uri}: {e}') from e
+  except _STRANGE as e:
+    raise ValueError(
+      f'{uri} cannot be understood ({type(e).__name__}: {e}): it is damaged, or'
+      ' of another model.'
     ) from e
 
 

@@ -6,7 +6,6 @@ or the id of one on the hub. Whole models, or the encoder alone.
 
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 
@@ -77,13 +76,7 @@ class _Fields:
   """A JSON file of theirs; each field is checked where it is read."""
 
   def __init__(self, path: pathlib.Path):
-    self.path = path
-    try:
-      self.fields = json.loads(path.read_text())
-    except (ValueError, RecursionError) as e:
-      raise ValueError(f'{path} is no JSON ({e}).') from None
-    if not isinstance(self.fields, dict):
-      raise ValueError(f'{path} holds no JSON object.')
+    self.path, self.fields = path, files.read_json(path)
 
   def get(self, name: str, default=None):
     """As it stands there; null is as if it did not."""

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from st_moe.config import Config, ModelConfig
@@ -127,6 +128,15 @@ def check_named(
         )
 
 
+def two_sizes(shapes: Mapping, name: str) -> tuple[int, int]:
+  """The shape of a matrix; raises a ValueError for what is none."""
+  if len(shapes[name]) != 2 or 0 in shapes[name]:
+    raise ValueError(
+      f'{name} is {list(shapes[name])}; a model has a matrix of that name.'
+    )
+  return shapes[name]
+
+
 @dataclasses.dataclass
 class Source:
   """A checkpoint of theirs, opened and not yet read."""
@@ -168,6 +178,13 @@ class Source:
           f'{self.where} has no tensor {name}, of which {path} {list(want)} is'
           ' made: another model, or a part of one.'
         )
+      kind = self.dtypes[name]
+      # Of 8 bits are quantized ones, whose scales lie elsewhere.
+      if not jnp.issubdtype(kind, jnp.floating) or kind.itemsize < 2:
+        raise ValueError(
+          f'{self.where}: {name} is of type {kind}; weights are floating point'
+          ' numbers of 16 bits or more.'
+        )
       found = jax.ShapeDtypeStruct(self.shapes[name], np.float32)
       try:
         got = jax.eval_shape(link.forth, found).shape
@@ -193,11 +210,31 @@ class Source:
         link = self.links[piece]
         for j, name in enumerate(link.names):
           target = ours[j] if link.stacked else ours
-          target[...] = link.forth(self.read(name))
+          self._fill(target, name, link)
       sharding = getattr(leaf, 'sharding', None)
       return jax.device_put(out, sharding) if sharding else out
 
     return layout.map_by_path(make, abstract)
+
+  def _fill(self, target: np.ndarray, name: str, link: Link) -> None:
+    """Writes a tensor, which must be numbers, to its place in ours."""
+    try:
+      found = self.read(name)
+    except ValueError as e:
+      raise ValueError(f'{self.where}: {e}') from e
+    if found.shape != self.shapes[name] or found.dtype != self.dtypes[name]:
+      raise ValueError(
+        f'{self.where} is damaged: {name} is {found.dtype}{[*found.shape]},'
+        f' and is said to be {self.dtypes[name]}{[*self.shapes[name]]}.'
+      )
+    with np.errstate(over='ignore'):  # Of float64; it is told below.
+      target[...] = link.forth(found)
+    # Both are NaN if any number is.
+    if target.size and not np.isfinite([target.min(), target.max()]).all():
+      raise ValueError(
+        f'{self.where}: {name} holds NaN or infinite numbers: it is damaged, or'
+        ' its training diverged.'
+      )
 
 
 def unrolled(source) -> dict:

@@ -7,6 +7,8 @@ code; experts per token follow from the name of the gate.
 """
 
 import functools
+import math
+import os
 import re
 
 import numpy as np
@@ -20,6 +22,7 @@ from st_moe.interop.links import (
   matrices,
   positions,
   stack_of,
+  two_sizes,
 )
 
 _STACKS = ('encoder', 'decoder')
@@ -43,14 +46,16 @@ def open_source(where: str) -> Source:
   import tensorflow as tf
 
   try:
-    reader = tf.train.load_checkpoint(str(where))
+    prefix = _prefix(str(where))
+    reader = tf.train.load_checkpoint(prefix)
     found = reader.get_variable_to_shape_map()
     types = reader.get_variable_to_dtype_map()
   except Exception as e:  # Whatever TensorFlow makes of another file.
-    line = str(e).strip().splitlines()[0][:200]
+    line = (str(e).strip() or repr(e)).splitlines()[0][:200]
     raise ValueError(
       f'{where} is no TensorFlow checkpoint, or a damaged one ({line}).'
     ) from None
+  _check_sizes(prefix, found, types)
   # Adafactor's statistics lie beside what they are of.
   names = [n for n in found if '_slot_' not in n and n != 'global_step']
   shapes = {n: tuple(found[n]) for n in names}
@@ -70,6 +75,35 @@ def open_source(where: str) -> Source:
     dtypes={n: np.dtype(types[n].as_numpy_dtype) for n in names},
     read=functools.partial(_read, reader),
   )
+
+
+def _prefix(where: str) -> str:
+  """The prefix of a checkpoint's files, or of the newest in a directory."""
+  import tensorflow as tf
+
+  if not tf.io.gfile.isdir(where):
+    return where
+  state = tf.train.get_checkpoint_state(where)
+  if state is None:
+    raise ValueError('there is no file `checkpoint` that names one')
+  # The folder in which it was written is not that in which it is now.
+  return os.path.join(where, os.path.basename(state.model_checkpoint_path))
+
+
+def _check_sizes(prefix: str, shapes: dict, types: dict) -> None:
+  """Raises where an index claims more than there is."""
+  import tensorflow as tf
+
+  parts = tf.io.gfile.glob(f'{prefix}.data-*')
+  there = sum(tf.io.gfile.stat(part).length for part in parts)
+  claimed = sum(
+    math.prod(shape) * types[name].size for name, shape in shapes.items()
+  )
+  if claimed > there:
+    raise ValueError(
+      f'{prefix} cannot be read: its index describes {claimed:,} bytes, and'
+      f' {len(parts)} data files have {there:,}.'
+    )
 
 
 def _read(reader, name: str) -> np.ndarray:
@@ -97,9 +131,9 @@ def _layers(shapes: dict, stack: str) -> list[list[tuple[str, str]]]:
 
 
 def _config(where: str, shapes: dict, layers: dict) -> Config:
-  vocab, d = shapes['shared/embedding']
+  vocab, d = two_sizes(shapes, 'shared/embedding')
   first = f'{layers["encoder"][0][0][0]}/SelfAttention'
-  heads, buckets = shapes[f'{first}/relative_attention_bias']
+  heads, buckets = two_sizes(shapes, f'{first}/relative_attention_bias')
   find = lambda pattern: [
     shapes[n] for n in sorted(shapes) if re.search(pattern, n)
   ]

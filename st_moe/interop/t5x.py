@@ -6,10 +6,12 @@ may be `gs://`. A checkpoint says nothing of its model but names and shapes:
 what these leave open (experts per token, capacity) is as Flaxformer has it.
 """
 
+import collections
 import functools
 import itertools
-import json
+import math
 import os
+import pathlib
 import re
 
 import numpy as np
@@ -28,8 +30,10 @@ from st_moe.interop.links import (
   positions,
   stack_of,
   tensors,
+  two_sizes,
 )
 from st_moe.model import layout
+from st_moe.train import checkpoint
 
 _STACKS = ('encoder', 'decoder')
 
@@ -76,19 +80,21 @@ def open_source(where: str) -> Source:
 def _open_legacy(path: epath.Path):
   directory = path if path.is_dir() else path.parent
   file = path / 'checkpoint' if path.is_dir() else path
+  files.check_regular(file)
   try:
     tree = serialization.msgpack_restore(file.read_bytes())
-    target = tree['optimizer']['target']
+    leaves = traverse_util.flatten_dict(
+      tree['optimizer']['target'],
+      sep='/',
+      is_leaf=lambda _, tree: 'driver' in tree,
+    )
+    specs = {n: a for n, a in leaves.items() if isinstance(a, dict)}
+    inline = {n: np.asarray(a) for n, a in leaves.items() if n not in specs}
   except Exception as e:  # Whatever msgpack makes of another file.
     raise ValueError(
       f'{file} is no T5X checkpoint, or a truncated one'
       f' ({type(e).__name__}: {e}).'
     ) from None
-  leaves = traverse_util.flatten_dict(
-    target, sep='/', is_leaf=lambda _, tree: 'driver' in tree
-  )
-  specs = {n: a for n, a in leaves.items() if isinstance(a, dict)}
-  inline = {n: np.asarray(a) for n, a in leaves.items() if n not in specs}
   arrays = {n: _zarr(directory, n, spec) for n, spec in specs.items()}
   both = {**inline, **arrays}
   shapes = {n: tuple(a.shape) for n, a in both.items()}
@@ -105,26 +111,74 @@ def _zarr(directory: epath.Path, name: str, spec: dict):
   # Specs written elsewhere name a bucket of then; the folder's name is what
   # counts. Old ones have it at the top.
   place = spec.get('path') or spec['kvstore']['path']
-  folder = directory / os.path.basename(place.rstrip('/'))
-  _check_chunks(folder, name)
+  folder = os.path.basename(place.rstrip('/'))
+  if folder in ('', '.', '..'):
+    raise ValueError(f'{name} is damaged: it is said to be in {place!r}.')
+  folder = directory / folder
+  _check_folder(folder, name, spec.get('metadata', {}).get('shape'))
   return _open_array({'driver': 'zarr', 'kvstore': _kvstore(folder)}, name)
 
 
-def _check_chunks(folder: epath.Path, name: str) -> None:
-  """To zarr a chunk that is not there is one of zeros."""
+# A packed chunk is this many times as long at most, as by DEFLATE; one that
+# says more would ask for memory that nothing in the file explains.
+_MOST_PACKED = 1100
+_SMALL = 64 << 20  # Bytes that may be asked for anyway.
+
+
+def _check_folder(folder: epath.Path, name: str, shape=None) -> None:
+  """Checks the chunks of an array, of that shape, in a folder of its own."""
   if files.is_remote(folder):
     return
   about = folder / '.zarray'
   if not about.exists():
     raise ValueError(f'{name} is damaged: there is no {about}.')
-  about = json.loads(about.read_text())
-  pairs = zip(about['shape'], about['chunks'], strict=True)
-  grid = [range(-(-n // chunk)) for n, chunk in pairs]
-  for index in itertools.product(*grid):
-    chunk = about.get('dimension_separator', '.').join(map(str, index))
-    if not (folder / chunk).exists():
+  there = {}
+  for path in folder.iterdir():
+    files.check_regular(path)
+    there[path.name] = os.stat(path).st_size
+  found = files.read_json(about)
+  _check_chunks(name, folder, found, there, sum(there.values()))
+  if shape not in (None, found['shape']):
+    raise ValueError(
+      f'{name} is damaged: {about} says shape {found["shape"]}, and the'
+      f' checkpoint {shape}.'
+    )
+
+
+def _check_chunks(name, folder, about: dict, there, stored: int) -> None:
+  """Raises where an array is not what its .zarray says.
+
+  To zarr a chunk that is not there is one of zeros.
+
+  Args:
+    there: names of its chunks.
+    stored: bytes in which they are.
+  """
+  shape, chunks = about.get('shape'), about.get('chunks')
+  whole = lambda of, least: (
+    isinstance(of, list) and all(type(n) is int and n >= least for n in of)
+  )
+  if not (whole(shape, 0) and whole(chunks, 1) and len(shape) == len(chunks)):
+    raise ValueError(
+      f'{name} is damaged: its .zarray says shape {shape}, chunks {chunks}.'
+    )
+  counts = [-(-n // chunk) for n, chunk in zip(shape, chunks, strict=True)]
+  if math.prod(counts) > len(there):
+    raise ValueError(
+      f'{name} is damaged: not all of its {math.prod(counts):,} chunks are in'
+      f' {folder}.'
+    )
+  for index in itertools.product(*map(range, counts)):
+    chunk = str(about.get('dimension_separator', '.')).join(map(str, index))
+    if (chunk or '0') not in there:
       raise ValueError(
         f'{name} is damaged: its chunk {folder / chunk} is gone.'
+      )
+  for numbers in (math.prod(shape), math.prod(chunks)):
+    if 2 * numbers > _SMALL + _MOST_PACKED * stored:
+      raise ValueError(
+        f'{name} is damaged: {stored:,} bytes are said to be {numbers:,}'
+        ' numbers.'
       )
 
 
@@ -132,8 +186,13 @@ def _open_orbax(path: epath.Path):
   import orbax.checkpoint as ocp
 
   state = path / 'state' if (path / 'state').exists() else path
+  if not files.is_remote(state):
+    for each in pathlib.Path(state).rglob('*'):
+      if not each.is_dir():
+        files.check_regular(each)
   try:
-    tree = ocp.PyTreeCheckpointHandler().metadata(state)
+    with checkpoint.patient_loops():
+      tree = ocp.PyTreeCheckpointHandler().metadata(state)
   except Exception as e:  # Whatever Orbax makes of another directory.
     raise ValueError(
       f'{path} holds no T5X checkpoint: neither a file `checkpoint` nor what'
@@ -145,6 +204,8 @@ def _open_orbax(path: epath.Path):
     if name.startswith('target/')
   }
   ocdbt = (state / 'manifest.ocdbt').exists()
+  if ocdbt and not files.is_remote(state):
+    _check_ocdbt(state, leaves)
 
   @functools.cache
   def array(name):
@@ -153,12 +214,38 @@ def _open_orbax(path: epath.Path):
       base = _kvstore(state)
       store = {'driver': 'ocdbt', 'base': base, 'path': place}
     else:
+      _check_folder(state / place, name)
       store = _kvstore(state / place)
     return _open_array({'driver': 'zarr', 'kvstore': store}, name)
 
   shapes = {n: tuple(leaf.shape) for n, leaf in leaves.items()}
   dtypes = {n: np.dtype(leaf.dtype) for n, leaf in leaves.items()}
   return shapes, dtypes, lambda name: _read(array(name), name)
+
+
+def _check_ocdbt(state: epath.Path, names) -> None:
+  """Checks the chunks of arrays that share files."""
+  import tensorstore
+
+  paths = pathlib.Path(state).rglob('*')
+  stored = sum(p.stat().st_size for p in paths if p.is_file())
+  spec = {'driver': 'ocdbt', 'base': _kvstore(state)}
+  places = {name: 'target.' + name.replace('/', '.') for name in names}
+  there = collections.defaultdict(set)
+  try:
+    store = tensorstore.KvStore.open(spec).result()
+    for key in store.list().result():
+      place, _, chunk = key.decode().rpartition('/')
+      there[place].add(chunk)
+    about = {
+      name: store.read(f'{place}/.zarray').result().value
+      for name, place in places.items()
+    }
+  except Exception as e:  # Whatever tensorstore makes of a broken file.
+    raise _broken(state, e) from None
+  for name, place in places.items():
+    said = files.parse_json(about[name], f'{state / place}/.zarray')
+    _check_chunks(name, state / place, said, there[place], stored)
 
 
 def _kvstore(path: epath.Path) -> dict:
@@ -193,7 +280,7 @@ def _broken(name: str, e: Exception) -> ValueError:
 
 
 def _config(name: str, shapes: dict) -> Config:
-  vocab, d = shapes['token_embedder/embedding']
+  vocab, d = two_sizes(shapes, 'token_embedder/embedding')
   stacks = {s: _stack(shapes, s) for s in _STACKS}
   # One for all layers, or one for each (UMT5).
   table = 'relpos_bias/rel_embedding'
@@ -245,6 +332,11 @@ def _stack(shapes: dict, stack: str) -> dict:
   if not layers(''):
     raise ValueError(f'The checkpoint has no {stack}/layers_0.')
   count = max(layers('')) + 1
+  if count != len(layers('')):
+    raise ValueError(
+      f'The {stack} has {len(layers(""))} layers, and one of number'
+      f' {count - 1}.'
+    )
   return stack_of(stack, count, layers('mlp/expert/'), group_size=4096)
 
 

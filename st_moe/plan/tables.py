@@ -3,10 +3,9 @@
 from collections.abc import Iterable, Mapping
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from st_moe import counts
+from st_moe import counts, terminal
 from st_moe.config import Config
 from st_moe.plan import cost, search
 from st_moe.plan.chips import Chip
@@ -29,7 +28,7 @@ def count(config: Config) -> dict:
   if config.paper_params:
     paper = config.paper_params
     table.add_row('its paper', f'{paper:,.0f}', f'{total / paper - 1:+.2%}')
-  console = Console()
+  console = terminal.console()
   console.print(table)
   data = config.data
   flops = counts.forward_flops(
@@ -55,7 +54,7 @@ def estimated(
   notes: Iterable[str] = (),
 ) -> None:
   """What arithmetic says of one mesh, for each device."""
-  console = Console()
+  console = terminal.console()
   table = _table(
     'held by a device', 'GiB', f'of {_gib(chip.memory)}', title=title
   )
@@ -132,7 +131,7 @@ def ranked(
       f'{ideal / seconds.step:.0%}',
       _gib(held.peak),
     )
-  console = Console()
+  console = terminal.console()
   console.print(ways, '', times, sep='\n')
   console.print(
     'ms at best: the longest of products, memory and exchanged weights, and'
@@ -148,7 +147,7 @@ def mesh_name(sizes: Mapping[str, int]) -> str:
 
 def compiled(found: Compiled, chip: Chip, title: str) -> None:
   """What the compiler says beside what arithmetic does, for each device."""
-  console, by = Console(), found.expected
+  console, by = terminal.console(), found.expected
   table = _table(
     '', 'compiler', 'arithmetic', 'difference', 'ms at best', title=title
   )

@@ -256,14 +256,16 @@ def _restore(directory: epath.Path, wanted: dict) -> dict:
   handlers = {name: ocp.StandardCheckpointHandler() for name in wanted}
   handlers['run'] = ocp.JsonCheckpointHandler()
   args = {k: ocp.args.StandardRestore(v) for k, v in wanted.items()}
-  with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as reader:
+  with (
+    patient_loops(),
+    ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as reader,
+  ):
     for name, abstract in wanted.items():
       saved = handlers[name].metadata(directory / name)
       _check_shapes(directory, getattr(saved, 'tree', saved), abstract)
-    with _patient_loops():
-      found = reader.restore(
-        directory, ocp.args.Composite(run=ocp.args.JsonRestore(), **args)
-      )
+    found = reader.restore(
+      directory, ocp.args.Composite(run=ocp.args.JsonRestore(), **args)
+    )
   return {name: found[name] for name in (*wanted, 'run')}
 
 
@@ -275,7 +277,7 @@ class _PatientLoop(asyncio.SelectorEventLoop):
 
 
 @contextlib.contextmanager
-def _patient_loops():
+def patient_loops():
   """Lets Orbax end what it began.
 
   At the first array it cannot read it closes its loop under the reads of the

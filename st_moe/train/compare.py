@@ -5,6 +5,7 @@ import os
 import numpy as np
 from etils import epath
 
+from st_moe import terminal
 from st_moe.config import unknown
 from st_moe.data import files
 from st_moe.train.report import best_steps, read_rows
@@ -19,9 +20,7 @@ def compare(workdirs: list[str], *, baseline: str = '') -> None:
     workdirs: of runs, in order.
     baseline: of a run fine-tuned alike from random parameters.
   """
-  from rich.console import Console
-
-  console = Console()
+  console = terminal.console()
   paths = [*workdirs, *filter(None, [baseline])]
   runs = [_Run(*each) for each in zip(paths, _names(paths), strict=True)]
   stages = _table('Stages', ['run'], _STAGE)
@@ -65,7 +64,7 @@ def compare(workdirs: list[str], *, baseline: str = '') -> None:
     console.print(tasks)
   console.print('Files:')
   for run in runs:
-    console.print(f'  {run.workdir}: {run.files()}', highlight=False)
+    console.print(f'  {run.workdir}: {run.files()}')
 
 
 _STAGE = (
@@ -144,7 +143,7 @@ def draw_curves(workdirs: list[str], path: str) -> None:
   with files.appearing(path) as temp:
     FigureCanvasAgg(figure)
     figure.savefig(temp, format=ending, dpi=100, metadata=signature)
-  print(f'wrote {path}')
+  terminal.say(f'wrote {path}')
 
 
 class _Run:

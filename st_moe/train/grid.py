@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from st_moe import hosts, signals, stdio
+from st_moe import hosts, signals, stdio, terminal
 from st_moe.config import Config, unknown
 from st_moe.data import files
 from st_moe.train import loop, owner
@@ -112,7 +112,7 @@ def _run(wanted, configs, workdir: epath.Path, metrics, config_path) -> None:
       if hosts.count() > 1:  # Did it fail on all of them?
         raise
       failed[name] = str(e)
-      print(f'{name} failed: {e}')
+      terminal.say(f'{name} failed: {e}')
     jax.clear_caches()  # Each cell compiles its own steps.
     if hosts.first():
       _tell(wanted[: number + 1], workdir, metrics, failed)
@@ -142,7 +142,7 @@ def _tell(done: list[Cell], workdir: epath.Path, metrics, failed) -> None:
   write('grid.json', files.as_json(about, indent=2))
   text = markdown(rows)
   write('grid.md', text)
-  print(text)
+  terminal.say(text)
 
 
 def _measured(workdir: epath.Path) -> dict:

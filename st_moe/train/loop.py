@@ -20,7 +20,7 @@ from st_moe import (
   stdio,
 )
 from st_moe.config import Config, unknown
-from st_moe.data import files, pipeline, vocabulary
+from st_moe.data import files, pipeline, trust, vocabulary
 from st_moe.infer.evaluator import Evaluator
 from st_moe.interop import convert, links, rules
 from st_moe.model.transformer import Transformer
@@ -157,12 +157,15 @@ def _train(config: Config, workdir, config_path, profile, check_owner) -> dict:
     traced = traced if hosts.first() else range(0)
     trace = profiles.Profile(traced, workdir, report.note, start=start)
 
+    signature = trust.signature(config.data)
+
     def describe():
       return checkpoint.describe_run(
         config_file.to_dict(config),
         vocab.model,
         tokens_seen=seen,
         data=data.digests,
+        signature=signature,
       )
 
     # Before SIGTERM is left to the steps: a compiler does not let go.

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from etils import epath
 
+from st_moe import terminal
 from st_moe.config import Config
 from st_moe.data import files
 
@@ -44,7 +45,9 @@ class Report:
 
   def note(self, text: str):
     """One line for the reader."""
-    self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+    self.console.print(
+      terminal.shown(text), highlight=False, markup=False, soft_wrap=True
+    )
     logging.debug(text)
 
   def write(self, step: int, row: dict):

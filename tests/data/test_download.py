@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import pathlib
+import socket
+import threading
 import zipfile
 
 import pytest
@@ -125,13 +127,13 @@ def test_a_file_that_is_not_the_official_one_is_refused(tmp_path, capsys, sums):
     download.superglue(str(tmp_path / 'data'), url)
   path = tmp_path / 'data' / 'superglue' / 'RTE' / 'test.jsonl'
   assert str(error.value) == (
-    f'{path} is not the official file: its sha256 begins with'
-    f' {sha256(b"other")[:16]}, not {sums["RTE/test.jsonl"]}. Move it away and'
-    ' run this again.'
+    f'{url} has another superglue/RTE/test.jsonl than the official one: its'
+    f' sha256 begins with {sha256(b"other")[:16]}, not'
+    f' {sums["RTE/test.jsonl"]}. Nothing is kept of it; what is right goes to'
+    f' {path}.'
   )
   assert 'are there' not in capsys.readouterr().out
-  # Which helps.
-  path.unlink()
+  assert 'superglue/RTE/test.jsonl' not in there(tmp_path / 'data')
   download.superglue(str(tmp_path / 'data'), pack(tmp_path / 'good.zip'))
   assert path.read_bytes() == content('RTE/test.jsonl')
 
@@ -191,6 +193,44 @@ def test_an_archive_that_came_damaged(tmp_path, capsys):
   path.write_bytes(damaged)
   with pytest.raises(ValueError, match='archive of SuperGLUE: Bad CRC'):
     download.superglue(str(tmp_path / 'data'), url)
+
+
+def test_an_archive_that_says_more_than_it_should(
+  tmp_path, capsys, monkeypatch
+):
+  # 26 files of 10 KB, packed into a few hundred bytes each.
+  path = tmp_path / 'combined.zip'
+  with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+    for name in NAMES:
+      archive.writestr(name, bytes(10_000))
+  monkeypatch.setattr(download, '_LARGEST', 9_999)
+  with pytest.raises(ValueError, match='no file of SuperGLUE'):
+    download.superglue(str(tmp_path / 'data'), path.as_uri())
+  assert there(tmp_path / 'data') == []
+
+
+def test_a_server_that_says_nothing(tmp_path, capsys, monkeypatch):
+  with socket.create_server(('127.0.0.1', 0)) as server:  # Never answers.
+    port = server.getsockname()[1]
+    monkeypatch.setattr(download, '_PATIENCE', 0.2)
+    monkeypatch.setenv('no_proxy', '*')
+    with pytest.raises(ValueError, match='Cannot fetch .*timed out'):
+      download.superglue(str(tmp_path / 'data'), f'http://127.0.0.1:{port}/a')
+
+
+def test_an_answer_that_is_cut_off(tmp_path, capsys, monkeypatch):
+  def answer(server):
+    connection, _ = server.accept()
+    with connection:
+      connection.recv(1 << 16)
+      connection.sendall(b'HTTP/1.0 200 OK\r\nContent-Length: 99\r\n\r\nPK')
+
+  monkeypatch.setenv('no_proxy', '*')
+  with socket.create_server(('127.0.0.1', 0)) as server:
+    threading.Thread(target=answer, args=(server,)).start()
+    url = f'http://127.0.0.1:{server.getsockname()[1]}/a'
+    with pytest.raises(ValueError, match='Cannot fetch .*: 2 of 99 bytes came'):
+      download.superglue(str(tmp_path / 'data'), url)
 
 
 # ---- Real files -------------------------------------------------------------

@@ -58,3 +58,23 @@ def test_no_file_takes_the_place_of_a_device(tmp_path):
   with pytest.raises(ValueError, match='fifo is no file, and none can take'):
     files.write_whole(fifo, b'x')
   assert fifo.is_fifo()
+
+
+@pytest.mark.parametrize(
+  ('data', 'message'),
+  [
+    (b'', 'no JSON, or damaged'),
+    (b'[]', 'it is a list, not an object'),
+    (b'"\xff"', 'no JSON, or damaged'),
+    (b'{"a": 1, "a": 2}', "it has 'a' twice"),
+    (b'{"a": ' + b'[' * 100_000, 'no JSON, or damaged'),
+    (b'{"a": ' + b'9' * 5000 + b'}', 'no JSON, or damaged'),
+  ],
+)
+def test_json_that_is_none(tmp_path, data, message):
+  (tmp_path / 'a.json').write_bytes(data)
+  with pytest.raises(ValueError, match='a.json is no JSON, or damaged') as e:
+    files.read_json(tmp_path / 'a.json')
+  assert message in str(e.value)
+  (tmp_path / 'a.json').write_bytes(b'{"a": {"b": 1}}')
+  assert files.read_json(tmp_path / 'a.json') == {'a': {'b': 1}}

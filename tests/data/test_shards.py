@@ -133,7 +133,10 @@ def test_plan_shares_out_bytes(monkeypatch):
   ]
 
 
-def test_workers_change_nothing(corpus, cache, tmp_path):
+def test_workers_change_nothing(corpus, cache, tmp_path, monkeypatch):
+  # What lies in the current folder is not run: it may have come with a model.
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'pickle.py').write_text('raise SystemExit("ran what lies here")')
   alone = write(cache, corpus)
   together = write(tmp_path / 'other', corpus, workers=2)
   assert alone.directory != together.directory
@@ -341,3 +344,17 @@ def test_the_default_place(monkeypatch):
   monkeypatch.setenv('HOME', '/home/somebody')
   assert str(shards.cache_root('')) == '/home/somebody/.cache/st_moe'
   assert str(shards.cache_root('~/x')) == '/home/somebody/x'
+
+
+@pytest.mark.parametrize(
+  'text', ['', '{', '[]', '{}', '{"parts": [{"file": "../x", "records": 1}]}']
+)
+def test_damaged_notes_are_told_by_name(corpus, cache, text):
+  """Opening says what to delete; writing again just does its work anew."""
+  found = write(cache, corpus)
+  about = pathlib.Path(found.directory, 'info.json')
+  about.write_text(text)
+  with pytest.raises(ValueError, match='info.json is damaged.*delete it and'):
+    shards.Shards(found.directory)
+  parts(found)[0].with_suffix('.json').write_text(text)
+  assert chunks(write(cache, corpus)) == chunks(found)

@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import os
 import sys
 
 import pytest
@@ -236,3 +237,59 @@ def test_files_are_whole_or_absent(tmp_path):
   assert list(path.parent.iterdir()) == [path]
   files.write_whole(path, b'new')
   assert path.read_bytes() == b'new'
+
+
+# What has no end, or asks for more than there is.
+
+
+def _all(path):
+  return list(sources.documents_of(str(path)))
+
+
+def test_a_packed_line_without_end(tmp_path, monkeypatch):
+  # 2 MB in 2 KB: as much as fits is read, and no more.
+  monkeypatch.setattr(files, 'LONGEST_LINE', 1 << 20)
+  monkeypatch.setattr(sources, '_LARGEST_PACKED', 4 << 20)
+  text = b'{"text": "ok"}\n{"text": "' + b'a' * (2 << 20)
+  for name in ('a.jsonl.gz', 'a.txt.gz'):
+    (tmp_path / name).write_bytes(gzip.compress(text))
+    with pytest.raises(ValueError, match=f'{name}, line 2 has more than 1 MiB'):
+      _all(tmp_path / name)
+  rows = b'{"text": "ok"},\n' * 300_000
+  for data, message in {
+    b'[\n' + rows: 'a.json.gz holds one list of more than 4 MiB',
+    b'[' + rows.replace(b'\n', b''): 'a.json.gz, line 1 has more than 4 MiB',
+    b'[%s"}]' % text[15:]: "item 1: field 'text' has more than 1 MiB",
+  }.items():
+    (tmp_path / 'a.json.gz').write_bytes(gzip.compress(data))
+    with pytest.raises(ValueError, match=message):
+      _all(tmp_path / 'a.json.gz')
+
+
+@pytest.mark.parametrize('kind', ['a pipe', 'a device'])
+def test_what_is_no_file_is_not_waited_for(kind, tmp_path):
+  path = tmp_path / 'a.txt'
+  if kind == 'a pipe':
+    os.mkfifo(path)
+  else:
+    path.symlink_to('/dev/zero')
+  check = lambda path: sources.check({'mine': {'train': str(path)}})
+  for read in (_all, sources.read_text, check):
+    with pytest.raises(ValueError, match=f'a.txt is {kind}; a file is needed'):
+      read(path)
+
+
+def test_a_file_that_is_read_whole_has_a_limit(tmp_path, monkeypatch):
+  path = tmp_path / 'a.tsv'
+  path.write_bytes(b'12345')
+  assert files.read_bytes(path, 5) == b'12345'
+  with pytest.raises(ValueError, match='a.tsv has more than 0 MiB; it is not'):
+    files.read_bytes(path, 4)
+
+
+@pytest.mark.parametrize('text', ['[' * 100_000, '{"text": %s}' % ('9' * 5000)])
+def test_json_that_python_does_not_parse(text, tmp_path):
+  for name in ('a.jsonl', 'a.json'):
+    (tmp_path / name).write_text('{"text": "ok"}\n' + text)
+    with pytest.raises(ValueError, match=f'{name}, line 2: broken JSON'):
+      _all(tmp_path / name)

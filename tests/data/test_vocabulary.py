@@ -260,3 +260,23 @@ def test_an_error_in_the_text_is_not_buried(tmp_path):
   with pytest.raises(ValueError) as error:
     vocabulary.train(texts, str(tmp_path / 'a.model'), size=500)
   assert str(error.value).startswith(f'{tmp_path}/a.jsonl, line 2: broken JSON')
+
+
+def test_a_model_that_is_cut_off(tmp_path):
+  """The sentinels that are appended would be taken for the rest of it."""
+  path = tmp_path / 'a.model'
+  whole = vocabulary.train(['some text, more'] * 9, str(path), size=198).model
+  ends = [end for end in range(1, len(whole), 997)]
+  for end in [*ends, len(whole) - 1]:
+    path.write_bytes(whole[:end])
+    with pytest.raises(
+      ValueError, match='a.model is not a SentencePiece model'
+    ):
+      vocabulary.load(str(path))
+  path.write_bytes(b'')
+  with pytest.raises(ValueError, match='a.model is empty'):
+    vocabulary.load(str(path))
+  path.unlink()
+  path.symlink_to('/dev/zero')
+  with pytest.raises(ValueError, match='a.model is a device; a file is needed'):
+    vocabulary.load(str(path))

@@ -13,14 +13,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
-from st_moe import sharding
+from st_moe import config_file, sharding
 from st_moe.config import Config, DataConfig, EvalConfig, StackConfig
-from st_moe.data import files, mixture, pipeline, vocabulary
+from st_moe.data import (
+  files,
+  mixture,
+  pipeline,
+  shards,
+  trust,
+  vocabulary,
+)
 from st_moe.data.metrics import accuracy
 from st_moe.infer import evaluate, submission
 from st_moe.interop import ours
 from st_moe.model.transformer import Transformer
+from st_moe.train import checkpoint
 from st_moe.train.report import best_steps
 from tests.helpers import random_params, tiny
 from tests.infer.test_evaluator import CONFIG, ROWS, Source, Table, table
@@ -591,3 +600,69 @@ def test_a_checkpoint_without_a_vocabulary(tmp_path):
   ours.save(str(tmp_path / 'bare'), params, config, None)
   with pytest.raises(ValueError, match='bare has no vocabulary: give the Sent'):
     evaluate.evaluate(tmp_path / 'bare')
+
+
+# What a checkpoint may say of this machine.
+
+
+@pytest.fixture
+def named(tmp_path, monkeypatch):
+  """Saves a checkpoint that names a text, signed with a key or not."""
+  home = tmp_path / 'home'
+  monkeypatch.setattr(shards, 'cache_root', lambda d: epath.Path(d or home))
+  secret = tmp_path / 'secret.txt'
+  secret.write_text('some words of mine\n\n' * 40)
+  data = DataConfig(
+    mixture={'mine': 1}, files={'mine': {'validation': str(secret)}},
+    inputs_length=16, targets_length=16, cache_dir=str(tmp_path / 'elsewhere'),
+  )  # fmt: skip
+  config = Config(model=tiny(vocab_size=VOCABULARY.size), data=data)
+  one = np.ones((1, 1), np.int32)
+  params = random_params(Transformer(config.model), one, one, one)
+
+  def save(name, **signed):
+    run = checkpoint.describe_run(config_file.to_dict(config), b'', **signed)
+    checkpoint.save_params(tmp_path / name, params, run)
+    return tmp_path / name
+
+  return save, data, secret
+
+
+def test_files_that_a_strangers_checkpoint_names(named, tmp_path, capsys):
+  save, data, secret = named
+  refused = 'was not trained by you here, and says that mine is in'
+  for name, signed in {'none': {}, 'forged': {'signature': 'f' * 64}}.items():
+    path = save(name, **signed)
+    with pytest.raises(
+      ValueError, match=f'{refused} {secret}. Say so yourself'
+    ):
+      evaluate.evaluate(path)
+    assert str(secret) not in capsys.readouterr().out
+  assert not (tmp_path / 'elsewhere').exists()
+  own = save('own', signature=trust.signature(data))
+  stop, given = {'evaluate.split': 'validation'}, 'data.files.mine.validation'
+  for path, options in (
+    (tmp_path / 'none', {'trust_config': True, 'overrides': stop}),
+    (tmp_path / 'none', {'overrides': {**stop, given: str(secret)}}),
+    (own, {'overrides': stop}),
+  ):
+    # Nothing is written where a stranger says.
+    assert not (tmp_path / 'elsewhere').exists()
+    # All is read, and then this is found out.
+    with pytest.raises(ValueError, match='mine.*none is a task of SuperGLUE'):
+      evaluate.evaluate(path, submission=True, **options)
+    assert capsys.readouterr().out == f'mine: {secret}\n'
+  assert (tmp_path / 'elsewhere').exists()
+
+
+def test_a_signature_is_of_one_user_and_one_config(named, tmp_path):
+  _, data, _ = named
+  mine = trust.signature(data)
+  assert trust.is_own(data, mine)
+  assert not trust.is_own(dataclasses.replace(data, cache_dir='x'), mine)
+  assert not trust.is_own(data, '') and not trust.is_own(data, None)
+  key = tmp_path / 'home' / 'key'
+  assert key.stat().st_mode & 0o777 == 0o600
+  key.write_bytes(b'another user has another key, too')
+  assert not trust.is_own(data, mine)  # And this one is none.
+  assert trust.signature(data) == ''

@@ -9,6 +9,7 @@ import types
 
 import pytest
 
+from st_moe.data import files
 from st_moe.infer import stream
 from st_moe.infer.generate import Answer, Asked, asked
 from st_moe.infer.stream import Format, Row
@@ -418,3 +419,26 @@ def test_the_order_of_options_is_no_difference(source, tmp_path):
   about = json.loads((tmp_path / 'out.txt.about.json').read_text())
   assert about['method']['num_beams'] == 2
   assert dataclasses.asdict(asked(stop='x'))['stop'] == ('x',)
+
+
+def test_input_without_end(monkeypatch, tmp_path):
+  """A device is a line that never ends, a pipe one that may never begin."""
+  monkeypatch.setattr(files, 'LONGEST_LINE', 1 << 20)
+  with pytest.raises(ValueError, match='/dev/zero, line 1 has more than 1 MiB'):
+    stream.run(Echo(), PLAIN, LINES, source='/dev/zero')
+  monkeypatch.setattr(stream, '_PATIENCE', 0.1)
+  os.mkfifo(tmp_path / 'fifo')
+  with pytest.raises(ValueError, match='nobody has opened this pipe to write'):
+    stream.run(Echo(), PLAIN, LINES, source=str(tmp_path / 'fifo'))
+
+
+def test_a_terminal_is_shown_what_a_file_holds(monkeypatch, capsys, tmp_path):
+  """An answer cannot move the cursor, name a window or paste."""
+  said = 'a\x1b]0;owned\x07 b\tc \x9b2J \u202egpj'
+  stream.run(Echo(), Asked(), Format(), prompts=[said])
+  assert capsys.readouterr().out == f'0:{said}\n'
+  monkeypatch.setattr(stream.sys.stdout, 'isatty', lambda: True)
+  stream.run(Echo(), Asked(), Format(), prompts=[said])
+  assert capsys.readouterr().out == (
+    '0:a\\x1b]0;owned\\x07 b\tc \\x9b2J \\u202egpj\n'
+  )

@@ -715,3 +715,64 @@ def test_what_a_config_continues(tmp_path):
   (tmp_path / 'spiece.model').write_bytes(MODEL)
   found = loop.find_vocabulary(config, tmp_path / 'run')
   assert found.model == MODEL
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_a_weight_that_is_no_number(value, tmp_path):
+  tensors = _t5(tmp_path)
+  name = 'decoder.block.1.layer.2.DenseReluDense.wo.weight'
+  tensors[name][3, 5] = value
+  save_file(tensors, tmp_path / 'model.safetensors')
+  message = f'{tmp_path}: {name} holds NaN or infinite numbers'
+  with pytest.raises(ValueError, match=message):
+    st_moe.interop.load(f'hf:{tmp_path}')
+  with pytest.raises(ValueError, match=message):
+    convert.convert(f'hf:{tmp_path}', f'{tmp_path}/to')
+  assert not (tmp_path / 'to').exists()
+
+
+@pytest.mark.parametrize('kind', [np.float64, np.int8, np.int32, np.bool_])
+def test_weights_of_other_types(kind, tmp_path):
+  """Of 64 bits they may be too large; integers are quantized, or no weights."""
+  tensors = {n: a.astype(kind) for n, a in _t5(tmp_path).items()}
+  if kind is np.float64:
+    save_file(tensors, tmp_path / 'model.safetensors')
+    st_moe.interop.load(f'hf:{tmp_path}')
+    tensors['shared.weight'][0, 0] = 1e300
+  save_file(tensors, tmp_path / 'model.safetensors')
+  message = (
+    'NaN or infinite' if kind is np.float64 else 'is of type .*; weights'
+  )
+  with pytest.raises(ValueError, match=message):
+    st_moe.interop.load(f'hf:{tmp_path}')
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [
+    ('vocab_size', 0), ('d_model', '16'), ('d_ff', 10**30), ('num_heads', -2),
+    ('d_kv', 8.0), ('num_layers', True), ('num_layers', 10**9),
+    ('num_decoder_layers', 10**9), ('relative_attention_num_buckets', 0),
+  ],
+)  # fmt: skip
+def test_a_size_that_is_none(field, value, tmp_path):
+  _t5(tmp_path, **{field: value})
+  message = f'{field} is .* it should be a whole num'
+  with pytest.raises(ValueError, match=message):
+    ValueError, match=f'{field} is .* it should be a whole num'
+  ):
+    convert.open_source(f'hf:{tmp_path}')
+
+
+def test_words_of_another_kind(tmp_path):
+  _t5(tmp_path, feed_forward_proj=['relu'])
+  with pytest.raises(ValueError, match='cannot be understood .TypeError: .*it'):
+    convert.open_source(f'hf:{tmp_path}')
+
+
+def test_a_broken_vocabulary_is_not_passed_on(tmp_path):
+  _t5(tmp_path)
+  (tmp_path / 'spiece.model').write_bytes(b'no pieces')
+  with pytest.raises(ValueError, match='is not a SentencePiece model'):
+    convert.convert(f'hf:{tmp_path}', f'{tmp_path}/to')
+  assert not (tmp_path / 'to').exists()

@@ -1,5 +1,7 @@
 """Checkpoints of Mesh-TensorFlow, as its T5 and MoE layers name variables."""
 
+import pathlib
+
 import numpy as np
 import pytest
 
@@ -163,5 +165,47 @@ def test_what_cannot_be(tmp_path):
   data.write_bytes(data.read_bytes()[:200])
   with pytest.raises(ValueError, match='cannot be read'):
     convert.load(f'mtf:{prefix}')
+  prefix, _ = _write(tmp_path, _variables(**CASES['t5']))
   with pytest.raises(ValueError, match='is read here and not written'):
     convert.convert(f'mtf:{prefix}', f'mtf:{tmp_path}/to')
+
+
+def test_a_directory_names_what_lies_in_it(tmp_path):
+  """The file `checkpoint` may name another folder: that of then, or any."""
+  for name in ('here', 'there'):
+    (tmp_path / name).mkdir()
+    _write(tmp_path / name, _variables(**CASES['t5']), seed=len(name))
+  other = tmp_path / 'there' / 'model.ckpt-7'
+  state = f'model_checkpoint_path: "{other}"'
+  (tmp_path / 'here' / 'checkpoint').write_text(state)
+  read = lambda place: mesh_tf.open_source(str(place)).read('shared/embedding')
+  found, own = read(tmp_path / 'here'), read(tmp_path / 'here/model.ckpt-7')
+  np.testing.assert_array_equal(found, own)
+  assert not np.array_equal(found, read(other))
+
+
+def test_an_index_that_claims_more_than_there_is(tmp_path):
+  # The index of twice as many letters, beside the data of these.
+  prefix, _ = _write(tmp_path, _variables(**CASES['t5']))
+  (tmp_path / 'big').mkdir()
+  big = {n: (2 * s[0], *s[1:]) if s else s
+         for n, s in _variables(**CASES['t5']).items()}  # fmt: skip
+  larger, _ = _write(tmp_path / 'big', big)
+  pathlib.Path(f'{larger}.index').rename(f'{prefix}.index')
+  with pytest.raises(ValueError, match='cannot be read: its index describes'):
+    mesh_tf.open_source(prefix)
+
+
+def test_a_variable_of_nan(tmp_path):
+  import tensorflow as tf
+
+  prefix, tensors = _write(tmp_path, _variables(**CASES['t5']))
+  tensors['shared/embedding'][2, 3] = np.nan
+  tf.raw_ops.SaveV2(
+    prefix=prefix,
+    tensor_names=list(tensors),
+    shape_and_slices=[''] * len(tensors),
+    tensors=list(tensors.values()),
+  )
+  with pytest.raises(ValueError, match='shared/embedding holds NaN'):
+    convert.load(f'mtf:{prefix}')

@@ -1,6 +1,7 @@
 """T5X's checkpoints, both layouts, dense and MoE."""
 
 import dataclasses
+import gzip
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ from flax import serialization
 
 import st_moe
 from st_moe.config import Config, Part, StackConfig
-from st_moe.interop import convert, ours, t5x
+from st_moe.interop import convert, ours, t5x, t5x_orbax
 from st_moe.model import layout
 from st_moe.model.transformer import Transformer
 from tests.helpers import random_params, tiny
@@ -190,6 +191,72 @@ def test_a_chunk_that_is_cut_short(zarr, tmp_path):
   with pytest.raises(ValueError, match=f'{NAME} cannot be read'):
     convert.convert(f't5x:{zarr}', f'{tmp_path}/to')
   assert not (tmp_path / 'to').exists()
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (
+      {'shape': [10**12, 16], 'chunks': [1, 1]},
+      'all of its 16,000,000,000,000',
+    ),
+    ({'shape': [10**12, 16], 'chunks': [10**12, 16]}, 'are said to be 16,000,'),
+    ({'chunks': [0, 16]}, 'says shape .*, chunks'),
+    ({'chunks': [16]}, 'says shape .*, chunks'),
+    ({'shape': 'many'}, 'says shape many, chunks'),
+    ({'shape': [-32, 16]}, 'says shape .*, chunks'),
+    ({'dtype': '|O'}, 'cannot be read'),
+  ],
+)
+def test_a_folder_that_claims_what_is_not_so(zarr, changes, message):
+  about = zarr / FOLDER / '.zarray'
+  about.write_text(json.dumps({**json.loads(about.read_text()), **changes}))
+  with pytest.raises(ValueError, match=message):
+    t5x.open_source(zarr)
+
+
+def test_a_spec_of_the_folder_above(zarr):
+  file = zarr / 'checkpoint'
+  tree = serialization.msgpack_restore(file.read_bytes())
+  table = tree['optimizer']['target']['token_embedder']
+  table['embedding']['kvstore']['path'] = 'here/..'
+  file.write_bytes(serialization.msgpack_serialize(tree))
+  with pytest.raises(ValueError, match="it is said to be in 'here/..'"):
+    t5x.open_source(zarr)
+
+
+def test_numbers_that_are_none(zarr, tmp_path):
+  table = np.full((32, 16), np.nan, 'f4')
+  (zarr / FOLDER / '0.0').write_bytes(gzip.compress(table.tobytes()))
+  with pytest.raises(ValueError, match=f'{NAME} holds NaN or infinite'):
+    convert.load(f't5x:{zarr}')
+  words = {'token_embedder': {'embedding': 'words'}}
+  where = _write(tmp_path / 'a', words)
+  with pytest.raises(
+    ValueError, match=r'embedding is \[\]; a model has a matrix'
+  ):
+    convert.open_source(f't5x:{where}')
+
+
+def test_an_array_of_orbax_that_nobody_wrote(tmp_path):
+  """Only claimed: zarr would make zeros of it, as many as it claims."""
+  import tensorstore
+
+  config = Config(model=tiny())
+  t5x_orbax.save(f'{tmp_path}/a', _params(config), config, None)
+  base = {'driver': 'file', 'path': f'{tmp_path}/a/state/'}
+  for shape, chunk, message in (
+    ([32, 16], [32, 16], f'{NAME} is damaged: its chunk .*0.0 is gone'),
+    ([10**12, 16], [1, 1], 'not all of its 16,000,000,000,000 chunks are in'),
+  ):
+    spec = {
+      'driver': 'zarr',
+      'kvstore': {'driver': 'ocdbt', 'base': base, 'path': f'{FOLDER}/'},
+      'metadata': {'shape': shape, 'chunks': chunk, 'dtype': '<f4'},
+    }
+    tensorstore.open(spec, create=True, delete_existing=True).result()
+    with pytest.raises(ValueError, match=message):
+      convert.load(f't5x:{tmp_path}/a')
 
 
 @pytest.mark.parametrize('bytes_', [b'', b'no msgpack', None])

@@ -397,7 +397,7 @@ def _finished(workdir, scores, losses=('nan', 2.0), load=((1, 3), (2, 2))):
 def test_runs_side_by_side(tmp_path, monkeypatch):
   said = io.StringIO()
   console = Console(file=said, width=200)
-  monkeypatch.setattr('rich.console.Console', lambda: console)
+  monkeypatch.setattr('rich.console.Console', lambda **_: console)
   scores = {
     'eval/cb/loss': 1.0,
     'eval/cb/accuracy': 70.0,
