@@ -68,7 +68,7 @@ class TrainData:
     )
     self.sources = tuple(opened)
     self.rates = tuple(found[n] / sum(found.values()) for n in self.sources)
-    self._size = config.batch_size
+    self._size, self._seed = config.batch_size, _seed(config.seed, 'rows')
     self._rows = range(self._size) if rows is None else rows
 
     streams = []
@@ -85,8 +85,11 @@ class TrainData:
 
   def batch(self, n: int) -> Batch:
     """This host's rows of global batch `n`."""
-    first = n * self._size
-    return _stack([self._examples[first + row] for row in self._rows])
+    # A mixture is an interleaving with a period: left as it is, a source would
+    # have the same rows for ever, hence the same devices and turns at experts.
+    order = np.random.default_rng([self._seed, n]).permutation(self._size)
+    numbers = n * self._size + order
+    return _stack([self._examples[numbers[row]] for row in self._rows])
 
   def iterate(self, start: int = 0, *, threads: int = 4) -> Iterator[Batch]:
     """batch(start), batch(start + 1), ... without end, made ahead of use."""

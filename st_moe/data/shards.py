@@ -31,7 +31,7 @@ from etils import epath
 from st_moe.data import files
 
 # Part of every key: raise it when the meaning of a record changes.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # Called with (name of the split, parts done, parts in all).
 Progress = Callable[[str, int, int], None]

@@ -30,7 +30,7 @@ SENTINEL = BYTES.sentinel(0)
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  """Two text sources, of 136 and some 40 chunks; the shards lie here too."""
+  """Two text sources, of 133 and some 40 chunks; the shards lie here too."""
   folder = tmp_path_factory.mktemp('pipeline')
   for name, count in (('big', 200), ('small', 60), ('held', 11)):
     rows = [{'text': f'{name} {i} ' * 6} for i in range(count)]
@@ -135,7 +135,8 @@ def test_a_batch_of_text(folder):
     'source': ((8,), 'int32'),
   }
   # 67 raw tokens: 10 of noise in 3 spans, so 61 inputs and 14 targets.
-  row = {k: v[0] for k, v in batch.items()}
+  first = batch['source'].tolist().index(0)
+  row = {k: v[first] for k, v in batch.items()}
   assert (row['encoder_input_tokens'] > 0).all()
   assert row['encoder_input_tokens'][-1] == 1
   assert (row['decoder_target_tokens'] > 0).tolist() == [True] * 14 + [
@@ -239,6 +240,50 @@ def test_examples_are_drawn_at_the_rates(folder, rates):
   assert (drawn[300:400] == 0).mean() == pytest.approx(expected, abs=0.03)
 
 
+def test_no_source_has_rows_of_its_own(folder):
+  """Rows are devices, and turns: seats go to the left of a group first."""
+  names = 'abcd'
+  files = {n: {'train': f'{folder}/small.jsonl'} for n in names}
+  c = config(folder, mixture=dict.fromkeys(names, 1), files=files)
+  data = pipeline.TrainData(c, BYTES)
+  batches = 150
+  seen, seated = np.zeros((4, 8), int), np.zeros(4, int)
+  for n in range(batches):
+    sources = data.batch(n)['source']
+    # The mixture is exact in every batch: two rows a source.
+    assert sorted(sources) == [0, 0, 1, 1, 2, 2, 3, 3]
+    seen[sources, range(8)] += 1
+    for group in sources.reshape(2, 4):  # With room for two rows of four.
+      np.add.at(seated, group[:2], 1)
+  # A quarter of all in each row, within five standard deviations.
+  assert abs(seen - batches / 4).max() < 5 * (batches * 3 / 16) ** 0.5
+  assert abs(seated / (2 * batches) - 0.5).max() < 0.1
+  # Another seed, another order; the same batch whoever asks for it.
+  other = pipeline.TrainData(dataclasses.replace(c, seed=1), BYTES)
+  orders = [
+    [each.batch(n)['source'].tolist() for n in range(20)]
+    for each in (data, other, pipeline.TrainData(c, BYTES))
+  ]
+  assert orders[0] == orders[2] != orders[1]
+
+
+def test_no_target_ends_before_its_end(tmp_path):
+  """An EOS between documents would get into spans, where decoding stops."""
+  lines = ''.join(f'short text {i:02d}\n\n' for i in range(99))
+  (tmp_path / 'short.txt').write_text(lines)
+  files = {'short': {'train': f'{tmp_path}/short.txt'}}
+  data = pipeline.TrainData(
+    config(tmp_path, mixture={'short': 1}, files=files), BYTES
+  )
+  for n in range(4):
+    batch = data.batch(n)
+    for key in ('encoder_input_tokens', 'decoder_target_tokens'):
+      # Once, behind the last token.
+      assert (batch[key] == BYTES.eos).sum(-1).tolist() == [1] * 8
+      last = (batch[key] > 0).sum(-1) - 1
+      assert (batch[key][range(8), last] == BYTES.eos).all()
+
+
 def rates_of(mix, sizes, **changes):
   files = {name: {'train': '-'} for name in sizes}
   c = DataConfig(mixture=mix, files=files, **changes)
@@ -328,10 +373,10 @@ def test_prepare_counts_and_checks_first(folder):
   assert counts['big'].keys() == {'train', 'validation'}
   assert counts['big']['train']['documents'] == 200
   text = (folder / 'big.jsonl').read_text().splitlines()
-  tokens = sum(len(json.loads(row)['text']) + 1 for row in text)
+  tokens = sum(len(json.loads(row)['text']) for row in text)
   assert counts['big']['train']['tokens'] == tokens
-  assert tokens == 136 * 67 + 28  # And 28 tokens are too few for a chunk.
-  assert counts['big']['train']['records'] == 136
+  assert tokens == 133 * 67 + 29  # And 29 tokens are too few for a chunk.
+  assert counts['big']['train']['records'] == 133
   assert seen[:2] == [('big-train', 0, 1), ('big-train', 1, 1)]
   # A typo in the last file is found before the first is read.
   files = {**c.files, 'small': {'train': f'{folder}/smal.jsonl'}}
