@@ -158,11 +158,12 @@ class EvalData:
   def scores(
     self, examples: 'Sequence[Example]', said: Sequence[str]
   ) -> dict[str, float]:
-    """The metrics of what was said to some examples; {} if nobody knows."""
+    """The metrics of what was said to those examples whose answer is told."""
     targets = self._targets(examples)
     predictions = [
       self.comparable(text, example=e.features, is_target=False)
       for e, text in zip(examples, said, strict=True)
+      if self.told(e)
     ]
     fns = self.metric_fns if targets else ()
     return {k: v for fn in fns for k, v in fn(targets, predictions).items()}
@@ -172,13 +173,30 @@ class EvalData:
     targets = self._targets(examples)
     return majority_baseline(targets, self.metric_fns) if targets else {}
 
+  def told(self, example: 'Example') -> bool:
+    """Whether the answer is known, which those of test files often are not.
+
+    Its targets say so or, as in T5's WSC, a `label` of -1, where metrics look
+    at the label and not at the targets.
+    """
+    if example.targets_text == UNKNOWN:
+      return False
+    if example.fields.get('label') != -1:
+      return True
+    try:
+      return self._target(example) != self._target(example, UNKNOWN)
+    except Exception:  # Whatever a postprocessor makes of no answer.
+      return True
+
+  def _target(self, example: 'Example', text: str | None = None):
+    return self.comparable(
+      example.targets_text if text is None else text,
+      example=example.features,
+      is_target=True,
+    )
+
   def _targets(self, examples) -> list:
-    if any(e.hidden for e in examples):
-      return []
-    return [
-      self.comparable(e.targets_text, example=e.features, is_target=True)
-      for e in examples
-    ]
+    return [self._target(e) for e in examples if self.told(e)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,11 +209,6 @@ class Example:
   targets_text: str
   idx: Any
   fields: dict[str, Any]  # Whatever else the task has, for its metrics.
-
-  @property
-  def hidden(self) -> bool:
-    """Whether the answer is not told, as in test files."""
-    return self.targets_text == UNKNOWN or self.fields.get('label') == -1
 
   @property
   def features(self) -> dict[str, Any]:

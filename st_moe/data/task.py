@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,9 +26,10 @@ class TextTask:
   """Rows of files as text in and text out, and how answers are scored.
 
   An example has `inputs` and `targets`, and whatever scores need besides, under
-  T5's names (`idx`, `answers`, ...). `choices`: the answers it may be given, if
-  they are its own. Where the answer is not told, targets are UNKNOWN or, as in
-  T5, `label` is -1.
+  T5's names (`idx`, `answers`, ...): anything that JSON can hold. `choices`:
+  the answers it may be given, if they are its own. Where the answer is not
+  told, targets are UNKNOWN; or, as in T5's WSC, `label` is -1, and is what
+  metrics compare in place of the targets.
   """
 
   examples: Callable[[Row, str], Iterable[Example]]  # Of a row and its split.
@@ -84,13 +86,14 @@ class TextTask:
         file, line and field.
     """
     if self.generate:
-      return [
-        e for row in self.generate(split) for e in self.examples(row, split)
-      ]
-    path, found = self.file(split, data_dir), []
-    for line, row in self.read(path):
+      path, rows = 'generated', enumerate(self.generate(split), 1)
+    else:
+      path = self.file(split, data_dir)
+      rows = self.read(path)
+    found = []
+    for line, row in rows:
       try:
-        found += self.examples(row, split)
+        found += map(_checked, self.examples(row, split))
       except ValueError as error:
         where = line if isinstance(line, str) else f'line {line}'
         raise ValueError(f'{path}, {where}: {error}') from None
@@ -103,6 +106,30 @@ class TextTask:
     if self.postprocess or not self.labels:
       return self.postprocess
     return functools.partial(class_number, labels=self.labels)
+
+
+def _checked(example: Example) -> Example:
+  """The example.
+
+  Raises:
+    ValueError: a field that JSON or UTF-8 cannot hold, or no text to learn.
+  """
+  for field in ('inputs', 'targets'):
+    take(example, field)
+  try:
+    json.dumps(example, ensure_ascii=False).encode()
+  except (TypeError, ValueError):
+    for field, value in example.items():
+      try:
+        json.dumps(value, ensure_ascii=False).encode()
+      except UnicodeEncodeError as e:
+        raise ValueError(f'{field!r} is not UTF-8 ({e.reason}).') from None
+      except (TypeError, ValueError):
+        raise ValueError(
+          f'{field!r} is {short(value)}, which JSON cannot hold.'
+        ) from None
+    raise
+  return example
 
 
 @functools.cache
@@ -131,7 +158,20 @@ def take(row: Row, field: str, kind: type = str) -> Any:
   if not isinstance(value, kind) or kind is int and isinstance(value, bool):
     what = {str: 'text', int: 'a whole number', list: 'a list'}[kind]
     raise ValueError(f'{field!r} is {short(value)}; it must be {what}.')
+  if kind is str:
+    try:
+      value.encode()  # JSON can spell half a surrogate pair.
+    except UnicodeEncodeError as e:
+      raise ValueError(f'{field!r} is not UTF-8 ({e.reason}).') from None
   return value
+
+
+def untold(row: Row, field: str, split: str) -> bool:
+  """Whether a row of the test split keeps an answer back.
+
+  It lacks the field, or holds null, '', -1 or an empty list in its place.
+  """
+  return split == 'test' and row.get(field) in (None, '', -1, [])
 
 
 def label_text(
@@ -139,9 +179,9 @@ def label_text(
 ) -> str:
   """The text of a label given as text, truth value or class number.
 
-  Only a row of the test split may have none.
+  Only a row of the test split may have none (see `untold`).
   """
-  if field not in row and split == 'test':
+  if untold(row, field, split) and row.get(field) not in labels:
     return UNKNOWN
   if field not in row:
     raise ValueError(

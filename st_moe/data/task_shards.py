@@ -190,7 +190,7 @@ class Registry:
         lengths, split, shuffle=False, shard_info=shard
       )
     for i, row in enumerate(dataset.as_numpy_iterator()):
-      row = {key: _plain(value) for key, value in row.items()}
+      row = self._read(row)
       ids = {key: row.pop(key) for key in ('inputs', 'targets')}
       for key, values in ids.items():
         feature = task.output_features[key]
@@ -210,6 +210,14 @@ class Registry:
         'fields': row,
       }
       yield json.dumps(record).encode()
+
+  def _read(self, row: Mapping) -> dict:
+    """What a task made of an example, as JSON can hold it."""
+    row = {key: _plain(value) for key, value in row.items()}
+    suffix = self._ours.AS_JSON
+    told = {key: text for key, text in row.items() if key.endswith(suffix)}
+    own = {k.removesuffix(suffix): json.loads(t) for k, t in told.items() if t}
+    return {key: v for key, v in row.items() if key not in told} | own
 
 
 @contextlib.contextmanager
@@ -275,4 +283,6 @@ def _plain(value):
     value = value.tolist()
   if isinstance(value, list):
     return [_plain(item) for item in value]
+  if isinstance(value, dict):
+    return {key: _plain(item) for key, item in value.items()}
   return value.decode() if isinstance(value, bytes) else value

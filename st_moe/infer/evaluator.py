@@ -99,7 +99,7 @@ class Evaluator:
     for e in examples:
       answers = [ids(text) for text in source.choices(e)]
       # The target is scored in any case, for the loss.
-      if not e.hidden and tuple(e.targets) not in answers:
+      if source.told(e) and tuple(e.targets) not in answers:
         answers.append(tuple(e.targets))
       questions.append(Question(e.inputs, answers, room))
     return examples, questions
@@ -126,7 +126,7 @@ class Evaluator:
 
   def _scored(self, source, examples, questions, replies):
     """Metrics and predictions of one task."""
-    found, rows = self._loss(examples, questions, replies), []
+    found, rows = self._loss(source, examples, questions, replies), []
     for way in self._ways(source):
       said = [
         self._said(source, way, *each)
@@ -166,11 +166,11 @@ class Evaluator:
     best = int(np.argmax(scores))
     return choices[best], float(scores[best])
 
-  def _loss(self, examples, questions, replies) -> dict[str, float]:
-    """Nats per target token; nothing where a test split hides the targets."""
+  def _loss(self, source, examples, questions, replies) -> dict[str, float]:
+    """Nats per target token; nothing where all targets are hidden."""
     total, tokens = 0.0, 0
     for e, q, r in zip(examples, questions, replies, strict=True):
-      if not e.hidden:
+      if source.told(e):
         total -= float(r.scores[q.answers.index(tuple(e.targets))])
         tokens += len(e.targets)
     return {'loss': total / tokens} if tokens else {}
@@ -183,13 +183,14 @@ class Evaluator:
     """The metrics of a source had a perfect model answered a few questions."""
     if source.is_text:
       return {'loss': 0.0}
-    few = source.examples[:50]
+    examples = self._examples(source)
+    few = [e for e in examples if source.told(e)][:50]
     targets = [e.targets_text for e in few]
-    found = {} if any(e.hidden for e in few) else {'loss': 0.0}
+    found = {'loss': 0.0} if few else {}
     for way in self._ways(source):
       found |= _named(way, source.scores(few, targets))
     majority = {f'majority_{k}': v for k, v in source.majority(few).items()}
-    return {**found, **majority, 'examples': len(few)}
+    return {**found, **majority, 'examples': len(examples)}
 
 
 def _named(way: str, metrics: dict) -> dict:

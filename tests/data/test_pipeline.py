@@ -636,6 +636,99 @@ def test_what_a_test_split_hides_is_not_scored(tmp_path):
   assert data.majority(data.examples) == {}
 
 
+@pytest.fixture
+def moods(tmp_path, monkeypatch):
+  """Rows of examples -> the validation split of a task that yields them."""
+  from st_moe.data import task, tasks
+
+  def opened(*rows, labels=('sad', 'happy'), split='validation'):
+    put(tmp_path / 'data', 'mood', rows)
+    files = {split: ('mood.jsonl',)}
+    made = task.TextTask(
+      lambda row, _: [row], (metrics.accuracy,), labels, files=files
+    )
+    monkeypatch.setitem(tasks.TASKS, 'mood', made)
+    c = of_tasks(tmp_path / 'cache', {}, data_dir=str(tmp_path / 'data'))
+    return pipeline.open_eval(c, BYTES, 'mood', split)
+
+  yield opened
+  import seqio
+
+  seqio.TaskRegistry.remove('mood')
+
+
+@pytest.mark.parametrize(
+  'values',
+  [
+    (1234567890123456789, -(2**31) - 1),
+    (2**64, 1),
+    (0.1, 2.5),
+    (1, 0.5),
+    (True, False),
+    ('a', 7),
+    (None, 'a'),
+    (None, None),
+    ([1, 2], []),
+    ([0.5], [1.5, 2]),
+    ([], []),
+    (['a'], None),
+    ([['a']], [[1], None]),
+    ({'a': 1}, {'b': [2]}),
+    ('', 'half a pair: \\ud83d'),
+    (..., 'only here'),
+    (..., 0),
+  ],
+)
+def test_an_example_keeps_what_json_can_hold(moods, values):
+  rows = [
+    {'inputs': 'a', 'targets': 'sad'} | ({} if v is ... else {'note': v})
+    for v in values
+  ]
+  found = [e.fields for e in moods(*rows).examples]
+  assert found == [{} if v is ... else {'note': v} for v in values]
+  assert [type(f.get('note')) for f in found] == [
+    type(None if v is ... else v) for v in values
+  ]
+
+
+def test_an_index_may_be_a_large_number(moods):
+  ids = [1234567890123456789, 2**31, 3]
+  rows = [{'inputs': 'a', 'targets': 'sad', 'idx': i} for i in ids]
+  assert [e.idx for e in moods(*rows).examples] == ids
+
+
+def test_rows_without_an_answer_are_left_out_of_the_scores(moods):
+  say = lambda *targets: [{'inputs': 'a', 'targets': t} for t in targets]
+  data = moods(*say('sad', '<unk>', 'happy', 'sad'))
+  assert [data.told(e) for e in data.examples] == [True, False, True, True]
+  said = ['sad', 'sad', 'sad', 'happy']
+  assert data.scores(data.examples, said) == {
+    'accuracy': pytest.approx(100 / 3)
+  }
+  assert data.majority(data.examples) == {'accuracy': pytest.approx(200 / 3)}
+
+
+def test_a_label_of_minus_one_hides_no_answer_that_is_told(moods):
+  rows = [
+    {'inputs': 'a', 'targets': 'sad', 'label': -1},
+    {'inputs': 'b', 'targets': 'happy', 'label': 1},
+  ]
+  for labels in (('sad', 'happy'), ()):
+    data = moods(*rows, labels=labels)
+    assert data.scores(data.examples, ['sad', 'sad']) == {'accuracy': 50.0}
+
+
+def test_a_query_of_record_without_answers_is_not_scored(tmp_path):
+  silent = {'idx': 7, 'query': 'who @placeholder', 'answers': []}
+  rows = [{**RECORD, 'qas': [*RECORD['qas'], silent]}]
+  put(tmp_path / 'data', 'ReCoRD/val', rows)
+  c = of_tasks(tmp_path / 'cache', {}, data_dir=str(tmp_path / 'data'))
+  data = pipeline.open_eval(c, BYTES, 'super_glue_record')
+  assert len(data) == 4
+  found = data.scores(data.examples, ['Ann', 'Zoë', 'x', 'Ann'])
+  assert found == {'em': 50.0, 'f1': 50.0}
+
+
 RECORD = {
   'idx': 3,
   'passage': {

@@ -378,6 +378,17 @@ def test_a_test_split_has_predictions_and_no_scores():
   assert _predictions(rows, 'decoding') == [SPOKEN[q] for q, _ in ROWS]
 
 
+def test_what_is_told_is_scored():
+  """Rows without an answer are answered and count nowhere."""
+  few = ROWS[:6]
+  mixed = [few[0], (2, UNKNOWN), *few[1:], (1, UNKNOWN)]
+  found, rows = _measure(Source(mixed), decode=True)
+  wanted, _ = _measure(Source(few), decode=True)
+  assert found.pop('examples') == 8 and wanted.pop('examples') == 6
+  assert found == pytest.approx(wanted, rel=1e-5)
+  assert len(_predictions(rows)) == 8
+
+
 def test_the_test_split_of_wsc_names_a_noun_and_no_label():
   """Nobody knows whether the noun is meant; a submission needs it."""
   spec = superglue.TASKS['wsc']
@@ -469,6 +480,7 @@ KINDS = {
   'free': {'labels': ()},
   'text': {'labels': (), 'is_text': True},
   'hidden': {'rows': [(1, UNKNOWN)] * 3},
+  'half hidden': {'rows': [(1, UNKNOWN)] * 60 + [(1, 'yes')]},
   'choices': {'rows': [(1, 'yes', {'choices': ('no', 'yes')})], 'labels': ()},
   # More than are looked at.
   'sixty': {'rows': [(1, 'yes')] * 60},
