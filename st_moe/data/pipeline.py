@@ -19,7 +19,7 @@ import functools
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,8 +34,8 @@ from st_moe.data import (
   tiny_world,
 )
 from st_moe.data import vocabulary as vocabulary_lib
-from st_moe.data.metrics import majority_baseline
-from st_moe.data.task import UNKNOWN
+from st_moe.data.metrics import as_float, majority_baseline
+from st_moe.data.task import UNKNOWN, tell_once
 from st_moe.data.vocabulary import Vocabulary
 
 Batch = dict[str, np.ndarray]
@@ -104,6 +104,10 @@ class TrainData:
 class EvalData:
   """One split of one source, in a fixed order, each example once."""
 
+  # Metrics (targets, scores) and (targets, predictions, aux_values), as SeqIO
+  # tells them apart, and the names of those that only T5X can compute.
+  score_fns = aux_fns = left_out = ()
+
   def __init__(self, library: mixture.Library, name: str, split: str):
     if list(library.members(name)) != [name]:
       raise ValueError(
@@ -118,6 +122,8 @@ class EvalData:
       registry = library.registry
       self.labels, self.begins = registry.labels(name), registry.begins(name)
       self.metric_fns = registry.metric_fns(name)
+      self.score_fns, self.aux_fns = registry.other_metric_fns(name)
+      self.left_out = registry.metric_objects(name)
       self.comparable = registry.comparable(name)
     config = library.config
     self._convert = _Convert(config, library.vocabulary, self.is_text, 0)
@@ -156,22 +162,99 @@ class EvalData:
     return example.fields.get('choices', self.labels)
 
   def scores(
-    self, examples: 'Sequence[Example]', said: Sequence[str]
+    self,
+    examples: 'Sequence[Example]',
+    said: Sequence[str],
+    logprobs: Sequence[float] = (),
   ) -> dict[str, float]:
-    """The metrics of what was said to those examples whose answer is told."""
+    """The metrics of what was said to those examples whose answer is told.
+
+    `logprobs` are those of what was said, in nats; none are all 0.
+    """
     targets = self._targets(examples)
     predictions = [
       self.comparable(text, example=e.features, is_target=False)
       for e, text in zip(examples, said, strict=True)
       if self.told(e)
     ]
-    fns = self.metric_fns if targets else ()
-    return {k: v for fn in fns for k, v in fn(targets, predictions).items()}
+    aux = {'scores': self._of_told(examples, logprobs or [0.0] * len(examples))}
+    return self._numbers(
+      targets,
+      [
+        *((fn, (predictions,)) for fn in self.metric_fns),
+        *((fn, (predictions, aux)) for fn in self.aux_fns),
+      ],
+    )
+
+  def target_scores(
+    self, examples: 'Sequence[Example]', logprobs: Sequence[float]
+  ) -> dict[str, float]:
+    """The metrics of the log-probabilities of the targets, in nats."""
+    scores = self._of_told(examples, logprobs)
+    return self._numbers(
+      self._targets(examples), [(fn, (scores,)) for fn in self.score_fns]
+    )
+
+  def _of_told(self, examples, values) -> list:
+    pairs = zip(examples, values, strict=True)
+    return [value for example, value in pairs if self.told(example)]
+
+  def _numbers(self, targets, asked) -> dict[str, float]:
+    """What functions make of targets and arguments, as far as it is numbers."""
+    found = {}
+    for fn, arguments in asked if targets else ():
+      known = getattr(fn, '__name__', str(fn))
+      try:
+        values = fn(targets, *arguments)
+      except KeyError as e:
+        if fn not in self.aux_fns:
+          raise
+        tell_once(
+          f'{self.name}: the metric {known!r} is left out, as it asks for aux'
+          f" values {e}; here there are only 'scores'."
+        )
+        continue
+      if not isinstance(values, Mapping):
+        values = {known: values}
+      for name, value in values.items():
+        if (number := as_float(value)) is not None:
+          found[name] = number
+        else:
+          tell_once(
+            f'{self.name}: the metric {name!r} is left out, as it is no number:'
+            f' {type(value).__name__}.'
+          )
+    return found
 
   def majority(self, examples: 'Sequence[Example]') -> dict[str, float]:
-    """The metrics of the answer that is right most often; {} as above."""
+    """The metrics of the answer that is right most often; {} as above.
+
+    Nor where targets are no answers, as postprocessors may have it.
+    """
     targets = self._targets(examples)
-    return majority_baseline(targets, self.metric_fns) if targets else {}
+    try:
+      found = majority_baseline(targets, self.metric_fns) if targets else {}
+    except Exception:  # Of somebody's own metric, on an answer of our making.
+      return {}
+    found = {name: as_float(value) for name, value in found.items()}
+    return {name: v for name, v in found.items() if v is not None}
+
+  def notes(self) -> list[str]:
+    """What a reader of its scores should know, a line each."""
+    if self.is_text:
+      return []
+    lines = [
+      f'{self.name}: the metric {name} is left out: it asks for the outputs of'
+      ' a model of T5X.'
+      for name in self.left_out
+    ]
+    untold = sum(not self.told(e) for e in self.examples)
+    if 0 < untold < len(self):
+      lines.append(
+        f'{self.name}: {untold} of {len(self)} rows have no answer; they are'
+        ' not scored.'
+      )
+    return lines
 
   def told(self, example: 'Example') -> bool:
     """Whether the answer is known, which those of test files often are not.

@@ -74,7 +74,7 @@ class TextTask:
       for path in (root / name, root / name.partition('/')[2]):
         if path.exists():
           if name != names[0]:
-            _tell_once(f'{path} stands in for {names[0]}, which is not there.')
+            tell_once(f'{path} stands in for {names[0]}, which is not there.')
           return path
     raise ValueError(f'{root} has none of {", ".join(names)}.')
 
@@ -133,7 +133,8 @@ def _checked(example: Example) -> Example:
 
 
 @functools.cache
-def _tell_once(text: str) -> None:
+def tell_once(text: str) -> None:
+  """A warning, however often it is called for."""
   logging.getLogger('st_moe').warning(text)
 
 

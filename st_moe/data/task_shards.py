@@ -99,6 +99,21 @@ class Registry:
 
     return tuple(seqio.TaskRegistry.get(name).predict_metric_fns)
 
+  def other_metric_fns(self, name: str) -> tuple[tuple, tuple]:
+    """Functions (targets, scores), scores being log-probabilities of targets,
+    and (targets, predictions, aux_values), with their own as 'scores'."""
+    import seqio
+
+    task = seqio.TaskRegistry.get(name)
+    return tuple(task.score_metric_fns), tuple(task.predict_with_aux_metric_fns)
+
+  def metric_objects(self, name: str) -> tuple[str, ...]:
+    """Names of the metrics that are no functions."""
+    import seqio
+
+    found = seqio.TaskRegistry.get(name)._metric_objs_constructor_args
+    return tuple(getattr(m, '__name__', type(m).__name__) for m in found)
+
   def comparable(self, name: str) -> Callable:
     """(text, example=, is_target=) -> what the metrics of the task compare."""
     import seqio

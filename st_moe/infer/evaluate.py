@@ -130,6 +130,7 @@ def _announce(config: Config, sources) -> None:
   most = config.data.inputs_length
   for source in sources:
     if not source.is_text:
+      print(*source.notes(), sep='\n', end='\n' * bool(source.notes()))
       cut = np.mean([len(e.inputs) >= most for e in source.examples])
       if cut:
         print(

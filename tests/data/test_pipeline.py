@@ -490,6 +490,94 @@ def of_tasks(tmp_path, mix, **changes):
   )
 
 
+@pytest.fixture
+def scored(weather, tmp_path):
+  """Metric functions -> evaluation data of the weather with these."""
+  import seqio
+
+  def opened(*fns, **more):
+    task = seqio.TaskRegistry.get('weather')
+    made = task.replace(name='scored', metric_fns=fns, **more)
+    seqio.TaskRegistry.remove('scored')
+    seqio.TaskRegistry.add_provider('scored', made)
+    return pipeline.open_eval(of_tasks(tmp_path, {}), BYTES, 'scored')
+
+  yield opened
+  seqio.TaskRegistry.remove('scored')
+
+
+def test_metrics_that_are_no_numbers_are_left_out(scored, caplog):
+  from seqio.metrics import Histogram, Scalar, Text
+
+  def several(targets, predictions):
+    right = np.array(
+      [t == p for t, p in zip(targets, predictions, strict=True)], 'f4'
+    )
+    return {
+      'right': right.mean(),
+      'scalar': Scalar(np.float32(0.5)),
+      'text': Text('all is well'),
+      'bars': Histogram(right),
+      'each': right,
+    }
+
+  def silent(targets, predictions):
+    return None
+
+  data = scored(several, silent)
+  found = data.scores(data.examples, ['dry'] * 7)
+  assert found == {'right': pytest.approx(4 / 7), 'scalar': 0.5}
+  assert {type(value) for value in found.values()} == {float}
+  assert data.majority(data.examples) == found
+  for name, kind in (
+    ('text', 'Text'), ('bars', 'Histogram'), ('each', 'ndarray'),
+    ('silent', 'NoneType'),
+  ):  # fmt: skip
+    told = f"scored: the metric '{name}' is left out, as it is no number:"
+    assert caplog.text.count(f'{told} {kind}') == 1
+
+
+def test_metrics_of_scores(scored, caplog):
+  def mean_score(targets, scores):
+    assert len(targets) == len(scores)
+    return {'mean_score': np.mean(scores)}
+
+  def confidence(targets, predictions, aux_values):
+    return {'confidence': np.exp(aux_values['scores']).mean()}
+
+  def lengths(targets, predictions, aux_values):
+    return {'length': np.mean(aux_values['lengths'])}
+
+  data = scored(mean_score, confidence, lengths)
+  three = data.examples[:3]
+  assert data.target_scores(three, [-1.0, -2.0, -6.0]) == {'mean_score': -3.0}
+  said = ['dry', 'wet', 'dry']
+  assert data.scores(three, said) == {'confidence': 1.0}
+  assert data.scores(three, said, [-np.log(2)] * 3) == {
+    'confidence': pytest.approx(0.5)
+  }
+  assert caplog.text.count("'lengths' is left out, as it asks for aux") == 1
+  # Scores of rows whose answer nobody knows are none.
+  hidden = dataclasses.replace(three[0], targets_text='<unk>')
+  found = data.target_scores([hidden, *three[1:]], [-1.0, -2.0, -6.0])
+  assert found == {'mean_score': -4.0}
+
+
+def test_metric_objects_are_named_as_left_out(scored):
+  from seqio.metrics import PassthroughLegacyMetric
+
+  made = PassthroughLegacyMetric.from_metric_fn(metrics.accuracy)
+  data = scored(metrics.accuracy, metric_objs=[made])
+  assert data.scores(data.examples[:1], ['dry']) == {'accuracy': 100.0}
+  (line,) = data.notes()
+  assert line.startswith('scored: the metric ') and 'is left out' in line
+
+
+def test_targets_that_are_no_answers_have_no_majority(weather, tmp_path):
+  data = pipeline.open_eval(of_tasks(tmp_path, {}), BYTES, 'climate')
+  assert data.majority(data.examples) == {}
+
+
 def test_a_batch_of_a_task_by_hand(weather, tmp_path):
   data = pipeline.open_eval(of_tasks(tmp_path, {}), BYTES, 'weather')
   batches = list(data.batches(4))
@@ -706,6 +794,9 @@ def test_rows_without_an_answer_are_left_out_of_the_scores(moods):
     'accuracy': pytest.approx(100 / 3)
   }
   assert data.majority(data.examples) == {'accuracy': pytest.approx(200 / 3)}
+  assert data.notes() == [
+    'mood: 1 of 4 rows have no answer; they are not scored.'
+  ]
 
 
 def test_a_label_of_minus_one_hides_no_answer_that_is_told(moods):

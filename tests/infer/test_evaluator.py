@@ -405,6 +405,26 @@ def test_the_test_split_of_wsc_names_a_noun_and_no_label():
   assert _evaluator().names([source]) == ['eval/quiz/examples']
 
 
+def test_metrics_of_scores_get_those_of_the_targets():
+  mean = lambda targets, scores: {'mean_score': sum(scores) / len(scores)}
+  sure = lambda targets, predictions, aux: {'sure': sum(aux['scores'])}
+  rows = [*ROWS[:4], (2, UNKNOWN)]
+  source = Source(rows, labels=(), metrics=())
+  source.score_fns = (mean,)
+  found, said = _measure(source)
+  wanted = sum(log_probability(*row) for row in ROWS[:4]) / 4
+  assert found['mean_score'] == pytest.approx(wanted, rel=1e-5)
+  # Nothing compares what it would have said, so it says nothing.
+  assert said == [] and _evaluator().names([source]) == [
+    f'eval/quiz/{name}' for name in found
+  ]
+  source.aux_fns = (sure,)
+  found, said = _measure(source)
+  assert _predictions(said, 'decoding') == [SPOKEN[q] for q, _ in rows]
+  wanted = sum(log_probability(q, SPOKEN[q]) for q, _ in ROWS[:4])
+  assert found['decoded_sure'] == pytest.approx(wanted, rel=1e-4)
+
+
 # Batches, devices, several sources.
 
 
