@@ -104,11 +104,13 @@ def write(
   cache_dir: str = '',
   workers: int = 1,
   progress: Progress | None = None,
+  anew: bool = False,
 ) -> Shards:
   """Runs the jobs whose parts are not there yet, then writes `info.json`.
 
-  The recipe names `name` and `split` and whatever else the records depend on.
-  With more workers than one the jobs must be picklable.
+  The recipe names `name` and `split` and whatever else the records depend on;
+  `anew`: it does not, so what is there is not used. With more workers than one
+  the jobs must be picklable.
   """
   recipe = {**recipe, 'format': FORMAT_VERSION}
   recipe = json.loads(json.dumps(recipe))  # As it will be read back.
@@ -116,7 +118,7 @@ def write(
   digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
   folder = re.sub(r'[^\w.-]', '_', label) + f'-{digest.hexdigest()[:12]}'
   directory = cache_root(cache_dir) / folder
-  done = _finished(directory, recipe)
+  done = False if anew else _finished(directory, recipe)
   if done:
     return Shards(directory)
 

@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 from etils import epath
 
-from st_moe.data import hub, shards, sources
-from st_moe.data.task import SENTINEL, TextTask
+from st_moe.data import fingerprint, shards, sources
+from st_moe.data.task import SENTINEL, TextTask, tell_once
 from st_moe.data.vocabulary import Vocabulary
 
 _OURS = 'st_moe.data.tasks'
@@ -112,7 +112,8 @@ class Registry:
     import seqio
 
     found = seqio.TaskRegistry.get(name)._metric_objs_constructor_args
-    return tuple(getattr(m, '__name__', type(m).__name__) for m in found)
+    kinds = [m if inspect.isclass(m) else type(m) for m in found]
+    return tuple(kind.__name__ for kind in kinds)
 
   def comparable(self, name: str) -> Callable:
     """(text, example=, is_target=) -> what the metrics of the task compare."""
@@ -144,11 +145,12 @@ class Registry:
       )
     lengths = {'inputs': inputs_length, 'targets': targets_length}
     source_files = task.source.list_shards(split)
+    code, unknown = _code(task)
     recipe = {
       'name': name,
       'split': split,
-      'files': self._stamps(name, split, source_files),
-      'code': _code(task),
+      'files': self._stamps(name, split, task.source),
+      'code': code,
       'lengths': lengths,
       'vocabulary': self._vocabulary.fingerprint,
     }
@@ -157,7 +159,18 @@ class Registry:
       functools.partial(self._records, task, split, lengths, part, parts)
       for part in range(parts)
     ]
-    return shards.write(recipe, jobs, cache_dir=cache_dir, progress=progress)
+    if unknown:
+      tell_once(
+        f'{name}: whether {", ".join(unknown)} changed cannot be told, so its'
+        ' examples are written anew each time.'
+      )
+    return shards.write(
+      recipe,
+      jobs,
+      cache_dir=cache_dir,
+      progress=progress,
+      anew=bool(unknown),
+    )
 
   def _task(self, name: str):
     """The task with our vocabulary in place of the one it came with."""
@@ -179,14 +192,17 @@ class Registry:
       }
     )
 
-  def _stamps(self, name: str, split: str, source_files) -> list:
-    """What is known of the files behind a task."""
-    paths = [path for path in source_files if '/' in path]
+  def _stamps(self, name: str, split: str, source) -> list:
+    """What changes when the data behind a task do."""
     task = self._ours.text_task(name)
-    if task and task.files:
-      paths.append(str(task.file(split, self._data_dir)))
-    is_there = lambda path: hub.is_one(path) or epath.Path(path).exists()
-    return [sources.stamp(path) for path in filter(is_there, sorted(paths))]
+    if task:
+      found = [task.file(split, self._data_dir)] if task.files else []
+      return [sources.stamp(str(path)) for path in found]
+    paths = sorted(source.list_shards(split))
+    is_function = hasattr(source, '_dataset_fn')  # Its 'shard' is the split.
+    if is_function or not all(epath.Path(path).exists() for path in paths):
+      return [_rows(source, split)]
+    return [sources.stamp(path) for path in paths]
 
   def _records(
     self,
@@ -249,38 +265,41 @@ def _without_banners():
     os.close(nowhere)
 
 
-def _code(task) -> str:
-  """A hash of the modules that make a task's examples.
+def _code(task) -> tuple[str, list[str]]:
+  """A hash of the code that makes a task's examples, and what it leaves out."""
+  import seqio
 
-  Those of its functions, and what these import from their own package; an edit
-  there makes examples that lie on disk stale.
-  """
-  made_by = getattr(task.source, '_dataset_fn', type(task.source))
-  functions = [made_by]
+  walk = fingerprint.Walk()
+  made_by = getattr(task.source, '_dataset_fn', None)
   ours = getattr(made_by, 'keywords', {}).get('task')
   if isinstance(ours, TextTask):
-    functions = [TextTask, ours.examples, ours.read, sources.read_jsonl]
-    functions += filter(None, [ours.generate])
-  modules = set()
-  for function in [*functions, *task.preprocessors]:
-    while isinstance(function, functools.partial):
-      function = function.func
-    module = inspect.getmodule(function)
-    if module is None or module.__name__.startswith('seqio.'):
-      continue
-    package = module.__name__.split('.')[0]
-    modules.add(module)
-    modules.update(
-      value
-      for value in vars(module).values()
-      if inspect.ismodule(value) and value.__name__.split('.')[0] == package
-    )
+    parts = [TextTask, ours.examples, ours.read, ours.generate]
+    walk.take([*parts, sources.read_jsonl])
+  elif made_by:
+    # What it makes is looked at as well (`_rows`): nothing escapes.
+    apart = fingerprint.Walk()
+    apart.take(made_by)
+    walk.take(apart.digest)
+  else:
+    state = dict(vars(task.source))
+    if '_tfds_dataset' in state:
+      state['_tfds_dataset'] = repr(state['_tfds_dataset'])
+    walk.take([type(task.source), state])
+  features = task.output_features.items()
+  walk.take([seqio.__version__, task.preprocessors])
+  walk.take([(k, f.add_eos, f.dtype, f.rank) for k, f in features])
+  return walk.digest, walk.unknown
+
+
+def _rows(source, split: str) -> str:
+  """A hash of what a source reads, from where nobody knows."""
+  import seqio
+
   digest = hashlib.sha256()
-  for module in sorted(modules, key=lambda m: m.__name__):
-    try:
-      digest.update(inspect.getsource(module).encode())
-    except (OSError, TypeError):  # A notebook cell has no file.
-      pass
+  with seqio.utils.map_seed_manager(0):
+    rows = source.get_dataset(split=split, shuffle=False)
+  for row in rows.as_numpy_iterator():
+    digest.update(json.dumps(_plain(row), sort_keys=True).encode())
   return digest.hexdigest()
 
 
@@ -300,4 +319,7 @@ def _plain(value):
     return [_plain(item) for item in value]
   if isinstance(value, dict):
     return {key: _plain(item) for key, item in value.items()}
-  return value.decode() if isinstance(value, bytes) else value
+  if not isinstance(value, bytes):
+    return value
+  # Of a field that is no text, an image say, nobody reads the bytes.
+  return value.decode(errors='backslashreplace')

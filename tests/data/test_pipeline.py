@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import functools
+import importlib
 import itertools
 import json
 import pathlib
@@ -983,6 +985,169 @@ def test_changed_code_makes_a_task_of_ones_own_stale(weather, monkeypatch):
     lambda module: source(module) + '# edited' * (module.__name__ == __name__),
   )
   assert before != task_shards._code(task)
+
+
+# Stale tasks: what a task read and did may have changed since.
+
+
+@pytest.fixture
+def remade(weather, tmp_path):
+  """Changes to the weather task -> the inputs that are read from its shards."""
+  import seqio
+
+  def read(**changes):
+    made = seqio.TaskRegistry.get('weather').replace(name='remade', **changes)
+    seqio.TaskRegistry.remove('remade')
+    seqio.TaskRegistry.add_provider('remade', made)
+    c = of_tasks(tmp_path / 'cache', {}, inputs_length=32)
+    data = pipeline.open_eval(c, BYTES, 'remade', 'train')
+    return [BYTES.decode(e.inputs) for e in data.examples]
+
+  yield read
+  seqio.TaskRegistry.remove('remade')
+
+
+def _written(folder):
+  found = folder.glob('cache/*/info.json')
+  return sorted((path, path.stat().st_mtime_ns) for path in found)
+
+
+def _begun(word):
+  """Preprocessors that put a word before inputs, the last two as usual."""
+  import seqio
+
+  @seqio.map_over_dataset
+  def begin(x):
+    return x | {'inputs': word + ' ' + x['inputs']}
+
+  usual = seqio.preprocessors
+  return [begin, usual.tokenize, usual.append_eos_after_trim]
+
+
+def _begun_by(dataset, *, word):
+  return dataset.map(lambda x: x | {'inputs': word + x['inputs']})
+
+
+def test_an_argument_of_a_preprocessor_changed(remade, tmp_path):
+  import seqio
+
+  usual = _begun('')[1:]
+  by = lambda word: [functools.partial(_begun_by, word=word), *usual]
+  for made in (_begun, by):
+    old = remade(preprocessors=made('It will'))
+    before = _written(tmp_path)
+    assert remade(preprocessors=made('It will')) == old
+    assert _written(tmp_path) == before  # The same is not done twice.
+    new = remade(preprocessors=made('Heavy'))
+    assert [x.removeprefix('Heavy') for x in new] == [
+      x.removeprefix('It will') for x in old
+    ]
+  # A place for SeqIO's own cache is no step.
+  held = lambda word: [*by(word)[:1], seqio.CacheDatasetPlaceholder(), *usual]
+  assert remade(preprocessors=held('Heavy')) == new
+  assert remade(preprocessors=held('It will')) == old
+
+
+def test_the_module_of_a_preprocessor_was_edited(remade, tmp_path, monkeypatch):
+  """Though it has it from another: `from helpers import word`."""
+  monkeypatch.syspath_prepend(tmp_path)
+  steps = 'import helpers_of_mine as h\nfrom helpers_of_mine import word\n'
+  (tmp_path / 'steps_of_mine.py').write_text(
+    f'{steps}def begin(ds):\n'
+    "  return ds.map(lambda x: x | {'inputs': word() + x['inputs']})\n"
+  )
+  found = []
+  for word in ('old ', 'renewed '):
+    (tmp_path / 'helpers_of_mine.py').write_text(f'def word(): return {word!r}')
+    for name in ('helpers_of_mine', 'steps_of_mine'):
+      sys.modules.pop(name, None)
+    begin = importlib.import_module('steps_of_mine').begin
+    found.append(remade(preprocessors=[begin, *_begun('')[1:]]))
+  assert [x[:8] for x in (found[0][0], found[1][0])] == ['old rain', 'renewed ']
+
+
+def test_a_file_behind_a_function_was_replaced(remade, tmp_path):
+  import seqio
+  import tensorflow as tf
+
+  path = tmp_path / 'rows'
+
+  def rows(split, shuffle_files, seed=None):
+    lines = path.with_suffix('.txt').read_text().split()
+    return tf.data.Dataset.from_tensor_slices(
+      {'inputs': lines, 'targets': lines}
+    )
+
+  source = seqio.FunctionDataSource(rows, splits=('train',))
+  for text in ('one two', 'six ten', 'one'):  # Of the same size, too.
+    path.with_suffix('.txt').write_text(text)
+    assert remade(source=source) == text.split()
+    before = _written(tmp_path)
+    assert remade(source=source) == text.split()
+    assert _written(tmp_path) == before
+
+
+def test_the_files_of_a_source_were_replaced(remade, tmp_path, monkeypatch):
+  import seqio
+  import tensorflow as tf
+
+  monkeypatch.chdir(tmp_path)
+  feature = {
+    k: tf.io.FixedLenFeature([], tf.string) for k in ('inputs', 'targets')
+  }
+  both = lambda ds: ds.map(lambda x: {'inputs': x, 'targets': x})
+  usual = _begun('')[1:]
+
+  def lines(texts):
+    pathlib.Path('a').write_text('\n'.join(texts))
+
+  def protos(texts):
+    with tf.io.TFRecordWriter('b.tfrecord') as writer:
+      for text in texts:
+        value = tf.train.Feature(
+          bytes_list=tf.train.BytesList(value=[text.encode()])
+        )
+        features = tf.train.Features(feature=dict.fromkeys(feature, value))
+        writer.write(tf.train.Example(features=features).SerializeToString())
+
+  # Names without a folder, as they are written where the data lie.
+  by_line = {
+    'source': seqio.TextLineDataSource({'train': 'a'}),
+    'preprocessors': [both, *usual],
+  }
+  by_proto = {
+    'source': seqio.TFExampleDataSource({'train': 'b.tfrecord'}, feature),
+    'preprocessors': usual,
+  }
+  for write, asked in ((lines, by_line), (protos, by_proto)):
+    for texts in (['one', 'two'], ['six', 'ten'], ['one']):
+      write(texts)
+      assert remade(**asked) == texts
+      before = _written(tmp_path)
+      assert remade(**asked) == texts
+      assert _written(tmp_path) == before
+
+
+def test_what_cannot_be_known_is_written_anew(remade, tmp_path, caplog):
+  usual, words = _begun('')[1:], (word for word in 'ab')
+
+  def begin(dataset):
+    word = next(words)
+    return dataset.map(lambda x: x | {'inputs': word + x['inputs']})
+
+  for word in 'ab':
+    assert remade(preprocessors=[begin, *usual])[0] == f'{word}rain 0'
+  assert len(_written(tmp_path)) == 1
+  assert caplog.text.count('<genexpr> (TypeError) changed cannot be told') == 1
+
+
+def test_all_of_our_tasks_can_be_told_apart():
+  import seqio
+
+  from st_moe.data import task_shards, tasks
+
+  for name in tasks.TASKS:
+    assert task_shards._code(seqio.TaskRegistry.get(name))[1] == []
 
 
 def test_a_task_without_inputs_is_refused(tmp_path):
