@@ -327,7 +327,7 @@ def _prepare(flags, overrides):
       f'wrote {path}: {vocab.size} ids; use --config.data.vocabulary={path}'
     )
   show = lambda name, done, total: print(f'{name}: part {done} of {total}')
-  counts = pipeline.prepare(config.data, vocab, progress=show)
+  counts = pipeline.prepare(config.data, vocab, progress=show, note=print)
   for name, splits in counts.items():
     for split, count in splits.items():
       print(

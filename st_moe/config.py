@@ -385,6 +385,9 @@ class DataConfig:
 
   inputs_length: int = 512
   targets_length: int = 114
+  # The share of a task's training targets that may be longer than that: cut,
+  # they teach a model to stop there.
+  allow_cut: float = 0.01
   batch_size: int = 128
   seed: int = 0
   cache_dir: str = ''  # Where tokenised shards lie; '' is ~/.cache/st_moe.

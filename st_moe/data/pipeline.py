@@ -18,8 +18,9 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,8 @@ class TrainData:
     library = mixture.Library(config, vocabulary, progress)
     opened = {name: library.open(name, 'train') for name in library.sources()}
     self.info = {name: _summary(found) for name, found in opened.items()}
+    # What a reader of its losses should know, a line each.
+    self.notes = [line for x in opened.values() for line in _checked(x, config)]
     found = mixture.rates(
       config, {name: len(found) for name, found in opened.items()}, library
     )
@@ -107,6 +110,7 @@ class EvalData:
   # Metrics (targets, scores) and (targets, predictions, aux_values), as SeqIO
   # tells them apart, and the names of those that only T5X can compute.
   score_fns = aux_fns = left_out = ()
+  _cut = ()  # Lines.
 
   def __init__(self, library: mixture.Library, name: str, split: str):
     if list(library.members(name)) != [name]:
@@ -118,6 +122,7 @@ class EvalData:
     self.is_text = library.is_text(name)
     self._records = library.open(name, split)
     self.info = _summary(self._records)
+    self._cut = list(_cut(self._records.info).values())
     if not self.is_text:
       registry = library.registry
       self.labels, self.begins = registry.labels(name), registry.begins(name)
@@ -243,7 +248,8 @@ class EvalData:
     """What a reader of its scores should know, a line each."""
     if self.is_text:
       return []
-    lines = [
+    lines = list(self._cut)
+    lines += [
       f'{self.name}: the metric {name} is left out: it asks for the outputs of'
       ' a model of T5X.'
       for name in self.left_out
@@ -340,8 +346,16 @@ def prepare(
   *,
   splits: Sequence[str] = ('train', 'validation'),
   progress: shards.Progress | None = None,
+  note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, dict[str, dict[str, int]]]:
-  """Writes every shard of a mixture; returns counts by source and split."""
+  """Writes every shard of a mixture; returns counts by source and split.
+
+  Args:
+    note: told what is cut, a line each.
+
+  Raises:
+    ValueError: as of `check`, or more targets are cut than `data.allow_cut`.
+  """
   library = mixture.Library(config, vocabulary, progress)
   wanted = {
     name: [split for split in splits if split in library.splits(name)]
@@ -350,10 +364,15 @@ def prepare(
   check(config)
   for name, there in wanted.items():
     library.check_files(name, there)
-  return {
-    name: {split: _summary(library.open(name, split)) for split in there}
-    for name, there in wanted.items()
-  }
+  counts = {name: {} for name in wanted}
+  for name, there in wanted.items():
+    for split in there:
+      found = library.open(name, split)
+      cut = _checked if split == 'train' else lambda x, _: _cut(x.info).values()
+      for line in cut(found, config):
+        note(line)
+      counts[name][split] = _summary(found)
+  return counts
 
 
 def train_vocabulary(
@@ -436,6 +455,34 @@ def _stack(examples: Sequence[Batch]) -> Batch:
 def _summary(found: shards.Shards) -> dict[str, int]:
   info = found.info
   return {key: info[key] for key in ('documents', 'tokens', 'records')}
+
+
+def _cut(info: Mapping) -> dict[str, str]:
+  """A line for inputs and for targets, where some of them are cut."""
+  recipe, lines = info['recipe'], {}
+  for key, length in recipe.get('lengths', {}).items():
+    if count := info[f'cut_{key}']:
+      lines[key] = (
+        f'{recipe["name"]} {recipe["split"]}: {count:,} of {info["records"]:,}'
+        f' {key} ({count / info["records"]:.1%}) are longer than'
+        f' data.{key}_length={length} and cut at their end; the longest has'
+        f' {info[f"longest_{key}"]} tokens.'
+      )
+  return lines
+
+
+def _checked(found: shards.Shards, config: DataConfig) -> list[str]:
+  """The lines of `_cut`; raises if too many targets to learn from are cut."""
+  lines = _cut(found.info)
+  share = found.info.get('cut_targets', 0) / found.info['records']
+  if share > config.allow_cut:
+    allowed = math.ceil(share * 1000) / 1000
+    raise ValueError(
+      f'{lines["targets"]} A model would learn to stop there: set'
+      f' data.targets_length={found.info["longest_targets"]}, or'
+      f' data.allow_cut={allowed} to train on them as they are.'
+    )
+  return list(lines.values())
 
 
 def _seed(seed: int, *names: str) -> int:

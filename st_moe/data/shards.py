@@ -35,7 +35,8 @@ FORMAT_VERSION = 2
 
 # Called with (name of the split, parts done, parts in all).
 Progress = Callable[[str, int, int], None]
-# Yields records and adds to its counts as it goes.
+# Yields records and adds to its counts as it goes: 'documents', 'tokens' and
+# 'cut_...' are added up over parts, of 'longest_...' the largest stays.
 Job = Callable[[collections.Counter], Iterator[bytes]]
 
 
@@ -134,7 +135,11 @@ def write(
 
   total = collections.Counter({'records': 0, 'documents': 0, 'tokens': 0})
   for note in parts.values():
-    total.update({k: note.get(k, 0) for k in total})
+    for key, value in note.items():
+      if key.startswith('longest_'):
+        total[key] = max(total[key], value)
+      elif key in total or key.startswith('cut_'):
+        total[key] += value
   if not total['records']:
     raise ValueError(
       f'{label} gives no training example: {total["documents"]} documents with'

@@ -228,6 +228,10 @@ class Registry:
         if feature.add_eos and values[-1:] != [self._vocabulary.eos]:
           values.append(self._vocabulary.eos)
       texts = {key: row.pop(f'{key}_pretokenized', None) for key in ids}
+      for key, values in ids.items():
+        length = self._uncut(task, key, values, texts[key], lengths[key])
+        counts[f'cut_{key}'] += length > lengths[key]
+        counts[f'longest_{key}'] = max(counts[f'longest_{key}'], length)
       if texts['targets'] is None:
         texts['targets'] = self._vocabulary.decode(ids['targets'])
       counts['documents'] += 1
@@ -241,6 +245,13 @@ class Registry:
         'fields': row,
       }
       yield json.dumps(record).encode()
+
+  def _uncut(self, task, key: str, ids: list, text, length: int) -> int:
+    """How long `ids` were before they were cut, as far as their text tells."""
+    if len(ids) < length or not isinstance(text, str):
+      return min(len(ids), length)
+    marks = len(self.begins(task.name)) + task.output_features[key].add_eos
+    return len(self._vocabulary.encode(text)) + marks
 
   def _read(self, row: Mapping) -> dict:
     """What a task made of an example, as JSON can hold it."""

@@ -5,7 +5,6 @@ import functools
 import json
 import math
 
-import numpy as np
 from etils import epath
 
 from st_moe import config_file, hosts, sharding
@@ -127,16 +126,9 @@ def _announce(config: Config, sources) -> None:
   limit = 'no limit' if capacity.dropless else f'capacity {capacity.factor}'
   answers = 'no limit' if config.evaluate.dropless else limit
   print(f'Losses of text with {limit}, answers with {answers}.')
-  most = config.data.inputs_length
   for source in sources:
-    if not source.is_text:
-      print(*source.notes(), sep='\n', end='\n' * bool(source.notes()))
-      cut = np.mean([len(e.inputs) >= most for e in source.examples])
-      if cut:
-        print(
-          f'{source.name}: {cut:.1%} of inputs fill data.inputs_length={most};'
-          ' what is longer was cut.'
-        )
+    for line in source.notes():
+      print(line)
 
 
 def _measure(evaluator: Evaluator, loaded, sources) -> dict:

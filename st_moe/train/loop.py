@@ -31,6 +31,7 @@ _FREE = (
   'log.',
   'mesh.',
   'data.workers',
+  'data.allow_cut',
   'data.cache_dir',
   'optimizer.max_bad_steps',
 )
@@ -129,6 +130,11 @@ def train(
       Report(workdir, config, start=start) if hosts.first() else Silence(start)
     )
     _announce(report, config, workdir, start, mesh)
+    for line in [
+      *data.notes,
+      *(n for each in evaluations for n in each.notes()),
+    ]:
+      report.note(line)
     row, pending, measured, scores = {}, None, {}, None
     done, stop = start, False
     clock = Clock()

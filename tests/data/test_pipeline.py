@@ -633,6 +633,65 @@ def test_long_examples_keep_their_eos(weather, tmp_path):
   assert fit([5, 6, 1]) == [5, 6, 1] and fit([5, 6, 7, 8]) == [5, 6, 7]
 
 
+def test_what_is_cut_is_counted_when_it_is_written(moods, tmp_path):
+  """Inputs of 8 tokens and targets of 6, each with its EOS."""
+  rows = [
+    *({'inputs': 'i' * n, 'targets': 't'} for n in (6, 7, 8, 20)),
+    *({'inputs': 'i', 'targets': 't' * n} for n in (4, 5, 6)),
+  ]
+  data = moods(*rows, labels=())
+  assert data.notes() == [
+    'mood validation: 2 of 7 inputs (28.6%) are longer than'
+    ' data.inputs_length=8 and cut at their end; the longest has 21 tokens.',
+    'mood validation: 1 of 7 targets (14.3%) are longer than'
+    ' data.targets_length=6 and cut at their end; the longest has 7 tokens.',
+  ]
+  # Nothing is read again to know it.
+  (info,) = (
+    json.loads(p.read_text()) for p in tmp_path.glob('cache/*/info.json')
+  )
+  counts = 'cut_inputs', 'longest_inputs', 'cut_targets', 'longest_targets'
+  assert [info[key] for key in counts] == [2, 21, 1, 7]
+  # What fits to the last token is not cut.
+  assert moods(*rows[:2], labels=()).notes() == []
+
+
+def test_a_sentinel_takes_a_place(tmp_path):
+  put(tmp_path / 'data', 'CB/val', CB)
+  longest = len('cb hypothesis: It is wet premise: It rains.') + 1
+  for lengths, cut in (((longest, 14), 0), ((longest - 1, 14), 4)):
+    for suffix, more in (('', 0), ('_1_sentinel', 1)):
+      inputs, targets = (length + more for length in lengths)
+      c = of_tasks(
+        tmp_path / 'cache', {}, data_dir=str(tmp_path / 'data'),
+        inputs_length=inputs, targets_length=targets,
+      )  # fmt: skip
+      notes = pipeline.open_eval(c, BYTES, f'super_glue_cb{suffix}').notes()
+      assert len(notes) == (cut > 0)
+      assert all(f': {cut} of 4 inputs' in line for line in notes)
+
+
+def test_training_on_cut_targets_has_to_be_asked_for(moods, tmp_path):
+  rows = [
+    {'inputs': 'i' * 9, 'targets': 't' * (7 if n == 0 else 3)}
+    for n in range(50)
+  ]
+  moods(*rows, labels=(), split='train')
+  c = of_tasks(tmp_path / 'cache', {'mood': 1}, data_dir=str(tmp_path / 'data'))
+  told = r'1 of 50 targets \(2.0%\) .* learn to stop there: set data.targets_le'
+  told += r'ngth=8, or data.allow_cut=0.02 '
+  for begin in (pipeline.TrainData, pipeline.prepare):
+    with pytest.raises(ValueError, match=told):
+      begin(c, BYTES)
+  for change in ({'targets_length': 8}, {'allow_cut': 0.02}):
+    lines = []
+    changed = dataclasses.replace(c, **change)
+    pipeline.prepare(changed, BYTES, note=lines.append)
+    assert lines == pipeline.TrainData(changed, BYTES).notes
+    # Cut inputs are told, and no reason to stop.
+    assert lines[0].startswith('mood train: 50 of 50 inputs (100.0%)')
+
+
 def test_tasks_and_mixtures_train(weather, tmp_path):
   mix = {'outdoors': 2, 'weather': 'size'}
   data = pipeline.TrainData(of_tasks(tmp_path, mix), BYTES)
