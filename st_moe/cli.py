@@ -239,7 +239,7 @@ def _start(flags) -> None:
   """What must happen before JAX and TensorFlow do."""
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   os.environ.setdefault(
-    'JAX_COMPILATION_CACHE_DIR', os.path.expanduser('~/.cache/st_moe/compiled')
+    'JAX_COMPILATION_CACHE_DIR', os.path.join(backend.cache_dir(), 'compiled')
   )
   import importlib
   import logging
@@ -288,6 +288,7 @@ def _train(flags, overrides):
       flags.workdir,
       config_path=flags.config,
       profile=flags.profile,
+      modules=flags.module_import,
     )
 
 
@@ -302,6 +303,7 @@ def _grid(flags, overrides):
       flags.workdir,
       metrics=flags.metric,
       config_path=flags.config,
+      modules=flags.module_import,
     )
 
 

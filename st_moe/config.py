@@ -371,6 +371,13 @@ class DataConfig:
     default_factory=dict
   )
   text_field: str = 'text'
+  # Pairs of texts: name -> {'train': glob, 'validation': glob, 'test': glob} of
+  # .jsonl or .json, and where it is not so: 'inputs' and 'targets', the fields
+  # that hold them; 'labels', the answers there are ('no|yes'); 'metrics'
+  # ('accuracy', 'rouge' or 'accuracy|rouge').
+  pairs: Mapping[str, Mapping[str, str]] = dataclasses.field(
+    default_factory=dict
+  )
   noise_density: float = 0.15
   mean_span: float = 3.0
 
@@ -393,6 +400,11 @@ class DataConfig:
   cache_dir: str = ''  # Where tokenised shards lie; '' is ~/.cache/st_moe.
   data_dir: str = ''  # Where tasks find their files; '': $ST_MOE_DATA.
   workers: int = 1
+
+  @property
+  def drawn(self) -> Mapping[str, float | str]:
+    """The mixture; where it is empty, all pairs by size."""
+    return self.mixture or dict.fromkeys(self.pairs, 'size')
 
   def length(self, stack: str) -> int:
     """Tokens of a row of 'encoder' or 'decoder'."""

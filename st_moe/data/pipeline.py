@@ -28,6 +28,7 @@ import numpy as np
 from st_moe.config import DataConfig
 from st_moe.data import (
   mixture,
+  pairs,
   shards,
   sources,
   span_corruption,
@@ -40,6 +41,9 @@ from st_moe.data.task import UNKNOWN, tell_once
 from st_moe.data.vocabulary import Vocabulary
 
 Batch = dict[str, np.ndarray]
+
+# Raise it when batch n of a config becomes another: runs that go on are told.
+BATCHES = 2
 
 _EVAL_SEED = 1  # Of nobody's choice: validation losses of all runs compare.
 
@@ -330,9 +334,14 @@ def check(config: DataConfig, splits: Sequence[str] = ('train',)) -> None:
     ValueError: an unknown name, a split that a source does not have, lengths
       that span corruption cannot fill, a missing, empty or broken file.
   """
-  used = {n: config.files[n] for n in config.mixture if n in config.files}
+  pairs.tasks(config)
+  used = {n: config.files[n] for n in config.drawn if n in config.files}
   sources.check(used, config.text_field)
   library = mixture.Library(config, vocabulary_lib.load('bytes'))
+  for name in config.pairs.keys() - config.drawn:
+    tell_once(
+      f'data.pairs.{name} is not in data.mixture: nothing is made of it.'
+    )
   for name in library.sources():
     library.check_splits(name, splits)
     if library.is_text(name):
@@ -387,8 +396,12 @@ def train_vocabulary(
   """
 
   def texts():
-    for name in config.mixture:
-      if name in config.files:
+    own = pairs.tasks(config)
+    for name in config.drawn:
+      if name in own:
+        for example in own[name].load('train'):
+          yield f'{example["inputs"]} {example["targets"]}'
+      elif name in config.files:
         yield from sources.documents(
           config.files[name]['train'], config.text_field
         )

@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from etils import epath
 
+from st_moe import backend
 from st_moe.data import files
 
 # Part of every key: raise it when the meaning of a record changes.
@@ -95,7 +96,15 @@ class Shards:
 
 
 def cache_root(cache_dir: str) -> epath.Path:
-  return epath.Path(cache_dir or '~/.cache/st_moe').expanduser()
+  if not cache_dir:
+    return epath.Path(backend.cache_dir())
+  root = epath.Path(cache_dir).expanduser()
+  if os.fspath(root).startswith('~'):
+    raise ValueError(
+      f'data.cache_dir {cache_dir}: nobody knows the home directory that ~'
+      ' stands for; write the whole path.'
+    )
+  return root
 
 
 def write(

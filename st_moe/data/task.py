@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from st_moe.data import hub
-from st_moe.data.sources import read_jsonl
+from st_moe.data.sources import expand, read_jsonl
 
 Row = Mapping[str, Any]
 Example = dict[str, Any]
@@ -40,13 +40,23 @@ class TextTask:
   postprocess: Callable | None = None
   # Split -> file names under the data directory; the first there is read.
   files: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+  # Or split -> globs of its files, wherever they are; all of them are read.
+  globs: Mapping[str, str | Sequence[str]] = dataclasses.field(
+    default_factory=dict
+  )
   read: Callable = read_jsonl  # A file -> (line number, row) of each.
   generate: Callable[[str], list[Row]] | None = None  # In place of files.
   sizes: Mapping[str, int] | None = None  # Rows by split, where it is known.
 
   @property
   def splits(self) -> tuple[str, ...]:
-    return tuple(self.files or self.sizes)
+    return tuple(self.files or self.globs or self.sizes)
+
+  def paths(self, split: str, data_dir: str) -> list[epath.PathLike]:
+    """The files of a split; raises as `file`, or where a glob finds none."""
+    if self.globs:
+      return expand(self.globs[split])
+    return [self.file(split, data_dir)] if self.files else []
 
   def file(self, split: str, data_dir: str) -> epath.PathLike:
     """Where a split lies: `DIR/superglue/CB/val.jsonl` or `DIR/CB/val.jsonl`.
@@ -85,21 +95,22 @@ class TextTask:
       ValueError: a missing, empty or broken file, or a row that is wrong; names
         file, line and field.
     """
-    if self.generate:
-      path, rows = 'generated', enumerate(self.generate(split), 1)
-    else:
-      path = self.file(split, data_dir)
-      rows = self.read(path)
-    found = []
-    for line, row in rows:
+    paths = self.paths(split, data_dir)
+    found = [e for path in paths or [''] for e in self.examples_of(path, split)]
+    if not found:
+      names = ', '.join(map(str, paths))
+      raise ValueError(f'{names}: no rows; a task needs at least one.')
+    return found
+
+  def examples_of(self, path, split: str) -> Iterator[Example]:
+    """The examples of one file, or of `generate`; raises as `load`."""
+    rows = enumerate(self.generate(split), 1) if self.generate else None
+    for line, row in rows or self.read(path):
       try:
-        found += map(_checked, self.examples(row, split))
+        yield from map(_checked, self.examples(row, split))
       except ValueError as error:
         where = line if isinstance(line, str) else f'line {line}'
-        raise ValueError(f'{path}, {where}: {error}') from None
-    if not found:
-      raise ValueError(f'{path}: no rows; a task needs at least one.')
-    return found
+        raise ValueError(f'{path or "generated"}, {where}: {error}') from None
 
   def comparable(self) -> Callable | None:
     """What makes answers comparable, as SeqIO calls it; None: nothing need."""
@@ -172,7 +183,10 @@ def untold(row: Row, field: str, split: str) -> bool:
 
   It lacks the field, or holds null, '', -1 or an empty list in its place.
   """
-  return split == 'test' and row.get(field) in (None, '', -1, [])
+  value = row
+  for key in field.split('/'):
+    value = value.get(key) if isinstance(value, Mapping) else None
+  return split == 'test' and value in (None, '', -1, [])
 
 
 def label_text(

@@ -45,15 +45,27 @@ def _ours():
 class Registry:
   """The registered tasks, as they read with a vocabulary of ours."""
 
-  def __init__(self, vocabulary: Vocabulary, data_dir: str = ''):
-    ours = _ours()
-    # From here on our tasks are registered with this vocabulary.
-    ours.register(vocabulary.to_seqio(), data_dir)
+  def __init__(
+    self,
+    vocabulary: Vocabulary,
+    data_dir: str = '',
+    own: Mapping[str, TextTask] | None = None,
+  ):
+    """`own` are tasks beside the registered ones."""
     self._vocabulary, self._data_dir = vocabulary, data_dir
-    self._ours = ours
+    self._own, self._ours = own or {}, _ours()
+    self._register()
+
+  def _register(self) -> None:
+    """From here on our tasks are those of this registry."""
+    vocabulary = self._vocabulary.to_seqio()
+    self._ours.register(vocabulary, self._data_dir, self._own)
+
+  def _text_task(self, name: str) -> TextTask | None:
+    return self._own.get(name) or self._ours.text_task(name)
 
   def names(self) -> list[str]:
-    return registered()
+    return sorted({*registered(), *self._own})
 
   def tasks(self, name: str) -> dict[str, float | None]:
     """Tasks behind a name, with their rates if it is a mixture (else 1).
@@ -63,6 +75,8 @@ class Registry:
     """
     import seqio
 
+    if name in self._own:
+      return {name: 1.0}
     found = seqio.get_mixture_or_task(name)
     if isinstance(found, seqio.Task):
       return {name: 1.0}
@@ -74,17 +88,22 @@ class Registry:
   def splits(self, name: str) -> list[str]:
     import seqio
 
-    return list(seqio.TaskRegistry.get(name).splits)
+    own = self._own.get(name)
+    return list((own or seqio.TaskRegistry.get(name)).splits)
 
   def check_files(self, name: str, split: str) -> None:
-    """Raises where a file of ours is missing; others' tell when they read."""
-    task = self._ours.text_task(name)
-    if task and task.files:
-      task.file(split, self._data_dir)
+    """Raises where a file of ours is missing; others' tell when they read.
+
+    Of files that nobody has read before, the first row is looked at too.
+    """
+    if task := self._text_task(name):
+      for path in task.paths(split, self._data_dir):
+        if name in self._own and not any(task.examples_of(path, split)):
+          raise ValueError(f'{path}: no rows; a task needs at least one.')
 
   def labels(self, name: str) -> tuple[str, ...]:
     """All answers that a task knows; () if they are not always the same."""
-    task = self._ours.text_task(name)
+    task = self._text_task(name)
     return task.labels if task else ()
 
   def begins(self, name: str) -> list[int]:
@@ -137,7 +156,7 @@ class Registry:
     know tasks that somebody registered by hand.
     """
     # Another registry may have registered them in its own way since.
-    self._ours.register(self._vocabulary.to_seqio(), self._data_dir)
+    self._register()
     task = self._task(name)
     if split not in task.splits:
       raise ValueError(
@@ -194,9 +213,8 @@ class Registry:
 
   def _stamps(self, name: str, split: str, source) -> list:
     """What changes when the data behind a task do."""
-    task = self._ours.text_task(name)
-    if task:
-      found = [task.file(split, self._data_dir)] if task.files else []
+    if task := self._text_task(name):
+      found = task.paths(split, self._data_dir)
       return [sources.stamp(str(path)) for path in found]
     paths = sorted(source.list_shards(split))
     is_function = hasattr(source, '_dataset_fn')  # Its 'shard' is the split.

@@ -7,6 +7,8 @@ or other files. Either way nothing is read before a task is used.
 
 import functools
 import json
+import types
+from collections.abc import Mapping
 
 import seqio
 import tensorflow as tf
@@ -66,11 +68,33 @@ def text_task(name: str) -> TextTask | None:
   return TASKS.get(name.removesuffix(SENTINEL))
 
 
-def register(vocabulary: seqio.Vocabulary, data_dir: str = '') -> None:
+_own: list[str] = []  # Names that the last registration had of its own.
+
+
+def register(
+  vocabulary: seqio.Vocabulary,
+  data_dir: str = '',
+  own: Mapping[str, TextTask] = types.MappingProxyType({}),
+) -> None:
   """Registers all tasks with `vocabulary`, in place of any before.
 
-  `data_dir` holds their files; '' is $ST_MOE_DATA.
+  Args:
+    data_dir: holds their files; '' is $ST_MOE_DATA.
+    own: tasks that stay until the next registration.
+
+  Raises:
+    ValueError: one of these has the name of another task.
   """
+  for name in _own:
+    seqio.TaskRegistry.remove(name)
+  _own.clear()
+  for name, task in own.items():
+    if name in (*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()):
+      raise ValueError(
+        f'data.pairs.{name}: there is a task of this name; take another.'
+      )
+    _add(name, task, vocabulary, data_dir)
+    _own.append(name)
   for name, task in TASKS.items():
     seqio.TaskRegistry.remove(name)
     _add(name, task, vocabulary, data_dir)

@@ -1,9 +1,11 @@
 """`st-moe evaluate`: the scores of checkpoints, and what they answered."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
+import sys
 
 from etils import epath
 
@@ -59,7 +61,10 @@ def evaluate(
   if submission:
     whole['evaluate.split'] = 'test'
   config = _set(loaded.config, {**whole, **(overrides or {})})
-  sources = hosts.in_turn(lambda: _sources(config, loaded.vocabulary, mixture))
+  with _modules_told(getattr(loaded, 'modules', ())):
+    sources = hosts.in_turn(
+      lambda: _sources(config, loaded.vocabulary, mixture)
+    )
   if submission:
     submissions.check([source.name for source in sources])
   model = loaded.model.clone(config=config.model)
@@ -113,6 +118,25 @@ def _sources(config: Config, vocab, names) -> list:
   members = dict.fromkeys(m for name in names for m in library.members(name))
   split = config.evaluate.split
   return [pipeline.EvalData(library, name, split) for name in members]
+
+
+@contextlib.contextmanager
+def _modules_told(modules):
+  """Adds to an error which modules had a task when a run was trained.
+
+  They are not imported: a checkpoint of a stranger may name anything.
+  """
+  try:
+    yield
+  except ValueError as e:
+    flags = [f'--module_import={m}' for m in modules if m not in sys.modules]
+    if not flags or not str(e).startswith('Unknown data source'):
+      raise
+    what = str(e).partition('.')[0]
+    raise ValueError(
+      f'{what}. When this run was trained, it was registered by a module: add'
+      f' {" ".join(flags)}, if you trust its code.'
+    ) from None
 
 
 def _beside(path: str) -> epath.Path:

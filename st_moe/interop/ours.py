@@ -19,6 +19,7 @@ class Source:
   where: str
   config: Config
   vocabulary: bytes | None
+  modules: tuple[str, ...] = ()  # Imported for its tasks when it was trained.
 
   def load(self, abstract):
     """Parameters in the layout of `abstract`, scanned or not."""
@@ -69,7 +70,8 @@ def _as_asked(array, abstract):
 def open_source(where: str) -> Source:
   run = checkpoint.read_run(where)
   config = config_file.from_dict(run['config'])
-  return Source(where, config, checkpoint.vocabulary_of(run))
+  modules = tuple(run.get('modules', ()))
+  return Source(where, config, checkpoint.vocabulary_of(run), modules)
 
 
 def save(where: str, params, config: Config, vocabulary: bytes | None) -> None:

@@ -65,6 +65,7 @@ def run(
   *,
   metrics: Sequence[str] = (),
   config_path: str = '',
+  modules: Sequence[str] = (),
 ) -> None:
   """Trains every cell that is not finished; writes grid.json and grid.md.
 
@@ -72,6 +73,7 @@ def run(
     make: the config of a cell.
     metrics: columns of the table; none: the average of SuperGLUE, or else all
       accuracies there are.
+    modules: as of `loop.train`.
 
   Raises:
     ValueError: a cell has no valid config (before anything is trained), or
@@ -86,7 +88,9 @@ def run(
     name = directory(cell)
     hosts.tell(f'cell {number + 1} of {len(wanted)}: {name}')
     try:
-      loop.train(config, workdir / name, config_path=config_path)
+      loop.train(
+        config, workdir / name, config_path=config_path, modules=modules
+      )
     except ValueError as e:
       if hosts.count() > 1:  # Did it fail on all of them?
         raise

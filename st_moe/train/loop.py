@@ -6,6 +6,7 @@ import fnmatch
 import json
 import pathlib
 import subprocess
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,12 @@ _FREE = (
 
 
 def train(
-  config: Config, workdir, *, config_path: str = '', profile: str = ''
+  config: Config,
+  workdir,
+  *,
+  config_path: str = '',
+  profile: str = '',
+  modules: Sequence[str] = (),
 ) -> dict:
   """Runs `config` in `workdir` to its end, from wherever it had come to.
 
@@ -46,7 +52,8 @@ def train(
   killed and started again ends with the bits of one that was not.
 
   Of several processes each calls this; `workdir` is one that all of them see.
-  `profile` names steps to trace, as 'START:STOP'.
+  `profile` names steps to trace, as 'START:STOP', `modules` what was imported
+  for its tasks: checkpoints name them to who lacks a task.
 
   Returns:
     The last row of metrics.
@@ -117,6 +124,11 @@ def train(
       state = _with_slots(config, state)
       hosts.tell(*lines)
     start = int(state.step)
+    if start and run.get('batches', 1) != pipeline.BATCHES:
+      hosts.tell(
+        f'{workdir} began when batches were drawn in another order: from step'
+        f' {start} on they are not those it would have had.'
+      )
     seen = {name: run['tokens_seen'].get(name, 0) for name in data.sources}
 
     # --- Steps ---------------------------------------------------------------
@@ -143,7 +155,11 @@ def train(
 
     def describe():
       return checkpoint.describe_run(
-        config_file.to_dict(config), vocab.model, tokens_seen=seen
+        config_file.to_dict(config),
+        vocab.model,
+        tokens_seen=seen,
+        modules=list(modules),
+        batches=pipeline.BATCHES,
       )
 
     try:

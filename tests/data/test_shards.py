@@ -323,3 +323,7 @@ def test_the_default_place(monkeypatch):
   monkeypatch.setenv('HOME', '/home/somebody')
   assert str(shards.cache_root('')) == '/home/somebody/.cache/st_moe'
   assert str(shards.cache_root('~/x')) == '/home/somebody/x'
+  monkeypatch.setattr(os.path, 'expanduser', lambda path: path)
+  with pytest.raises(ValueError, match='~/x: nobody knows the home directory'):
+    shards.cache_root('~/x')
+  assert not str(shards.cache_root('')).startswith('~')

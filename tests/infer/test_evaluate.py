@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 import types
 import zipfile
 
@@ -11,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from st_moe import sharding
+from st_moe import config_file, sharding
 from st_moe.config import Config, DataConfig, EvalConfig, StackConfig
 from st_moe.data import mixture, pipeline, vocabulary
 from st_moe.data.metrics import accuracy
 from st_moe.infer import evaluate, submission
 from st_moe.interop import ours
 from st_moe.model.transformer import Transformer
+from st_moe.train import checkpoint
 from st_moe.train.report import best_steps
 from tests.helpers import random_params, tiny
 from tests.infer.test_evaluator import CONFIG, ROWS, Source, Table, table
@@ -345,6 +347,30 @@ def test_a_run_from_its_files(workdir, capsys):
 def test_what_cannot_be_evaluated(workdir, options, message):
   with pytest.raises(ValueError, match=message):
     evaluate.evaluate(workdir, **options)
+
+
+def test_a_task_that_a_module_had_is_told_by_the_checkpoint(
+  tmp_path, monkeypatch
+):
+  """And the module is not imported: anybody may have written its name."""
+  config = Config(
+    model=tiny(vocab_size=VOCABULARY.size),
+    data=DataConfig(mixture={'mine': 1}, cache_dir=str(tmp_path / 'cache')),
+  )
+  one = np.ones((1, 1), np.int32)
+  params = random_params(Transformer(config.model), one, one, one)
+  run = checkpoint.describe_run(
+    config_file.to_dict(config), b'', modules=['this', 'json']
+  )
+  checkpoint.save_params(tmp_path / 'run', params, run)
+  monkeypatch.delitem(sys.modules, 'this', raising=False)
+  with pytest.raises(ValueError) as error:
+    evaluate.evaluate(tmp_path / 'run')
+  assert str(error.value) == (
+    "Unknown data source 'mine'. When this run was trained, it was registered"
+    ' by a module: add --module_import=this, if you trust its code.'
+  )
+  assert 'this' not in sys.modules
 
 
 def test_checkpoints_that_are_none(workdir, tmp_path):
