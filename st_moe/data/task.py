@@ -40,13 +40,13 @@ class TextTask:
   postprocess: Callable | None = None
   # Split -> file names under the data directory; the first there is read.
   files: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
-  # Or split -> globs of its files, wherever they are; all of them are read.
-  globs: Mapping[str, str | Sequence[str]] = dataclasses.field(
-    default_factory=dict
-  )
   read: Callable = read_jsonl  # A file -> (line number, row) of each.
   generate: Callable[[str], list[Row]] | None = None  # In place of files.
   sizes: Mapping[str, int] | None = None  # Rows by split, where it is known.
+  # In place of `files`: split -> globs, all of whose files are read.
+  globs: Mapping[str, str | Sequence[str]] = dataclasses.field(
+    default_factory=dict
+  )
 
   @property
   def splits(self) -> tuple[str, ...]:

@@ -82,15 +82,14 @@ def run(
   """
   workdir = epath.Path(workdir).expanduser()
   wanted = cells(vary)
+  imported = {'modules': modules} if modules else {}
   configs = [make(cell) for cell in wanted]
   failed = {}
   for number, (cell, config) in enumerate(zip(wanted, configs, strict=True)):
     name = directory(cell)
     hosts.tell(f'cell {number + 1} of {len(wanted)}: {name}')
     try:
-      loop.train(
-        config, workdir / name, config_path=config_path, modules=modules
-      )
+      loop.train(config, workdir / name, config_path=config_path, **imported)
     except ValueError as e:
       if hosts.count() > 1:  # Did it fail on all of them?
         raise
