@@ -21,7 +21,7 @@ def get_config(arg=None):
   c.init_take = 'architecture' if arg.scratch else 'params'
 
   c.data = dict(
-      mixture={arg.mixture: 1.0}, inputs_length=128, targets_length=16,
+      mixture={arg.mixture: 1.0}, inputs_length=512, targets_length=128,
       batch_size=32, seed=arg.seed)
   # ST-MoE: dropout 0.1 everywhere, more inside the experts (section 4.1).
   c.model = dict(dropout=0.1, moe=dict(expert_dropout=0.2))

@@ -1,16 +1,18 @@
-"""What a machine is told before JAX starts: flags of XLA, glibc's allocator.
+"""What a machine is told before JAX starts: flags of XLA, glibc, caches.
 
 An unknown flag ends the process, so each is tried on the compiler it is for,
 and none is said to another release of it.
 """
 
 import ctypes
+import functools
 import importlib.metadata
 import os
 import pathlib
 import platform
 import re
 import sys
+import tempfile
 from collections.abc import MutableMapping
 from typing import NoReturn
 
@@ -98,6 +100,32 @@ def give_back() -> None:
   """Gives the system what is free: a compiler leaves hundreds of MB."""
   if platform.libc_ver()[0] == 'glibc':
     ctypes.CDLL(None).malloc_trim(0)
+
+
+def cache_dir() -> str:
+  """~/.cache/st_moe; a folder under the temporary one for who has no home.
+
+  As in a container whose user has no entry in passwd: there `~` would be the
+  name of a folder, and HOME is often a / that nobody may write to.
+  """
+  home = os.path.expanduser('~')
+  path = there = os.path.join(home, '.cache', 'st_moe')
+  while there != home and not os.path.exists(there):
+    there = os.path.dirname(there)
+  missing = not os.path.exists(there)  # It may yet be made.
+  if os.path.isabs(home) and (missing or os.access(there, os.W_OK)):
+    return path
+  return _shelter()
+
+
+@functools.cache
+def _shelter() -> str:
+  path = os.path.join(tempfile.gettempdir(), f'st_moe-{os.getuid()}')
+  os.makedirs(path, mode=0o700, exist_ok=True)
+  if os.stat(path).st_uid != os.getuid():  # Somebody else was here before.
+    path = tempfile.mkdtemp(prefix='st_moe-')
+  print(f'There is no home directory: caches go to {path}.', file=sys.stderr)
+  return path
 
 
 def expected(env: MutableMapping[str, str]) -> str:

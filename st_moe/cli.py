@@ -317,7 +317,7 @@ def _start(flags) -> None:
   """What must happen before JAX and TensorFlow do."""
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   os.environ.setdefault(
-    'JAX_COMPILATION_CACHE_DIR', os.path.expanduser('~/.cache/st_moe/compiled')
+    'JAX_COMPILATION_CACHE_DIR', os.path.join(backend.cache_dir(), 'compiled')
   )
   import importlib
   import logging
@@ -376,6 +376,7 @@ def _train(flags, overrides):
       flags.workdir,
       config_path=flags.config,
       profile=flags.profile,
+      modules=flags.module_import,
     )
 
 
@@ -396,6 +397,7 @@ def _grid(flags, overrides):
       flags.workdir,
       metrics=flags.metric,
       config_path=flags.config,
+      modules=flags.module_import,
     )
 
 
@@ -423,7 +425,9 @@ def _prepare(flags, overrides):
   show = lambda name, done, total: terminal.say(
     f'{name}: part {done} of {total}'
   )
-  counts = pipeline.prepare(config.data, vocab, progress=show)
+  counts = pipeline.prepare(
+    config.data, vocab, progress=show, note=terminal.say
+  )
   for name, splits in counts.items():
     for split, count in splits.items():
       terminal.say(

@@ -435,6 +435,13 @@ class DataConfig(Checked):
     default_factory=dict
   )
   text_field: Text = 'text'
+  # Pairs of texts: name -> {'train': glob, 'validation': glob, 'test': glob} of
+  # .jsonl or .json, and where it is not so: 'inputs' and 'targets', the fields
+  # that hold them; 'labels', the answers there are ('no|yes'); 'metrics'
+  # ('accuracy', 'rouge' or 'accuracy|rouge').
+  pairs: Mapping[Text, Mapping[Text, Text]] = dataclasses.field(
+    default_factory=dict
+  )
   noise_density: Annotated[float, Range(0, 1, above=True, below=True)] = 0.15
   mean_span: Annotated[float, Range(1)] = 3.0
 
@@ -452,6 +459,9 @@ class DataConfig(Checked):
 
   inputs_length: Length = 512
   targets_length: Length = 114
+  # The share of a task's training targets that may be longer than that: cut,
+  # they teach a model to stop there.
+  allow_cut: Annotated[float, Range(0, 1)] = 0.01
   batch_size: Size = 128
   seed: Seed = 0
   cache_dir: str = ''  # Where tokenised shards lie; '' is ~/.cache/st_moe.
@@ -460,6 +470,11 @@ class DataConfig(Checked):
   # Whether a run may go on where its training data have changed. It trains on
   # other batches from there on.
   may_change: bool = False
+
+  @property
+  def drawn(self) -> Mapping[str, float | str]:
+    """The mixture; where it is empty, all pairs by size."""
+    return self.mixture or dict.fromkeys(self.pairs, 'size')
 
   def length(self, stack: str) -> int:
     """Tokens of a row of 'encoder' or 'decoder'."""

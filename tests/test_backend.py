@@ -52,6 +52,32 @@ def test_which_backend(monkeypatch, env, tpu, kind):
   assert backend.expected(env) == kind
 
 
+def test_caches_of_who_has_no_home(monkeypatch, tmp_path, capsys):
+  monkeypatch.setattr(backend.tempfile, 'gettempdir', lambda: str(tmp_path))
+  home = lambda path: monkeypatch.setattr(
+    backend.os.path, 'expanduser', lambda name: name.replace('~', path)
+  )
+  home('/home/somebody')
+  assert backend.cache_dir() == '/home/somebody/.cache/st_moe'
+  backend._shelter.cache_clear()
+  shelter = str(tmp_path / f'st_moe-{os.getuid()}')
+  home('~')  # As Python says where neither HOME nor passwd knows.
+  assert backend.cache_dir() == backend.cache_dir() == shelter
+  assert os.stat(shelter).st_mode & 0o777 == 0o700
+  said = f'There is no home directory: caches go to {shelter}.\n'
+  assert capsys.readouterr().err == said
+  # A HOME of / is as good as none to who may not write there.
+  home('/')
+  monkeypatch.setattr(backend.os, 'access', lambda path, mode: path != '/')
+  assert backend.cache_dir() == shelter
+  # Nobody trusts a folder that somebody else has made.
+  backend._shelter.cache_clear()
+  monkeypatch.setattr(backend.os, 'getuid', lambda: 54_321)
+  os.makedirs(tmp_path / 'st_moe-54321')
+  assert backend.cache_dir() not in (shelter, str(tmp_path / 'st_moe-54321'))
+  backend._shelter.cache_clear()
+
+
 def test_each_backend_hears_its_own(monkeypatch):
   libc = lambda *found: monkeypatch.setattr(
     backend.platform, 'libc_ver', lambda: found

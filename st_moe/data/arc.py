@@ -7,7 +7,7 @@ import string
 from collections.abc import Iterator
 
 from st_moe.data import metrics
-from st_moe.data.task import UNKNOWN, Example, Row, TextTask, take
+from st_moe.data.task import UNKNOWN, Example, Row, TextTask, take, untold
 
 
 def arc(row: Row, split: str) -> Iterator[Example]:
@@ -25,7 +25,7 @@ def arc(row: Row, split: str) -> Iterator[Example]:
 
 
 def _answer(row, split, choices) -> str:
-  if 'answerKey' not in row and split == 'test':
+  if untold(row, 'answerKey', split):
     return UNKNOWN
   key = take(row, 'answerKey')
   keys = [take(choice, 'label') for choice in choices]

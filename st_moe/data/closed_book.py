@@ -9,15 +9,14 @@ from collections.abc import Iterator
 
 from st_moe.data import metrics
 from st_moe.data.squad import answer_value, texts_of
-from st_moe.data.task import Example, Row, TextTask, take
+from st_moe.data.task import UNKNOWN, Example, Row, TextTask, take, untold
 
 
 def question(
   row: Row, split: str, *, name: str, field: str
 ) -> Iterator[Example]:
   """`NAME question: ...`; `field` has the answers."""
-  del split
-  right = texts_of(row, field)
+  right = _right(row, field, split)
   yield {
     'inputs': f'{name} question: {take(row, "question")}',
     'targets': right[0],
@@ -30,15 +29,19 @@ def trivia_qa(row: Row, split: str) -> Iterator[Example]:
 
   In a row with `golden_answers` it does not.
   """
-  del split
   sample = 'golden_answers' in row
-  right = texts_of(row, 'golden_answers' if sample else 'aliases')
+  right = _right(row, 'golden_answers' if sample else 'aliases', split)
   right = [answer.strip() for answer in right]
+  alone = not sample and not untold(row, 'answer', split)
   yield {
     'inputs': f'trivia_qa question: {take(row, "question").strip()}',
-    'targets': right[0] if sample else take(row, 'answer').strip(),
+    'targets': take(row, 'answer').strip() if alone else right[0],
     'answers': right,
   }
+
+
+def _right(row: Row, field: str, split: str) -> list[str]:
+  return [UNKNOWN] if untold(row, field, split) else texts_of(row, field)
 
 
 def _task(make, metric, folder: str, **files: tuple[str, ...]) -> TextTask:

@@ -21,6 +21,7 @@ from st_moe.data.task import (
   sentences,
   short,
   take,
+  untold,
 )
 
 
@@ -49,7 +50,7 @@ def stsb(row: Row, split: str) -> Iterator[Example]:
 
 
 def _score_text(row, split) -> str:
-  if 'score' not in row and split == 'test':
+  if untold(row, 'score', split):
     return UNKNOWN  # T5 says -1.0, which metrics would take for a score.
   value = score(take(row, 'score'))
   if not 0 <= value <= 5:

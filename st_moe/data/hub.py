@@ -1,11 +1,12 @@
 """HuggingFace datasets, wherever a file of rows may stand.
 
 `hf:NAME:SPLIT` or `hf:NAME/CONFIG:SPLIT`, as in
-'hf:Salesforce/wikitext/wikitext-2-raw-v1:train'; NAME may be a local directory.
-Needs the extra `datasets`.
+'hf:Salesforce/wikitext/wikitext-2-raw-v1:train'; NAME may be a local directory,
+SPLIT a slice: 'train[:10%]'. Needs the extra `datasets`.
 """
 
 import functools
+import re
 from collections.abc import Iterator
 
 from etils import epath
@@ -25,6 +26,7 @@ def rows(path: str) -> Iterator[tuple[str, dict]]:
 
 def stamp(path: str) -> list:
   """What changes when the dataset does."""
+  _load.cache_clear()  # A local one may have changed since it was read.
   found = _load(path)
   return [path, found.dataset_size or 0, found._fingerprint]
 
@@ -36,9 +38,13 @@ def _load(path: str):
   Raises:
     ValueError: no such dataset, configuration or split; the extra is missing.
   """
-  name, colon, split = path.removeprefix(_PREFIX).rpartition(':')
-  if not (name and colon and split):
+  # Of the colons outside of brackets the last one.
+  parts = re.fullmatch(
+    r'(.+):((?:[^:\[\]]|\[[^\]]*\])+)', path.removeprefix(_PREFIX)
+  )
+  if not parts:
     raise ValueError(f'{path}: write hf:NAME:SPLIT or hf:NAME/CONFIG:SPLIT.')
+  name, split = parts.groups()
   try:
     import datasets
   except ImportError:

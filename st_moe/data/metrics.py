@@ -242,8 +242,18 @@ def majority_baseline(
   scores = {}
   for metric_fn in metric_fns:
     said = [{'value': most} if grouped else most] * len(targets)
-    scores.update(metric_fn(targets, said))
+    scores.update(metric_fn(targets, said) or {})
   return scores
+
+
+def as_float(value: Any) -> float | None:
+  """A metric that SeqIO would log as a number; None: a text, an array, ..."""
+  value = getattr(value, 'value', value)  # `seqio.metrics.Scalar`.
+  try:
+    array = np.asarray(value)
+    return None if array.ndim or isinstance(value, str) else float(array)
+  except (TypeError, ValueError):
+    return None
 
 
 def texts(values: Sequence[Any]) -> list[str]:

@@ -1,14 +1,14 @@
 """What the names in a mixture stand for, and how often each is drawn.
 
-A name is, in this order: a text source of `data.files`, the embedded corpus, a
-registered SeqIO task or mixture.
+A name is, in this order: a text source of `data.files`, the embedded corpus,
+pairs of `data.pairs`, a registered SeqIO task or mixture.
 """
 
 import functools
 from collections.abc import Mapping, Sequence
 
 from st_moe.config import DataConfig, unknown
-from st_moe.data import shards, sources, span_corruption, text_shards
+from st_moe.data import pairs, shards, sources, span_corruption, text_shards
 from st_moe.data.vocabulary import SENTINELS, Vocabulary
 
 
@@ -29,7 +29,8 @@ class Library:
     """SeqIO's tasks. Takes seconds: asked only for names unknown so far."""
     from st_moe.data import task_shards
 
-    return task_shards.Registry(self.vocabulary, self.config.data_dir)
+    own = pairs.tasks(self.config)
+    return task_shards.Registry(self.vocabulary, self.config.data_dir, own)
 
   def is_text(self, name: str) -> bool:
     return name in self.config.files or name == sources.EMBEDDED
@@ -45,7 +46,7 @@ class Library:
 
   def sources(self) -> list[str]:
     """Every source that is trained on, once, in the order of the config."""
-    if not self.config.mixture:
+    if not self.config.drawn:
       raise ValueError(
         'data.mixture is empty; name what to train on, for example'
         f' --config.data.mixture.{sources.EMBEDDED}=1'
@@ -53,7 +54,7 @@ class Library:
     return list(
       dict.fromkeys(
         member
-        for name in self.config.mixture
+        for name in self.config.drawn
         for member, share in self.members(name).items()
         if share != 0
       )
@@ -71,10 +72,13 @@ class Library:
     there = sorted(self.splits(name))
     for split in splits:
       if split not in there:
-        way = f'; add --config.data.files.{name}.{split}=GLOB'
+        ways = [
+          f'; add --config.data.{kind}.{name}.{split}=GLOB'
+          for kind in ('files', 'pairs')
+          if name in getattr(self.config, kind)
+        ]
         raise ValueError(
-          f'{name!r} has no split {split!r}, only {there}'
-          + (way if name in self.config.files else '.')
+          f'{name!r} has no split {split!r}, only {there}' + (*ways, '.')[0]
         )
 
   def check_files(self, name: str, splits: Sequence[str]) -> None:
@@ -135,7 +139,7 @@ def rates(
   as the mixture has it; 'size' is counted for each of them.
   """
   total = dict.fromkeys(sizes, 0.0)
-  for name, rate in config.mixture.items():
+  for name, rate in config.drawn.items():
     shares = {m: s for m, s in library.members(name).items() if s != 0}
     if not shares:
       raise ValueError(

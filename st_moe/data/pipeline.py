@@ -18,8 +18,9 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ import numpy as np
 from st_moe.config import DataConfig
 from st_moe.data import (
   mixture,
+  pairs,
   shards,
   sources,
   span_corruption,
@@ -34,11 +36,14 @@ from st_moe.data import (
   tiny_world,
 )
 from st_moe.data import vocabulary as vocabulary_lib
-from st_moe.data.metrics import majority_baseline
-from st_moe.data.task import UNKNOWN
+from st_moe.data.metrics import as_float, majority_baseline
+from st_moe.data.task import UNKNOWN, tell_once
 from st_moe.data.vocabulary import Vocabulary
 
 Batch = dict[str, np.ndarray]
+
+# Raise it when batch n of a config becomes another: runs that go on are told.
+BATCHES = 2
 
 _EVAL_SEED = 1  # Of nobody's choice: validation losses of all runs compare.
 
@@ -65,12 +70,14 @@ class TrainData:
     self.info = {name: _summary(found) for name, found in opened.items()}
     # Of what is read, and not of where it lies.
     self.digests = {name: found.digest for name, found in opened.items()}
+    # What a reader of its losses should know, a line each.
+    self.notes = [line for x in opened.values() for line in _checked(x, config)]
     found = mixture.rates(
       config, {name: len(found) for name, found in opened.items()}, library
     )
     self.sources = tuple(opened)
     self.rates = tuple(found[n] / sum(found.values()) for n in self.sources)
-    self._size = config.batch_size
+    self._size, self._seed = config.batch_size, _seed(config.seed, 'rows')
     self._rows = range(self._size) if rows is None else rows
 
     streams = []
@@ -87,8 +94,11 @@ class TrainData:
 
   def batch(self, n: int) -> Batch:
     """This host's rows of global batch `n`."""
-    first = n * self._size
-    return _stack([self._examples[first + row] for row in self._rows])
+    # A mixture is an interleaving with a period: left as it is, a source would
+    # have the same rows for ever, hence the same devices and turns at experts.
+    order = np.random.default_rng([self._seed, n]).permutation(self._size)
+    numbers = n * self._size + order
+    return _stack([self._examples[numbers[row]] for row in self._rows])
 
   def iterate(self, start: int = 0, *, threads: int = 4) -> Iterator[Batch]:
     """batch(start), batch(start + 1), ... without end, made ahead of use."""
@@ -103,6 +113,11 @@ class TrainData:
 class EvalData:
   """One split of one source, in a fixed order, each example once."""
 
+  # Metrics (targets, scores) and (targets, predictions, aux_values), as SeqIO
+  # tells them apart, and the names of those that only T5X can compute.
+  score_fns = aux_fns = left_out = ()
+  _cut = ()  # Lines.
+
   def __init__(self, library: mixture.Library, name: str, split: str):
     if list(library.members(name)) != [name]:
       raise ValueError(
@@ -113,10 +128,13 @@ class EvalData:
     self.is_text = library.is_text(name)
     self._records = library.open(name, split)
     self.info = _summary(self._records)
+    self._cut = list(_cut(self._records.info).values())
     if not self.is_text:
       registry = library.registry
       self.labels, self.begins = registry.labels(name), registry.begins(name)
       self.metric_fns = registry.metric_fns(name)
+      self.score_fns, self.aux_fns = registry.other_metric_fns(name)
+      self.left_out = registry.metric_objects(name)
       self.comparable = registry.comparable(name)
     config = library.config
     self._convert = _Convert(config, library.vocabulary, self.is_text, 0)
@@ -155,29 +173,125 @@ class EvalData:
     return example.fields.get('choices', self.labels)
 
   def scores(
-    self, examples: 'Sequence[Example]', said: Sequence[str]
+    self,
+    examples: 'Sequence[Example]',
+    said: Sequence[str],
+    logprobs: Sequence[float] = (),
   ) -> dict[str, float]:
-    """The metrics of what was said to some examples; {} if nobody knows."""
+    """The metrics of what was said to those examples whose answer is told.
+
+    `logprobs` are those of what was said, in nats; none are all 0.
+    """
     targets = self._targets(examples)
     predictions = [
       self.comparable(text, example=e.features, is_target=False)
       for e, text in zip(examples, said, strict=True)
+      if self.told(e)
     ]
-    fns = self.metric_fns if targets else ()
-    return {k: v for fn in fns for k, v in fn(targets, predictions).items()}
+    aux = {'scores': self._of_told(examples, logprobs or [0.0] * len(examples))}
+    return self._numbers(
+      targets,
+      [
+        *((fn, (predictions,)) for fn in self.metric_fns),
+        *((fn, (predictions, aux)) for fn in self.aux_fns),
+      ],
+    )
+
+  def target_scores(
+    self, examples: 'Sequence[Example]', logprobs: Sequence[float]
+  ) -> dict[str, float]:
+    """The metrics of the log-probabilities of the targets, in nats."""
+    scores = self._of_told(examples, logprobs)
+    return self._numbers(
+      self._targets(examples), [(fn, (scores,)) for fn in self.score_fns]
+    )
+
+  def _of_told(self, examples, values) -> list:
+    pairs = zip(examples, values, strict=True)
+    return [value for example, value in pairs if self.told(example)]
+
+  def _numbers(self, targets, asked) -> dict[str, float]:
+    """What functions make of targets and arguments, as far as it is numbers."""
+    found = {}
+    for fn, arguments in asked if targets else ():
+      known = getattr(fn, '__name__', str(fn))
+      try:
+        values = fn(targets, *arguments)
+      except KeyError as e:
+        if fn not in self.aux_fns:
+          raise
+        tell_once(
+          f'{self.name}: the metric {known!r} is left out, as it asks for aux'
+          f" values {e}; here there are only 'scores'."
+        )
+        continue
+      if not isinstance(values, Mapping):
+        values = {known: values}
+      for name, value in values.items():
+        if (number := as_float(value)) is not None:
+          found[name] = number
+        else:
+          tell_once(
+            f'{self.name}: the metric {name!r} is left out, as it is no number:'
+            f' {type(value).__name__}.'
+          )
+    return found
 
   def majority(self, examples: 'Sequence[Example]') -> dict[str, float]:
-    """The metrics of the answer that is right most often; {} as above."""
+    """The metrics of the answer that is right most often; {} as above.
+
+    Nor where targets are no answers, as postprocessors may have it.
+    """
     targets = self._targets(examples)
-    return majority_baseline(targets, self.metric_fns) if targets else {}
+    try:
+      found = majority_baseline(targets, self.metric_fns) if targets else {}
+    except Exception:  # Of somebody's own metric, on an answer of our making.
+      return {}
+    found = {name: as_float(value) for name, value in found.items()}
+    return {name: v for name, v in found.items() if v is not None}
+
+  def notes(self) -> list[str]:
+    """What a reader of its scores should know, a line each."""
+    if self.is_text:
+      return []
+    lines = list(self._cut)
+    lines += [
+      f'{self.name}: the metric {name} is left out: it asks for the outputs of'
+      ' a model of T5X.'
+      for name in self.left_out
+    ]
+    untold = sum(not self.told(e) for e in self.examples)
+    if 0 < untold < len(self):
+      lines.append(
+        f'{self.name}: {untold} of {len(self)} rows have no answer; they are'
+        ' not scored.'
+      )
+    return lines
+
+  def told(self, example: 'Example') -> bool:
+    """Whether the answer is known, which those of test files often are not.
+
+    Its targets say so or, as in T5's WSC, a `label` of -1, where metrics look
+    at the label and not at the targets.
+    """
+    if example.targets_text == UNKNOWN:
+      return False
+    if example.fields.get('label') != -1:
+      return True
+    try:
+      return self._target(example) != self._target(example, UNKNOWN)
+    except Exception:  # Whatever a postprocessor makes of no answer.
+      return True
+
+  def _target(self, example: 'Example', text: str | None = None):
+    return self.comparable(
+      example.targets_text if text is None else text,
+      example=example.features,
+      is_target=True,
+    )
 
   def _targets(self, examples) -> list:
-    if any(e.hidden for e in examples):
-      return []
-    return [
-      self.comparable(e.targets_text, example=e.features, is_target=True)
-      for e in examples
-    ]
+    return [self._target(e) for e in examples if self.told(e)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,11 +304,6 @@ class Example:
   targets_text: str
   idx: Any
   fields: dict[str, Any]  # Whatever else the task has, for its metrics.
-
-  @property
-  def hidden(self) -> bool:
-    """Whether the answer is not told, as in test files."""
-    return self.targets_text == UNKNOWN or self.fields.get('label') == -1
 
   @property
   def features(self) -> dict[str, Any]:
@@ -227,9 +336,14 @@ def check(config: DataConfig, splits: Sequence[str] = ('train',)) -> None:
     ValueError: an unknown name, a split that a source does not have, lengths
       that span corruption cannot fill, a missing, empty or broken file.
   """
-  used = {n: config.files[n] for n in config.mixture if n in config.files}
+  pairs.tasks(config)
+  used = {n: config.files[n] for n in config.drawn if n in config.files}
   sources.check(used, config.text_field)
   library = mixture.Library(config, vocabulary_lib.load('bytes'))
+  for name in config.pairs.keys() - config.drawn:
+    tell_once(
+      f'data.pairs.{name} is not in data.mixture: nothing is made of it.'
+    )
   for name in library.sources():
     library.check_splits(name, splits)
     if library.is_text(name):
@@ -243,8 +357,16 @@ def prepare(
   *,
   splits: Sequence[str] = ('train', 'validation'),
   progress: shards.Progress | None = None,
+  note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, dict[str, dict[str, int]]]:
-  """Writes every shard of a mixture; returns counts by source and split."""
+  """Writes every shard of a mixture; returns counts by source and split.
+
+  Args:
+    note: told what is cut, a line each.
+
+  Raises:
+    ValueError: as of `check`, or more targets are cut than `data.allow_cut`.
+  """
   library = mixture.Library(config, vocabulary, progress)
   wanted = {
     name: [split for split in splits if split in library.splits(name)]
@@ -253,10 +375,15 @@ def prepare(
   check(config)
   for name, there in wanted.items():
     library.check_files(name, there)
-  return {
-    name: {split: _summary(library.open(name, split)) for split in there}
-    for name, there in wanted.items()
-  }
+  counts = {name: {} for name in wanted}
+  for name, there in wanted.items():
+    for split in there:
+      found = library.open(name, split)
+      cut = _checked if split == 'train' else lambda x, _: _cut(x.info).values()
+      for line in cut(found, config):
+        note(line)
+      counts[name][split] = _summary(found)
+  return counts
 
 
 def train_vocabulary(
@@ -271,8 +398,12 @@ def train_vocabulary(
   """
 
   def texts():
-    for name in config.mixture:
-      if name in config.files:
+    own = pairs.tasks(config)
+    for name in config.drawn:
+      if name in own:
+        for example in own[name].load('train'):
+          yield f'{example["inputs"]} {example["targets"]}'
+      elif name in config.files:
         yield from sources.documents(
           config.files[name]['train'], config.text_field
         )
@@ -339,6 +470,34 @@ def _stack(examples: Sequence[Batch]) -> Batch:
 def _summary(found: shards.Shards) -> dict[str, int]:
   info = found.info
   return {key: info[key] for key in ('documents', 'tokens', 'records')}
+
+
+def _cut(info: Mapping) -> dict[str, str]:
+  """A line for inputs and for targets, where some of them are cut."""
+  recipe, lines = info['recipe'], {}
+  for key, length in recipe.get('lengths', {}).items():
+    if count := info[f'cut_{key}']:
+      lines[key] = (
+        f'{recipe["name"]} {recipe["split"]}: {count:,} of {info["records"]:,}'
+        f' {key} ({count / info["records"]:.1%}) are longer than'
+        f' data.{key}_length={length} and cut at their end; the longest has'
+        f' {info[f"longest_{key}"]} tokens.'
+      )
+  return lines
+
+
+def _checked(found: shards.Shards, config: DataConfig) -> list[str]:
+  """The lines of `_cut`; raises if too many targets to learn from are cut."""
+  lines = _cut(found.info)
+  share = found.info.get('cut_targets', 0) / found.info['records']
+  if share > config.allow_cut:
+    allowed = math.ceil(share * 1000) / 1000
+    raise ValueError(
+      f'{lines["targets"]} A model would learn to stop there: set'
+      f' data.targets_length={found.info["longest_targets"]}, or'
+      f' data.allow_cut={allowed} to train on them as they are.'
+    )
+  return list(lines.values())
 
 
 def _seed(seed: int, *names: str) -> int:

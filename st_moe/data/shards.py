@@ -29,14 +29,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from etils import epath
 
+from st_moe import backend
 from st_moe.data import files
 
 # Part of every key: raise it when the meaning of a record changes.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # Called with (name of the split, parts done, parts in all).
 Progress = Callable[[str, int, int], None]
-# Yields records and adds to its counts as it goes.
+# Yields records and adds to its counts as it goes: 'documents', 'tokens' and
+# 'cut_...' are added up over parts, of 'longest_...' the largest stays.
 Job = Callable[[collections.Counter], Iterator[bytes]]
 
 
@@ -108,7 +110,15 @@ class Shards:
 
 
 def cache_root(cache_dir: str) -> epath.Path:
-  return epath.Path(cache_dir or '~/.cache/st_moe').expanduser()
+  if not cache_dir:
+    return epath.Path(backend.cache_dir())
+  root = epath.Path(cache_dir).expanduser()
+  if os.fspath(root).startswith('~'):
+    raise ValueError(
+      f'data.cache_dir {cache_dir}: nobody knows the home directory that ~'
+      ' stands for; write the whole path.'
+    )
+  return root
 
 
 def write(
@@ -118,11 +128,13 @@ def write(
   cache_dir: str = '',
   workers: int = 1,
   progress: Progress | None = None,
+  anew: bool = False,
 ) -> Shards:
   """Runs the jobs whose parts are not there yet, then writes `info.json`.
 
-  The recipe names `name` and `split` and whatever else the records depend on.
-  With more workers than one the jobs must be picklable.
+  The recipe names `name` and `split` and whatever else the records depend on;
+  `anew`: it does not, so what is there is not used. With more workers than one
+  the jobs must be picklable.
   """
   recipe = {**recipe, 'format': FORMAT_VERSION}
   recipe = json.loads(files.as_json(recipe))  # As it will be read back.
@@ -130,7 +142,7 @@ def write(
   digest = hashlib.sha256(files.as_json(recipe, sort_keys=True).encode())
   folder = re.sub(r'[^\w.-]', '_', label) + f'-{digest.hexdigest()[:12]}'
   directory = cache_root(cache_dir) / folder
-  done = _finished(directory, recipe)
+  done = False if anew else _finished(directory, recipe)
   if done:
     return Shards(directory)
 
@@ -146,7 +158,11 @@ def write(
 
   total = collections.Counter({'records': 0, 'documents': 0, 'tokens': 0})
   for note in parts.values():
-    total.update({k: note.get(k, 0) for k in total})
+    for key, value in note.items():
+      if key.startswith('longest_'):
+        total[key] = max(total[key], value)
+      elif key in total or key.startswith('cut_'):
+        total[key] += value
   if not total['records']:
     raise ValueError(
       f'{label} gives no training example: {total["documents"]} documents with'

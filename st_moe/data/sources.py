@@ -107,6 +107,20 @@ def read_jsonl(path: epath.PathLike) -> Iterator[tuple[int, dict]]:
     yield number, _parse(path, number, line)
 
 
+def read_rows(path: epath.PathLike) -> Iterator[tuple[int | str, dict]]:
+  """As `read_jsonl`, and of a .json, which may be a list of rows."""
+  path = os.fspath(path)
+  if hub.is_one(path) or _extension(path) == '.jsonl':
+    yield from read_jsonl(path)
+  elif _extension(path) == '.json':
+    for where, row in _rows(path):
+      yield where, _parse(path, where, row)
+  else:
+    raise ValueError(
+      f'{path}: rows have fields: they come as .jsonl or .json, plain or .gz.'
+    )
+
+
 def read_text(path: epath.PathLike) -> str:
   """A whole file.
 

@@ -37,8 +37,10 @@ def chunk_lengths(
 ) -> tuple[int, int]:
   """(raw tokens, targets length) of the chunks that fill the inputs.
 
-  The most tokens that corruption shrinks to `inputs_length` at most, and what
-  the targets then take; both lengths count the EOS. T5: 512 -> (568, 114).
+  The most tokens that corruption shrinks to `inputs_length` at most, and room
+  for their targets; both lengths count the EOS. 512 -> (568, 114), as in T5's
+  `random_spans_helper`; of half noise one token less, as there, where targets
+  would be longer than the inputs: 512 -> (766, 512).
   """
 
   def lengths(tokens):
@@ -53,7 +55,9 @@ def chunk_lengths(
   tokens = 2
   while lengths(tokens + 1)[0] <= inputs_length:
     tokens += 1
-  return tokens, lengths(tokens)[1]
+  needed = lengths(tokens)[1]
+  longer = density == 0.5 and needed > inputs_length
+  return tokens - longer, needed - longer
 
 
 def noise_mask(

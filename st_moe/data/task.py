@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from st_moe.data import hub
-from st_moe.data.sources import read_jsonl
+from st_moe.data.sources import expand, read_jsonl
 
 Row = Mapping[str, Any]
 Example = dict[str, Any]
@@ -25,9 +26,10 @@ class TextTask:
   """Rows of files as text in and text out, and how answers are scored.
 
   An example has `inputs` and `targets`, and whatever scores need besides, under
-  T5's names (`idx`, `answers`, ...). `choices`: the answers it may be given, if
-  they are its own. Where the answer is not told, targets are UNKNOWN or, as in
-  T5, `label` is -1.
+  T5's names (`idx`, `answers`, ...): anything that JSON can hold. `choices`:
+  the answers it may be given, if they are its own. Where the answer is not
+  told, targets are UNKNOWN; or, as in T5's WSC, `label` is -1, and is what
+  metrics compare in place of the targets.
   """
 
   examples: Callable[[Row, str], Iterable[Example]]  # Of a row and its split.
@@ -41,10 +43,20 @@ class TextTask:
   read: Callable = read_jsonl  # A file -> (line number, row) of each.
   generate: Callable[[str], list[Row]] | None = None  # In place of files.
   sizes: Mapping[str, int] | None = None  # Rows by split, where it is known.
+  # In place of `files`: split -> globs, all of whose files are read.
+  globs: Mapping[str, str | Sequence[str]] = dataclasses.field(
+    default_factory=dict
+  )
 
   @property
   def splits(self) -> tuple[str, ...]:
-    return tuple(self.files or self.sizes)
+    return tuple(self.files or self.globs or self.sizes)
+
+  def paths(self, split: str, data_dir: str) -> list[epath.PathLike]:
+    """The files of a split; raises as `file`, or where a glob finds none."""
+    if self.globs:
+      return expand(self.globs[split])
+    return [self.file(split, data_dir)] if self.files else []
 
   def file(self, split: str, data_dir: str) -> epath.PathLike:
     """Where a split lies: `DIR/superglue/CB/val.jsonl` or `DIR/CB/val.jsonl`.
@@ -72,7 +84,7 @@ class TextTask:
       for path in (root / name, root / name.partition('/')[2]):
         if path.exists():
           if name != names[0]:
-            _tell_once(f'{path} stands in for {names[0]}, which is not there.')
+            tell_once(f'{path} stands in for {names[0]}, which is not there.')
           return path
     raise ValueError(f'{root} has none of {", ".join(names)}.')
 
@@ -83,20 +95,22 @@ class TextTask:
       ValueError: a missing, empty or broken file, or a row that is wrong; names
         file, line and field.
     """
-    if self.generate:
-      return [
-        e for row in self.generate(split) for e in self.examples(row, split)
-      ]
-    path, found = self.file(split, data_dir), []
-    for line, row in self.read(path):
+    paths = self.paths(split, data_dir)
+    found = [e for path in paths or [''] for e in self.examples_of(path, split)]
+    if not found:
+      names = ', '.join(map(str, paths))
+      raise ValueError(f'{names}: no rows; a task needs at least one.')
+    return found
+
+  def examples_of(self, path, split: str) -> Iterator[Example]:
+    """The examples of one file, or of `generate`; raises as `load`."""
+    rows = enumerate(self.generate(split), 1) if self.generate else None
+    for line, row in rows or self.read(path):
       try:
-        found += self.examples(row, split)
+        yield from map(_checked, self.examples(row, split))
       except ValueError as error:
         where = line if isinstance(line, str) else f'line {line}'
-        raise ValueError(f'{path}, {where}: {error}') from None
-    if not found:
-      raise ValueError(f'{path}: no rows; a task needs at least one.')
-    return found
+        raise ValueError(f'{path or "generated"}, {where}: {error}') from None
 
   def comparable(self) -> Callable | None:
     """What makes answers comparable, as SeqIO calls it; None: nothing need."""
@@ -105,8 +119,33 @@ class TextTask:
     return functools.partial(class_number, labels=self.labels)
 
 
+def _checked(example: Example) -> Example:
+  """The example.
+
+  Raises:
+    ValueError: a field that JSON or UTF-8 cannot hold, or no text to learn.
+  """
+  for field in ('inputs', 'targets'):
+    take(example, field)
+  try:
+    json.dumps(example, ensure_ascii=False).encode()
+  except (TypeError, ValueError):
+    for field, value in example.items():
+      try:
+        json.dumps(value, ensure_ascii=False).encode()
+      except UnicodeEncodeError as e:
+        raise ValueError(f'{field!r} is not UTF-8 ({e.reason}).') from None
+      except (TypeError, ValueError):
+        raise ValueError(
+          f'{field!r} is {short(value)}, which JSON cannot hold.'
+        ) from None
+    raise
+  return example
+
+
 @functools.cache
-def _tell_once(text: str) -> None:
+def tell_once(text: str) -> None:
+  """A warning, however often it is called for."""
   logging.getLogger('st_moe').warning(text)
 
 
@@ -131,7 +170,23 @@ def take(row: Row, field: str, kind: type = str) -> Any:
   if not isinstance(value, kind) or kind is int and isinstance(value, bool):
     what = {str: 'text', int: 'a whole number', list: 'a list'}[kind]
     raise ValueError(f'{field!r} is {short(value)}; it must be {what}.')
+  if kind is str:
+    try:
+      value.encode()  # JSON can spell half a surrogate pair.
+    except UnicodeEncodeError as e:
+      raise ValueError(f'{field!r} is not UTF-8 ({e.reason}).') from None
   return value
+
+
+def untold(row: Row, field: str, split: str) -> bool:
+  """Whether a row of the test split keeps an answer back.
+
+  It lacks the field, or holds null, '', -1 or an empty list in its place.
+  """
+  value = row
+  for key in field.split('/'):
+    value = value.get(key) if isinstance(value, Mapping) else None
+  return split == 'test' and value in (None, '', -1, [])
 
 
 def label_text(
@@ -139,9 +194,9 @@ def label_text(
 ) -> str:
   """The text of a label given as text, truth value or class number.
 
-  Only a row of the test split may have none.
+  Only a row of the test split may have none (see `untold`).
   """
-  if field not in row and split == 'test':
+  if untold(row, field, split) and row.get(field) not in labels:
     return UNKNOWN
   if field not in row:
     raise ValueError(

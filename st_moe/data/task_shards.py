@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 from etils import epath
 
-from st_moe.data import hub, shards, sources
-from st_moe.data.task import SENTINEL, TextTask
+from st_moe.data import fingerprint, shards, sources
+from st_moe.data.task import SENTINEL, TextTask, tell_once
 from st_moe.data.vocabulary import Vocabulary
 
 _OURS = 'st_moe.data.tasks'
@@ -45,15 +45,27 @@ def _ours():
 class Registry:
   """The registered tasks, as they read with a vocabulary of ours."""
 
-  def __init__(self, vocabulary: Vocabulary, data_dir: str = ''):
-    ours = _ours()
-    # From here on our tasks are registered with this vocabulary.
-    ours.register(vocabulary.to_seqio(), data_dir)
+  def __init__(
+    self,
+    vocabulary: Vocabulary,
+    data_dir: str = '',
+    own: Mapping[str, TextTask] | None = None,
+  ):
+    """`own` are tasks beside the registered ones."""
     self._vocabulary, self._data_dir = vocabulary, data_dir
-    self._ours = ours
+    self._own, self._ours = own or {}, _ours()
+    self._register()
+
+  def _register(self) -> None:
+    """From here on our tasks are those of this registry."""
+    vocabulary = self._vocabulary.to_seqio()
+    self._ours.register(vocabulary, self._data_dir, self._own)
+
+  def _text_task(self, name: str) -> TextTask | None:
+    return self._own.get(name) or self._ours.text_task(name)
 
   def names(self) -> list[str]:
-    return registered()
+    return sorted({*registered(), *self._own})
 
   def tasks(self, name: str) -> dict[str, float | None]:
     """Tasks behind a name, with their rates if it is a mixture (else 1).
@@ -63,6 +75,8 @@ class Registry:
     """
     import seqio
 
+    if name in self._own:
+      return {name: 1.0}
     found = seqio.get_mixture_or_task(name)
     if isinstance(found, seqio.Task):
       return {name: 1.0}
@@ -74,17 +88,22 @@ class Registry:
   def splits(self, name: str) -> list[str]:
     import seqio
 
-    return list(seqio.TaskRegistry.get(name).splits)
+    own = self._own.get(name)
+    return list((own or seqio.TaskRegistry.get(name)).splits)
 
   def check_files(self, name: str, split: str) -> None:
-    """Raises where a file of ours is missing; others' tell when they read."""
-    task = self._ours.text_task(name)
-    if task and task.files:
-      task.file(split, self._data_dir)
+    """Raises where a file of ours is missing; others' tell when they read.
+
+    Of files that nobody has read before, the first row is looked at too.
+    """
+    if task := self._text_task(name):
+      for path in task.paths(split, self._data_dir):
+        if name in self._own and not any(task.examples_of(path, split)):
+          raise ValueError(f'{path}: no rows; a task needs at least one.')
 
   def labels(self, name: str) -> tuple[str, ...]:
     """All answers that a task knows; () if they are not always the same."""
-    task = self._ours.text_task(name)
+    task = self._text_task(name)
     return task.labels if task else ()
 
   def begins(self, name: str) -> list[int]:
@@ -98,6 +117,22 @@ class Registry:
     import seqio
 
     return tuple(seqio.TaskRegistry.get(name).predict_metric_fns)
+
+  def other_metric_fns(self, name: str) -> tuple[tuple, tuple]:
+    """Functions (targets, scores), scores being log-probabilities of targets,
+    and (targets, predictions, aux_values), with their own as 'scores'."""
+    import seqio
+
+    task = seqio.TaskRegistry.get(name)
+    return tuple(task.score_metric_fns), tuple(task.predict_with_aux_metric_fns)
+
+  def metric_objects(self, name: str) -> tuple[str, ...]:
+    """Names of the metrics that are no functions."""
+    import seqio
+
+    found = seqio.TaskRegistry.get(name)._metric_objs_constructor_args
+    kinds = [m if inspect.isclass(m) else type(m) for m in found]
+    return tuple(kind.__name__ for kind in kinds)
 
   def comparable(self, name: str) -> Callable:
     """(text, example=, is_target=) -> what the metrics of the task compare."""
@@ -121,7 +156,7 @@ class Registry:
     know tasks that somebody registered by hand.
     """
     # Another registry may have registered them in its own way since.
-    self._ours.register(self._vocabulary.to_seqio(), self._data_dir)
+    self._register()
     task = self._task(name)
     if split not in task.splits:
       raise ValueError(
@@ -129,11 +164,12 @@ class Registry:
       )
     lengths = {'inputs': inputs_length, 'targets': targets_length}
     source_files = task.source.list_shards(split)
+    code, unknown = _code(task)
     recipe = {
       'name': name,
       'split': split,
-      'files': self._stamps(name, split, source_files),
-      'code': _code(task),
+      'files': self._stamps(name, split, task.source),
+      'code': code,
       'lengths': lengths,
       'vocabulary': self._vocabulary.fingerprint,
     }
@@ -142,7 +178,18 @@ class Registry:
       functools.partial(self._records, task, split, lengths, part, parts)
       for part in range(parts)
     ]
-    return shards.write(recipe, jobs, cache_dir=cache_dir, progress=progress)
+    if unknown:
+      tell_once(
+        f'{name}: whether {", ".join(unknown)} changed cannot be told, so its'
+        ' examples are written anew each time.'
+      )
+    return shards.write(
+      recipe,
+      jobs,
+      cache_dir=cache_dir,
+      progress=progress,
+      anew=bool(unknown),
+    )
 
   def _task(self, name: str):
     """The task with our vocabulary in place of the one it came with."""
@@ -164,14 +211,16 @@ class Registry:
       }
     )
 
-  def _stamps(self, name: str, split: str, source_files) -> list:
-    """What is known of the files behind a task."""
-    paths = [path for path in source_files if '/' in path]
-    task = self._ours.text_task(name)
-    if task and task.files:
-      paths.append(str(task.file(split, self._data_dir)))
-    is_there = lambda path: hub.is_one(path) or epath.Path(path).exists()
-    return [sources.stamp(path) for path in filter(is_there, sorted(paths))]
+  def _stamps(self, name: str, split: str, source) -> list:
+    """What changes when the data behind a task do."""
+    if task := self._text_task(name):
+      found = task.paths(split, self._data_dir)
+      return [sources.stamp(str(path)) for path in found]
+    paths = sorted(source.list_shards(split))
+    is_function = hasattr(source, '_dataset_fn')  # Its 'shard' is the split.
+    if is_function or not all(epath.Path(path).exists() for path in paths):
+      return [_rows(source, split)]
+    return [sources.stamp(path) for path in paths]
 
   def _records(
     self,
@@ -190,13 +239,17 @@ class Registry:
         lengths, split, shuffle=False, shard_info=shard
       )
     for i, row in enumerate(dataset.as_numpy_iterator()):
-      row = {key: _plain(value) for key, value in row.items()}
+      row = self._read(row)
       ids = {key: row.pop(key) for key in ('inputs', 'targets')}
       for key, values in ids.items():
         feature = task.output_features[key]
         if feature.add_eos and values[-1:] != [self._vocabulary.eos]:
           values.append(self._vocabulary.eos)
       texts = {key: row.pop(f'{key}_pretokenized', None) for key in ids}
+      for key, values in ids.items():
+        length = self._uncut(task, key, values, texts[key], lengths[key])
+        counts[f'cut_{key}'] += length > lengths[key]
+        counts[f'longest_{key}'] = max(counts[f'longest_{key}'], length)
       if texts['targets'] is None:
         texts['targets'] = self._vocabulary.decode(ids['targets'])
       counts['documents'] += 1
@@ -210,6 +263,21 @@ class Registry:
         'fields': row,
       }
       yield json.dumps(record).encode()
+
+  def _uncut(self, task, key: str, ids: list, text, length: int) -> int:
+    """How long `ids` were before they were cut, as far as their text tells."""
+    if len(ids) < length or not isinstance(text, str):
+      return min(len(ids), length)
+    marks = len(self.begins(task.name)) + task.output_features[key].add_eos
+    return len(self._vocabulary.encode(text)) + marks
+
+  def _read(self, row: Mapping) -> dict:
+    """What a task made of an example, as JSON can hold it."""
+    row = {key: _plain(value) for key, value in row.items()}
+    suffix = self._ours.AS_JSON
+    told = {key: text for key, text in row.items() if key.endswith(suffix)}
+    own = {k.removesuffix(suffix): json.loads(t) for k, t in told.items() if t}
+    return {key: v for key, v in row.items() if key not in told} | own
 
 
 @contextlib.contextmanager
@@ -226,38 +294,41 @@ def _without_banners():
     os.close(nowhere)
 
 
-def _code(task) -> str:
-  """A hash of the modules that make a task's examples.
+def _code(task) -> tuple[str, list[str]]:
+  """A hash of the code that makes a task's examples, and what it leaves out."""
+  import seqio
 
-  Those of its functions, and what these import from their own package; an edit
-  there makes examples that lie on disk stale.
-  """
-  made_by = getattr(task.source, '_dataset_fn', type(task.source))
-  functions = [made_by]
+  walk = fingerprint.Walk()
+  made_by = getattr(task.source, '_dataset_fn', None)
   ours = getattr(made_by, 'keywords', {}).get('task')
   if isinstance(ours, TextTask):
-    functions = [TextTask, ours.examples, ours.read, sources.read_jsonl]
-    functions += filter(None, [ours.generate])
-  modules = set()
-  for function in [*functions, *task.preprocessors]:
-    while isinstance(function, functools.partial):
-      function = function.func
-    module = inspect.getmodule(function)
-    if module is None or module.__name__.startswith('seqio.'):
-      continue
-    package = module.__name__.split('.')[0]
-    modules.add(module)
-    modules.update(
-      value
-      for value in vars(module).values()
-      if inspect.ismodule(value) and value.__name__.split('.')[0] == package
-    )
+    parts = [TextTask, ours.examples, ours.read, ours.generate]
+    walk.take([*parts, sources.read_jsonl])
+  elif made_by:
+    # What it makes is looked at as well (`_rows`): nothing escapes.
+    apart = fingerprint.Walk()
+    apart.take(made_by)
+    walk.take(apart.digest)
+  else:
+    state = dict(vars(task.source))
+    if '_tfds_dataset' in state:
+      state['_tfds_dataset'] = repr(state['_tfds_dataset'])
+    walk.take([type(task.source), state])
+  features = task.output_features.items()
+  walk.take([seqio.__version__, task.preprocessors])
+  walk.take([(k, f.add_eos, f.dtype, f.rank) for k, f in features])
+  return walk.digest, walk.unknown
+
+
+def _rows(source, split: str) -> str:
+  """A hash of what a source reads, from where nobody knows."""
+  import seqio
+
   digest = hashlib.sha256()
-  for module in sorted(modules, key=lambda m: m.__name__):
-    try:
-      digest.update(inspect.getsource(module).encode())
-    except (OSError, TypeError):  # A notebook cell has no file.
-      pass
+  with seqio.utils.map_seed_manager(0):
+    rows = source.get_dataset(split=split, shuffle=False)
+  for row in rows.as_numpy_iterator():
+    digest.update(json.dumps(_plain(row), sort_keys=True).encode())
   return digest.hexdigest()
 
 
@@ -275,4 +346,9 @@ def _plain(value):
     value = value.tolist()
   if isinstance(value, list):
     return [_plain(item) for item in value]
-  return value.decode() if isinstance(value, bytes) else value
+  if isinstance(value, dict):
+    return {key: _plain(item) for key, item in value.items()}
+  if not isinstance(value, bytes):
+    return value
+  # Of a field that is no text, an image say, nobody reads the bytes.
+  return value.decode(errors='backslashreplace')

@@ -6,6 +6,9 @@ or other files. Either way nothing is read before a task is used.
 """
 
 import functools
+import json
+import types
+from collections.abc import Mapping
 
 import seqio
 import tensorflow as tf
@@ -65,11 +68,33 @@ def text_task(name: str) -> TextTask | None:
   return TASKS.get(name.removesuffix(SENTINEL))
 
 
-def register(vocabulary: seqio.Vocabulary, data_dir: str = '') -> None:
+_own: list[str] = []  # Names that the last registration had of its own.
+
+
+def register(
+  vocabulary: seqio.Vocabulary,
+  data_dir: str = '',
+  own: Mapping[str, TextTask] = types.MappingProxyType({}),
+) -> None:
   """Registers all tasks with `vocabulary`, in place of any before.
 
-  `data_dir` holds their files; '' is $ST_MOE_DATA.
+  Args:
+    data_dir: holds their files; '' is $ST_MOE_DATA.
+    own: tasks that stay until the next registration.
+
+  Raises:
+    ValueError: one of these has the name of another task.
   """
+  for name in _own:
+    seqio.TaskRegistry.remove(name)
+  _own.clear()
+  for name, task in own.items():
+    if name in (*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()):
+      raise ValueError(
+        f'data.pairs.{name}: there is a task of this name; take another.'
+      )
+    _add(name, task, vocabulary, data_dir)
+    _own.append(name)
   for name, task in TASKS.items():
     seqio.TaskRegistry.remove(name)
     _add(name, task, vocabulary, data_dir)
@@ -115,17 +140,43 @@ def dataset(
   del shuffle_files, seed
   # Read here and not in the generator, where TensorFlow would bury the error.
   examples = task.load(split, data_dir)
+  fields = dict.fromkeys(key for example in examples for key in example)
+  specs = {key: _spec(key, examples) for key in fields}
+  signature = {
+    key if spec else key + AS_JSON: spec or tf.TensorSpec((), tf.string)
+    for key, spec in specs.items()
+  }
+
+  def held(example):
+    for key, spec in specs.items():
+      if spec:
+        yield key, example[key]
+      else:
+        yield key + AS_JSON, json.dumps(example[key]) if key in example else ''
+
   return tf.data.Dataset.from_generator(
-    lambda: iter(examples),
-    output_signature={k: _spec(v) for k, v in examples[0].items()},
+    lambda: map(dict, map(held, examples)), output_signature=signature
   )
 
 
-def _spec(value) -> tf.TensorSpec:
-  """A list is one of texts."""
-  if isinstance(value, list):
-    return tf.TensorSpec((None,), tf.string)
-  return tf.TensorSpec((), tf.int32 if isinstance(value, int) else tf.string)
+# Ends the name of a field that TensorFlow cannot hold as it is, because some
+# examples lack it or have another kind of value: JSON, '' where there is none.
+AS_JSON = ':json'
+_KINDS = {bool: tf.bool, int: tf.int64, float: tf.float64, str: tf.string}
+
+
+def _spec(key: str, examples) -> tf.TensorSpec | None:
+  """How TensorFlow holds a field: values of one kind, or lists of such."""
+  values = [example.get(key) for example in examples]
+  lists = all(isinstance(value, list | tuple) for value in values)
+  items = [item for value in values for item in value] if lists else values
+  kinds = set(map(type, items)) or {str}
+  if len(kinds) > 1 or not kinds <= _KINDS.keys():
+    return None
+  (kind,) = kinds
+  if kind is int and not all(-(2**63) <= item < 2**63 for item in items):
+    return None
+  return tf.TensorSpec((None,) if lists else (), _KINDS[kind])
 
 
 register(seqio.SentencePieceVocabulary(T5_VOCABULARY))

@@ -36,8 +36,9 @@ def write_text(
 ) -> shards.Shards:
   """Cuts documents into chunks of `raw_tokens`, unless that was done before.
 
-  Documents end in EOS and follow each other without a gap; a chunk may begin
-  and end anywhere. `patterns` may also be the embedded corpus of a split,
+  Documents follow each other without a gap or a mark, as in T5: an EOS between
+  them would get into targets, and end what a model says. A chunk may begin and
+  end anywhere. `patterns` may also be the embedded corpus of a split,
   '`sources.EMBEDDED`:train'.
   """
   embedded = f'{sources.EMBEDDED}:{split}'
@@ -107,9 +108,8 @@ def _chunks(
     for text in sources.documents_of(path, text_field, start=start, step=step):
       ids = vocabulary.encode(text)
       held += ids
-      held.append(vocabulary.eos)
       counts['documents'] += 1
-      counts['tokens'] += len(ids) + 1
+      counts['tokens'] += len(ids)
       whole = len(held) // raw_tokens * raw_tokens
       for at in range(0, whole, raw_tokens):
         yield np.array(held[at : at + raw_tokens], '<i4').tobytes()

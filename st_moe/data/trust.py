@@ -21,9 +21,8 @@ def signature(config: DataConfig) -> str:
   """The user's mark under the places of a config; '' where none can be kept."""
   if not (key := _key()):
     return ''
-  said = json.dumps(
-    [config.files, config.data_dir, config.cache_dir], sort_keys=True
-  )
+  places = config.files, config.pairs, config.data_dir, config.cache_dir
+  said = json.dumps(places, sort_keys=True)
   return hmac.new(key, said.encode(), hashlib.sha256).hexdigest()
 
 

@@ -6,7 +6,15 @@ T5 has no WinoGrande; the format is ours.
 from collections.abc import Iterator
 
 from st_moe.data import metrics
-from st_moe.data.task import UNKNOWN, Example, Row, TextTask, short, take
+from st_moe.data.task import (
+  UNKNOWN,
+  Example,
+  Row,
+  TextTask,
+  short,
+  take,
+  untold,
+)
 
 
 def winogrande(row: Row, split: str) -> Iterator[Example]:
@@ -21,7 +29,7 @@ def winogrande(row: Row, split: str) -> Iterator[Example]:
 
 
 def _answer(row, split, options) -> str:
-  if split == 'test' and row.get('answer', '') == '':
+  if untold(row, 'answer', split):
     return UNKNOWN
   answer = take(row, 'answer')
   if answer not in ('1', '2'):

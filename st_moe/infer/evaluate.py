@@ -8,7 +8,6 @@ import math
 import sys
 import time
 
-import numpy as np
 from etils import epath
 
 from st_moe import config_file, hosts, sharding, terminal
@@ -98,7 +97,10 @@ def evaluate(
     config = _without_places(config, trusted)
   config = _set(config, overrides)
   _check_files(loaded.path, config, mixture, overrides, trusted)
-  sources = hosts.in_turn(lambda: _sources(config, loaded.vocabulary, mixture))
+  with _modules_told(getattr(loaded, 'modules', ())):
+    sources = hosts.in_turn(
+      lambda: _sources(config, loaded.vocabulary, mixture)
+    )
   if submission:
     submissions.check([source.name for source in sources])
   model = loaded.model.clone(config=config.model)
@@ -198,10 +200,14 @@ def _check_files(path: str, config: Config, names, given, trusted: bool):
     ValueError: a file that a stranger's checkpoint alone names.
   """
   split = config.evaluate.split
-  for name in names or config.data.mixture:
-    if split not in config.data.files.get(name, ()):
-      continue
-    field, glob = f'data.files.{name}.{split}', config.data.files[name][split]
+  kinds = {'files': config.data.files, 'pairs': config.data.pairs}
+  named = {
+    f'data.{kind}.{name}.{split}': (name, globs[name][split])
+    for name in names or config.data.drawn
+    for kind, globs in kinds.items()
+    if split in globs.get(name, ())
+  }
+  for field, (name, glob) in named.items():
     if not (trusted or any(f'{field}.'.startswith(f'{g}.') for g in given)):
       raise ValueError(
         f'{path} was not trained by you here, and says that {name} is in'
@@ -228,6 +234,25 @@ def _sources(config: Config, vocab, names) -> list:
   members = dict.fromkeys(m for name in names for m in library.members(name))
   split = config.evaluate.split
   return [pipeline.EvalData(library, name, split) for name in members]
+
+
+@contextlib.contextmanager
+def _modules_told(modules):
+  """Adds to an error which modules had a task when a run was trained.
+
+  They are not imported: a checkpoint of a stranger may name anything.
+  """
+  try:
+    yield
+  except ValueError as e:
+    flags = [f'--module_import={m}' for m in modules if m not in sys.modules]
+    if not flags or not str(e).startswith('Unknown data source'):
+      raise
+    what = str(e).partition('.')[0]
+    raise ValueError(
+      f'{what}. When this run was trained, it was registered by a module: add'
+      f' {" ".join(flags)}, if you trust its code.'
+    ) from None
 
 
 def _beside(uri, path: str) -> epath.Path:
@@ -272,15 +297,9 @@ def _announce(config: Config, sources) -> None:
   limit = 'no limit' if capacity.dropless else f'capacity {capacity.factor}'
   answers = 'no limit' if config.evaluate.dropless else limit
   print(f'Losses of text with {limit}, answers with {answers}.')
-  most = config.data.inputs_length
   for source in sources:
-    if not source.is_text:
-      cut = np.mean([len(e.inputs) >= most for e in source.examples])
-      if cut:
-        terminal.say(
-          f'{source.name}: {cut:.1%} of inputs fill data.inputs_length={most};'
-          ' what is longer was cut.'
-        )
+    for line in source.notes():
+      terminal.say(line)
 
 
 def _measure(evaluator: Evaluator, loaded, sources) -> dict:

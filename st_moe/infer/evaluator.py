@@ -117,7 +117,7 @@ class Evaluator:
     for e in examples:
       answers = [ids(text) for text in source.choices(e)]
       # The target is scored in any case, for the loss.
-      if not e.hidden and tuple(e.targets) not in answers:
+      if source.told(e) and tuple(e.targets) not in answers:
         answers.append(tuple(e.targets))
       questions.append(Question(e.inputs, answers, room))
     return examples, questions
@@ -139,18 +139,26 @@ class Evaluator:
     if source.is_text:
       return []
     ranks = any(source.choices(e) for e in source.examples)
-    decodes = self._config.evaluate.decode or not ranks
+    compares = source.metric_fns or source.aux_fns or not source.score_fns
+    decodes = self._config.evaluate.decode or compares and not ranks
     return ['rank'] * ranks + ['decoding'] * decodes
 
   def _scored(self, source, examples, questions, replies):
     """Metrics and predictions of one task."""
-    found, rows = self._loss(examples, questions, replies), []
+    targets = [
+      float(reply.scores[question.answers.index(tuple(e.targets))])
+      if source.told(e)
+      else 0.0
+      for e, question, reply in zip(examples, questions, replies, strict=True)
+    ]
+    found, rows = self._loss(source, examples, targets), []
+    found |= source.target_scores(examples, targets)
     for way in self._ways(source):
       said = [
         self._said(source, way, *each)
         for each in zip(examples, questions, replies, strict=True)
       ]
-      found |= _named(way, source.scores(examples, [t for t, _ in said]))
+      found |= _named(way, source.scores(examples, *zip(*said, strict=True)))
       rows += [
         {
           'idx': e.idx,
@@ -184,14 +192,10 @@ class Evaluator:
     best = int(np.argmax(scores))
     return choices[best], float(scores[best])
 
-  def _loss(self, examples, questions, replies) -> dict[str, float]:
-    """Nats per target token; nothing where a test split hides the targets."""
-    total, tokens = 0.0, 0
-    for e, q, r in zip(examples, questions, replies, strict=True):
-      if not e.hidden:
-        total -= float(r.scores[q.answers.index(tuple(e.targets))])
-        tokens += len(e.targets)
-    return {'loss': total / tokens} if tokens else {}
+  def _loss(self, source, examples, scores) -> dict[str, float]:
+    """Nats per target token; nothing where all targets are hidden."""
+    tokens = sum(len(e.targets) for e in examples if source.told(e))
+    return {'loss': -sum(scores) / tokens} if tokens else {}
 
   def names(self, sources) -> list[str]:
     """The metrics that `__call__` finds, before there are any."""
@@ -201,13 +205,15 @@ class Evaluator:
     """The metrics of a source had a perfect model answered a few questions."""
     if source.is_text:
       return {'loss': 0.0}
-    few = source.examples[:50]
+    examples = self._examples(source)
+    few = [e for e in examples if source.told(e)][:50]
     targets = [e.targets_text for e in few]
-    found = {} if any(e.hidden for e in few) else {'loss': 0.0}
+    found = {'loss': 0.0} if few else {}
+    found |= source.target_scores(few, [0.0] * len(few))
     for way in self._ways(source):
       found |= _named(way, source.scores(few, targets))
     majority = {f'majority_{k}': v for k, v in source.majority(few).items()}
-    return {**found, **majority, 'examples': len(few)}
+    return {**found, **majority, 'examples': len(examples)}
 
 
 def _named(way: str, metrics: dict) -> dict:

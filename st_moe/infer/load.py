@@ -28,6 +28,7 @@ class Loaded:
   path: str  # Of the checkpoint.
   step: int
   mesh: Mesh
+  modules: tuple[str, ...] = ()  # Imported for its tasks when it was trained.
 
   @functools.cached_property
   def generator(self):
@@ -203,4 +204,5 @@ def load(
     path=where,
     step=int(number) if name == 'st_moe' and number.isdigit() else 0,
     mesh=mesh,
+    modules=getattr(source, 'modules', ()),
   )

@@ -19,6 +19,7 @@ class Source:
   where: str
   config: Config
   vocabulary: bytes | None
+  modules: tuple[str, ...] = ()  # Imported for its tasks when it was trained.
 
   def load(self, abstract):
     """Parameters in the layout of `abstract`, scanned or not."""
@@ -73,7 +74,8 @@ def _config(where: str, run) -> Config:
 def open_source(where: str) -> Source:
   run = checkpoint.read_run(where)
   config = _config(where, run)
-  return Source(where, config, checkpoint.vocabulary_of(run))
+  modules = tuple(run.get('modules', ()))
+  return Source(where, config, checkpoint.vocabulary_of(run), modules)
 
 
 def save(where: str, params, config: Config, vocabulary: bytes | None) -> None:

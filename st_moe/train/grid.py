@@ -65,6 +65,7 @@ def run(
   *,
   metrics: Sequence[str] = (),
   config_path: str = '',
+  modules: Sequence[str] = (),
 ) -> None:
   """Trains every cell that is not finished; writes grid.json and grid.md.
 
@@ -72,6 +73,7 @@ def run(
     make: the config of a cell.
     metrics: columns of the table; none: the average of SuperGLUE, or else all
       accuracies there are.
+    modules: as of `loop.train`.
 
   Raises:
     ValueError: a cell has no valid config or measures no such metric (before
@@ -87,7 +89,10 @@ def run(
   with stdio.lasting(), signals.orderly(), owner.held(workdir):
     if metrics:
       _check_metrics(metrics, wanted, configs, workdir)
-    _run(wanted, configs, workdir, metrics, config_path)
+    about = dict(config_path=config_path)
+    if modules:
+      about['modules'] = modules
+    _run(wanted, configs, workdir, metrics, about)
 
 
 def _check_metrics(metrics, wanted, configs, workdir: epath.Path) -> None:
@@ -101,13 +106,13 @@ def _check_metrics(metrics, wanted, configs, workdir: epath.Path) -> None:
         raise unknown('metric', metric, known[key])
 
 
-def _run(wanted, configs, workdir: epath.Path, metrics, config_path) -> None:
+def _run(wanted, configs, workdir: epath.Path, metrics, about) -> None:
   failed = {}
   for number, (cell, config) in enumerate(zip(wanted, configs, strict=True)):
     name = directory(cell)
     hosts.tell(f'cell {number + 1} of {len(wanted)}: {name}')
     try:
-      loop.train(config, workdir / name, config_path=config_path)
+      loop.train(config, workdir / name, **about)
     except ValueError as e:
       if hosts.count() > 1:  # Did it fail on all of them?
         raise

@@ -5,6 +5,7 @@ import dataclasses
 import fnmatch
 import itertools
 import os
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,7 @@ _FREE = (
   'loss.positions',
   'microbatches',  # But see `_claim`.
   'data.workers',
+  'data.allow_cut',
   'data.cache_dir',
   'data.may_change',
   'data.files.',  # Of these two `_check_data` sees what lies there.
@@ -54,7 +56,12 @@ _FREE = (
 
 
 def train(
-  config: Config, workdir, *, config_path: str = '', profile: str = ''
+  config: Config,
+  workdir,
+  *,
+  config_path: str = '',
+  profile: str = '',
+  modules: Sequence[str] = (),
 ) -> dict:
   """Runs `config` in `workdir` to its end, from wherever it had come to.
 
@@ -62,7 +69,8 @@ def train(
   killed and started again ends with the bits of one that was not.
 
   Of several processes each calls this; `workdir` is one that all of them see.
-  `profile` names steps to trace, as 'START:STOP'.
+  `profile` names steps to trace, as 'START:STOP', `modules` what was imported
+  for its tasks: checkpoints name them to who lacks a task.
 
   Returns:
     The last row of metrics.
@@ -78,10 +86,12 @@ def train(
   with stdio.lasting(), signals.orderly():
     hosts.agreed(lambda: workdirs.check(workdir))
     with owner.held(workdir) as check_owner:
-      return _train(config, workdir, config_path, profile, check_owner)
+      return _train(config, workdir, config_path, profile, modules, check_owner)
 
 
-def _train(config: Config, workdir, config_path, profile, check_owner) -> dict:
+def _train(
+  config: Config, workdir, config_path, profile, modules, check_owner
+) -> dict:
   # --- What is asked for, and may it be done here? ---------------------------
   if config.total_steps < 1:
     raise ValueError('config.total_steps is 0; set how long to train.')
@@ -138,6 +148,11 @@ def _train(config: Config, workdir, config_path, profile, check_owner) -> dict:
       hosts.tell(*lines)
     hosts.agreed(lambda: _check_data(config, data.digests, run))
     start = int(state.step)
+    if start and run.get('batches', 1) != pipeline.BATCHES:
+      hosts.tell(
+        f'{workdir} began when batches were drawn in another order: from step'
+        f' {start} on they are not those it would have had.'
+      )
     seen = {name: run['tokens_seen'].get(name, 0) for name in data.sources}
 
     # --- Steps ---------------------------------------------------------------
@@ -151,6 +166,11 @@ def _train(config: Config, workdir, config_path, profile, check_owner) -> dict:
       Report(workdir, config, start=start) if hosts.first() else Silence(start)
     )
     _announce(report, config, workdir, start, mesh)
+    for line in [
+      *data.notes,
+      *(n for each in evaluations for n in each.notes()),
+    ]:
+      report.note(line)
     row, pending, measured, scores = {}, None, {}, None
     done, stop = start, False
     clock = Clock()
@@ -166,6 +186,8 @@ def _train(config: Config, workdir, config_path, profile, check_owner) -> dict:
         tokens_seen=seen,
         data=data.digests,
         signature=signature,
+        modules=list(modules),
+        batches=pipeline.BATCHES,
       )
 
     # Before SIGTERM is left to the steps: a compiler does not let go.

@@ -26,6 +26,8 @@ def asked(monkeypatch):
     if (*names, split) in {
       ('somebody/words', 'train'),
       ('glue', 'cola', 'train'),
+      ('somebody/words', 'train[:10%]'),
+      ('glue', 'cola', 'train[2:4]+validation[-10%:]'),
     }:
       return Found(ROWS)
     raise FileNotFoundError(f'{names[0]} is not there\nand more of the kind')
@@ -43,6 +45,12 @@ def asked(monkeypatch):
     ('hf:somebody/words:train', ('somebody/words', 'train')),
     # Not a dataset of the user 'glue', so the configuration of one.
     ('hf:glue/cola:train', ('glue', 'cola', 'train')),
+    # A slice has colons of its own.
+    ('hf:somebody/words:train[:10%]', ('somebody/words', 'train[:10%]')),
+    (
+      'hf:glue/cola:train[2:4]+validation[-10%:]',
+      ('glue', 'cola', 'train[2:4]+validation[-10%:]'),
+    ),
   ],
 )
 def test_a_name_may_have_a_configuration(asked, uri, found):
@@ -74,6 +82,7 @@ def test_tasks_read_from_it(asked):
   [
     ('hf:words', 'write hf:NAME:SPLIT'),
     ('hf::train', 'write hf:NAME:SPLIT'),
+    ('hf:words[:2]', 'write hf:NAME:SPLIT'),
     ('hf:nobody/words:train', 'cannot be loaded: nobody is not there$'),
   ],
 )
@@ -103,3 +112,5 @@ def test_the_library_itself(tmp_path, monkeypatch):
   (tmp_path / 'words' / 'train.jsonl').write_text(lines)
   hub._load.cache_clear()
   assert [row for _, row in hub.rows(f'hf:{tmp_path}/words:train')] == ROWS
+  half = [row for _, row in hub.rows(f'hf:{tmp_path}/words:train[:50%]')]
+  assert half == ROWS[:1]

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -376,6 +377,19 @@ def test_equal_to_t5(golden):
   expected = golden['expected']
   found = {name: found[name] for name in expected}  # We may have more.
   assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_is_a_number_is_a_float():
+  seqio = pytest.importorskip('seqio')
+  Scalar = seqio.metrics.Scalar
+  half = (0.5, np.float32(0.5), np.array(0.5), jnp.asarray(0.5, jnp.bfloat16))
+  for value in (*half, Scalar(0.5), Scalar(np.float32(0.5))):
+    found = metrics.as_float(value)
+    assert type(found) is float and found == 0.5
+  assert metrics.as_float(True) == metrics.as_float(1) == 1.0
+  others = (None, 'text', b'text', [0.5], np.ones(1), [[1], [1, 2]], {}, 1j)
+  kinds = (seqio.metrics.Text('a'), seqio.metrics.Histogram(np.ones(3)))
+  assert {metrics.as_float(value) for value in (*others, *kinds)} == {None}
 
 
 def plain(found):

@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import functools
+import importlib
 import itertools
 import json
 import pathlib
@@ -30,7 +32,7 @@ SENTINEL = BYTES.sentinel(0)
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  """Two text sources, of 136 and some 40 chunks; the shards lie here too."""
+  """Two text sources, of 133 and some 40 chunks; the shards lie here too."""
   folder = tmp_path_factory.mktemp('pipeline')
   for name, count in (('big', 200), ('small', 60), ('held', 11)):
     rows = [{'text': f'{name} {i} ' * 6} for i in range(count)]
@@ -135,7 +137,8 @@ def test_a_batch_of_text(folder):
     'source': ((8,), 'int32'),
   }
   # 67 raw tokens: 10 of noise in 3 spans, so 61 inputs and 14 targets.
-  row = {k: v[0] for k, v in batch.items()}
+  first = batch['source'].tolist().index(0)
+  row = {k: v[first] for k, v in batch.items()}
   assert (row['encoder_input_tokens'] > 0).all()
   assert row['encoder_input_tokens'][-1] == 1
   assert (row['decoder_target_tokens'] > 0).tolist() == [True] * 14 + [
@@ -239,6 +242,50 @@ def test_examples_are_drawn_at_the_rates(folder, rates):
   assert (drawn[300:400] == 0).mean() == pytest.approx(expected, abs=0.03)
 
 
+def test_no_source_has_rows_of_its_own(folder):
+  """Rows are devices, and turns: seats go to the left of a group first."""
+  names = 'abcd'
+  files = {n: {'train': f'{folder}/small.jsonl'} for n in names}
+  c = config(folder, mixture=dict.fromkeys(names, 1), files=files)
+  data = pipeline.TrainData(c, BYTES)
+  batches = 150
+  seen, seated = np.zeros((4, 8), int), np.zeros(4, int)
+  for n in range(batches):
+    sources = data.batch(n)['source']
+    # The mixture is exact in every batch: two rows a source.
+    assert sorted(sources) == [0, 0, 1, 1, 2, 2, 3, 3]
+    seen[sources, range(8)] += 1
+    for group in sources.reshape(2, 4):  # With room for two rows of four.
+      np.add.at(seated, group[:2], 1)
+  # A quarter of all in each row, within five standard deviations.
+  assert abs(seen - batches / 4).max() < 5 * (batches * 3 / 16) ** 0.5
+  assert abs(seated / (2 * batches) - 0.5).max() < 0.1
+  # Another seed, another order; the same batch whoever asks for it.
+  other = pipeline.TrainData(dataclasses.replace(c, seed=1), BYTES)
+  orders = [
+    [each.batch(n)['source'].tolist() for n in range(20)]
+    for each in (data, other, pipeline.TrainData(c, BYTES))
+  ]
+  assert orders[0] == orders[2] != orders[1]
+
+
+def test_no_target_ends_before_its_end(tmp_path):
+  """An EOS between documents would get into spans, where decoding stops."""
+  lines = ''.join(f'short text {i:02d}\n\n' for i in range(99))
+  (tmp_path / 'short.txt').write_text(lines)
+  files = {'short': {'train': f'{tmp_path}/short.txt'}}
+  data = pipeline.TrainData(
+    config(tmp_path, mixture={'short': 1}, files=files), BYTES
+  )
+  for n in range(4):
+    batch = data.batch(n)
+    for key in ('encoder_input_tokens', 'decoder_target_tokens'):
+      # Once, behind the last token.
+      assert (batch[key] == BYTES.eos).sum(-1).tolist() == [1] * 8
+      last = (batch[key] > 0).sum(-1) - 1
+      assert (batch[key][range(8), last] == BYTES.eos).all()
+
+
 def rates_of(mix, sizes, **changes):
   files = {name: {'train': '-'} for name in sizes}
   c = DataConfig(mixture=mix, files=files, **changes)
@@ -328,10 +375,10 @@ def test_prepare_counts_and_checks_first(folder):
   assert counts['big'].keys() == {'train', 'validation'}
   assert counts['big']['train']['documents'] == 200
   text = (folder / 'big.jsonl').read_text().splitlines()
-  tokens = sum(len(json.loads(row)['text']) + 1 for row in text)
+  tokens = sum(len(json.loads(row)['text']) for row in text)
   assert counts['big']['train']['tokens'] == tokens
-  assert tokens == 136 * 67 + 28  # And 28 tokens are too few for a chunk.
-  assert counts['big']['train']['records'] == 136
+  assert tokens == 133 * 67 + 29  # And 29 tokens are too few for a chunk.
+  assert counts['big']['train']['records'] == 133
   assert seen[:2] == [('big-train', 0, 1), ('big-train', 1, 1)]
   # A typo in the last file is found before the first is read.
   files = {**c.files, 'small': {'train': f'{folder}/smal.jsonl'}}
@@ -445,6 +492,94 @@ def of_tasks(tmp_path, mix, **changes):
   )
 
 
+@pytest.fixture
+def scored(weather, tmp_path):
+  """Metric functions -> evaluation data of the weather with these."""
+  import seqio
+
+  def opened(*fns, **more):
+    task = seqio.TaskRegistry.get('weather')
+    made = task.replace(name='scored', metric_fns=fns, **more)
+    seqio.TaskRegistry.remove('scored')
+    seqio.TaskRegistry.add_provider('scored', made)
+    return pipeline.open_eval(of_tasks(tmp_path, {}), BYTES, 'scored')
+
+  yield opened
+  seqio.TaskRegistry.remove('scored')
+
+
+def test_metrics_that_are_no_numbers_are_left_out(scored, caplog):
+  from seqio.metrics import Histogram, Scalar, Text
+
+  def several(targets, predictions):
+    right = np.array(
+      [t == p for t, p in zip(targets, predictions, strict=True)], 'f4'
+    )
+    return {
+      'right': right.mean(),
+      'scalar': Scalar(np.float32(0.5)),
+      'text': Text('all is well'),
+      'bars': Histogram(right),
+      'each': right,
+    }
+
+  def silent(targets, predictions):
+    return None
+
+  data = scored(several, silent)
+  found = data.scores(data.examples, ['dry'] * 7)
+  assert found == {'right': pytest.approx(4 / 7), 'scalar': 0.5}
+  assert {type(value) for value in found.values()} == {float}
+  assert data.majority(data.examples) == found
+  for name, kind in (
+    ('text', 'Text'), ('bars', 'Histogram'), ('each', 'ndarray'),
+    ('silent', 'NoneType'),
+  ):  # fmt: skip
+    told = f"scored: the metric '{name}' is left out, as it is no number:"
+    assert caplog.text.count(f'{told} {kind}') == 1
+
+
+def test_metrics_of_scores(scored, caplog):
+  def mean_score(targets, scores):
+    assert len(targets) == len(scores)
+    return {'mean_score': np.mean(scores)}
+
+  def confidence(targets, predictions, aux_values):
+    return {'confidence': np.exp(aux_values['scores']).mean()}
+
+  def lengths(targets, predictions, aux_values):
+    return {'length': np.mean(aux_values['lengths'])}
+
+  data = scored(mean_score, confidence, lengths)
+  three = data.examples[:3]
+  assert data.target_scores(three, [-1.0, -2.0, -6.0]) == {'mean_score': -3.0}
+  said = ['dry', 'wet', 'dry']
+  assert data.scores(three, said) == {'confidence': 1.0}
+  assert data.scores(three, said, [-np.log(2)] * 3) == {
+    'confidence': pytest.approx(0.5)
+  }
+  assert caplog.text.count("'lengths' is left out, as it asks for aux") == 1
+  # Scores of rows whose answer nobody knows are none.
+  hidden = dataclasses.replace(three[0], targets_text='<unk>')
+  found = data.target_scores([hidden, *three[1:]], [-1.0, -2.0, -6.0])
+  assert found == {'mean_score': -4.0}
+
+
+def test_metric_objects_are_named_as_left_out(scored):
+  from seqio.metrics import PassthroughLegacyMetric
+
+  made = PassthroughLegacyMetric.from_metric_fn(metrics.accuracy)
+  data = scored(metrics.accuracy, metric_objs=[made])
+  assert data.scores(data.examples[:1], ['dry']) == {'accuracy': 100.0}
+  (line,) = data.notes()
+  assert line.startswith('scored: the metric ') and 'is left out' in line
+
+
+def test_targets_that_are_no_answers_have_no_majority(weather, tmp_path):
+  data = pipeline.open_eval(of_tasks(tmp_path, {}), BYTES, 'climate')
+  assert data.majority(data.examples) == {}
+
+
 def test_a_batch_of_a_task_by_hand(weather, tmp_path):
   data = pipeline.open_eval(of_tasks(tmp_path, {}), BYTES, 'weather')
   batches = list(data.batches(4))
@@ -496,6 +631,65 @@ def test_long_examples_keep_their_eos(weather, tmp_path):
   fit = lambda ids: pipeline._fit(ids, 3, 1).tolist()
   assert fit([5, 6, 7, 1]) == [5, 6, 1] and fit([5, 1]) == [5, 1, 0]
   assert fit([5, 6, 1]) == [5, 6, 1] and fit([5, 6, 7, 8]) == [5, 6, 7]
+
+
+def test_what_is_cut_is_counted_when_it_is_written(moods, tmp_path):
+  """Inputs of 8 tokens and targets of 6, each with its EOS."""
+  rows = [
+    *({'inputs': 'i' * n, 'targets': 't'} for n in (6, 7, 8, 20)),
+    *({'inputs': 'i', 'targets': 't' * n} for n in (4, 5, 6)),
+  ]
+  data = moods(*rows, labels=())
+  assert data.notes() == [
+    'mood validation: 2 of 7 inputs (28.6%) are longer than'
+    ' data.inputs_length=8 and cut at their end; the longest has 21 tokens.',
+    'mood validation: 1 of 7 targets (14.3%) are longer than'
+    ' data.targets_length=6 and cut at their end; the longest has 7 tokens.',
+  ]
+  # Nothing is read again to know it.
+  (info,) = (
+    json.loads(p.read_text()) for p in tmp_path.glob('cache/*/info.json')
+  )
+  counts = 'cut_inputs', 'longest_inputs', 'cut_targets', 'longest_targets'
+  assert [info[key] for key in counts] == [2, 21, 1, 7]
+  # What fits to the last token is not cut.
+  assert moods(*rows[:2], labels=()).notes() == []
+
+
+def test_a_sentinel_takes_a_place(tmp_path):
+  put(tmp_path / 'data', 'CB/val', CB)
+  longest = len('cb hypothesis: It is wet premise: It rains.') + 1
+  for lengths, cut in (((longest, 14), 0), ((longest - 1, 14), 4)):
+    for suffix, more in (('', 0), ('_1_sentinel', 1)):
+      inputs, targets = (length + more for length in lengths)
+      c = of_tasks(
+        tmp_path / 'cache', {}, data_dir=str(tmp_path / 'data'),
+        inputs_length=inputs, targets_length=targets,
+      )  # fmt: skip
+      notes = pipeline.open_eval(c, BYTES, f'super_glue_cb{suffix}').notes()
+      assert len(notes) == (cut > 0)
+      assert all(f': {cut} of 4 inputs' in line for line in notes)
+
+
+def test_training_on_cut_targets_has_to_be_asked_for(moods, tmp_path):
+  rows = [
+    {'inputs': 'i' * 9, 'targets': 't' * (7 if n == 0 else 3)}
+    for n in range(50)
+  ]
+  moods(*rows, labels=(), split='train')
+  c = of_tasks(tmp_path / 'cache', {'mood': 1}, data_dir=str(tmp_path / 'data'))
+  told = r'1 of 50 targets \(2.0%\) .* learn to stop there: set data.targets_le'
+  told += r'ngth=8, or data.allow_cut=0.02 '
+  for begin in (pipeline.TrainData, pipeline.prepare):
+    with pytest.raises(ValueError, match=told):
+      begin(c, BYTES)
+  for change in ({'targets_length': 8}, {'allow_cut': 0.02}):
+    lines = []
+    changed = dataclasses.replace(c, **change)
+    pipeline.prepare(changed, BYTES, note=lines.append)
+    assert lines == pipeline.TrainData(changed, BYTES).notes
+    # Cut inputs are told, and no reason to stop.
+    assert lines[0].startswith('mood train: 50 of 50 inputs (100.0%)')
 
 
 def test_tasks_and_mixtures_train(weather, tmp_path):
@@ -589,6 +783,102 @@ def test_what_a_test_split_hides_is_not_scored(tmp_path):
   assert [e.targets_text for e in data.examples] == ['<unk>'] * 4
   assert data.scores(data.examples, ['neutral'] * 4) == {}
   assert data.majority(data.examples) == {}
+
+
+@pytest.fixture
+def moods(tmp_path, monkeypatch):
+  """Rows of examples -> the validation split of a task that yields them."""
+  from st_moe.data import task, tasks
+
+  def opened(*rows, labels=('sad', 'happy'), split='validation'):
+    put(tmp_path / 'data', 'mood', rows)
+    files = {split: ('mood.jsonl',)}
+    made = task.TextTask(
+      lambda row, _: [row], (metrics.accuracy,), labels, files=files
+    )
+    monkeypatch.setitem(tasks.TASKS, 'mood', made)
+    c = of_tasks(tmp_path / 'cache', {}, data_dir=str(tmp_path / 'data'))
+    return pipeline.open_eval(c, BYTES, 'mood', split)
+
+  yield opened
+  import seqio
+
+  seqio.TaskRegistry.remove('mood')
+
+
+@pytest.mark.parametrize(
+  'values',
+  [
+    (1234567890123456789, -(2**31) - 1),
+    (2**64, 1),
+    (0.1, 2.5),
+    (1, 0.5),
+    (True, False),
+    ('a', 7),
+    (None, 'a'),
+    (None, None),
+    ([1, 2], []),
+    ([0.5], [1.5, 2]),
+    ([], []),
+    (['a'], None),
+    ([['a']], [[1], None]),
+    ({'a': 1}, {'b': [2]}),
+    ('', 'half a pair: \\ud83d'),
+    (..., 'only here'),
+    (..., 0),
+  ],
+)
+def test_an_example_keeps_what_json_can_hold(moods, values):
+  rows = [
+    {'inputs': 'a', 'targets': 'sad'} | ({} if v is ... else {'note': v})
+    for v in values
+  ]
+  found = [e.fields for e in moods(*rows).examples]
+  assert found == [{} if v is ... else {'note': v} for v in values]
+  assert [type(f.get('note')) for f in found] == [
+    type(None if v is ... else v) for v in values
+  ]
+
+
+def test_an_index_may_be_a_large_number(moods):
+  ids = [1234567890123456789, 2**31, 3]
+  rows = [{'inputs': 'a', 'targets': 'sad', 'idx': i} for i in ids]
+  assert [e.idx for e in moods(*rows).examples] == ids
+
+
+def test_rows_without_an_answer_are_left_out_of_the_scores(moods):
+  say = lambda *targets: [{'inputs': 'a', 'targets': t} for t in targets]
+  data = moods(*say('sad', '<unk>', 'happy', 'sad'))
+  assert [data.told(e) for e in data.examples] == [True, False, True, True]
+  said = ['sad', 'sad', 'sad', 'happy']
+  assert data.scores(data.examples, said) == {
+    'accuracy': pytest.approx(100 / 3)
+  }
+  assert data.majority(data.examples) == {'accuracy': pytest.approx(200 / 3)}
+  assert data.notes() == [
+    'mood: 1 of 4 rows have no answer; they are not scored.'
+  ]
+
+
+def test_a_label_of_minus_one_hides_no_answer_that_is_told(moods):
+  rows = [
+    {'inputs': 'a', 'targets': 'sad', 'label': -1},
+    {'inputs': 'b', 'targets': 'happy', 'label': 1},
+  ]
+  for labels in (('sad', 'happy'), ()):
+    data = moods(*rows, labels=labels)
+    assert data.scores(data.examples, ['sad', 'sad']) == {'accuracy': 50.0}
+
+
+def test_a_query_of_record_without_answers_is_not_scored(tmp_path):
+  silent = {'idx': 7, 'query': 'who @placeholder', 'answers': []}
+  rows = [{**RECORD, 'qas': [*RECORD['qas'], silent]}]
+  put(tmp_path / 'data', 'ReCoRD/val', rows)
+  c = of_tasks(tmp_path / 'cache', {}, data_dir=str(tmp_path / 'data'))
+  data = pipeline.open_eval(c, BYTES, 'super_glue_record')
+  assert len(data) == 4
+  found = data.scores(data.examples, ['Ann', 'Zoë', 'x', 'Ann'])
+  assert found == {'em': 50.0, 'f1': 50.0}
 
 
 RECORD = {
@@ -754,6 +1044,169 @@ def test_changed_code_makes_a_task_of_ones_own_stale(weather, monkeypatch):
     lambda module: source(module) + '# edited' * (module.__name__ == __name__),
   )
   assert before != task_shards._code(task)
+
+
+# Stale tasks: what a task read and did may have changed since.
+
+
+@pytest.fixture
+def remade(weather, tmp_path):
+  """Changes to the weather task -> the inputs that are read from its shards."""
+  import seqio
+
+  def read(**changes):
+    made = seqio.TaskRegistry.get('weather').replace(name='remade', **changes)
+    seqio.TaskRegistry.remove('remade')
+    seqio.TaskRegistry.add_provider('remade', made)
+    c = of_tasks(tmp_path / 'cache', {}, inputs_length=32)
+    data = pipeline.open_eval(c, BYTES, 'remade', 'train')
+    return [BYTES.decode(e.inputs) for e in data.examples]
+
+  yield read
+  seqio.TaskRegistry.remove('remade')
+
+
+def _written(folder):
+  found = folder.glob('cache/*/info.json')
+  return sorted((path, path.stat().st_mtime_ns) for path in found)
+
+
+def _begun(word):
+  """Preprocessors that put a word before inputs, the last two as usual."""
+  import seqio
+
+  @seqio.map_over_dataset
+  def begin(x):
+    return x | {'inputs': word + ' ' + x['inputs']}
+
+  usual = seqio.preprocessors
+  return [begin, usual.tokenize, usual.append_eos_after_trim]
+
+
+def _begun_by(dataset, *, word):
+  return dataset.map(lambda x: x | {'inputs': word + x['inputs']})
+
+
+def test_an_argument_of_a_preprocessor_changed(remade, tmp_path):
+  import seqio
+
+  usual = _begun('')[1:]
+  by = lambda word: [functools.partial(_begun_by, word=word), *usual]
+  for made in (_begun, by):
+    old = remade(preprocessors=made('It will'))
+    before = _written(tmp_path)
+    assert remade(preprocessors=made('It will')) == old
+    assert _written(tmp_path) == before  # The same is not done twice.
+    new = remade(preprocessors=made('Heavy'))
+    assert [x.removeprefix('Heavy') for x in new] == [
+      x.removeprefix('It will') for x in old
+    ]
+  # A place for SeqIO's own cache is no step.
+  held = lambda word: [*by(word)[:1], seqio.CacheDatasetPlaceholder(), *usual]
+  assert remade(preprocessors=held('Heavy')) == new
+  assert remade(preprocessors=held('It will')) == old
+
+
+def test_the_module_of_a_preprocessor_was_edited(remade, tmp_path, monkeypatch):
+  """Though it has it from another: `from helpers import word`."""
+  monkeypatch.syspath_prepend(tmp_path)
+  steps = 'import helpers_of_mine as h\nfrom helpers_of_mine import word\n'
+  (tmp_path / 'steps_of_mine.py').write_text(
+    f'{steps}def begin(ds):\n'
+    "  return ds.map(lambda x: x | {'inputs': word() + x['inputs']})\n"
+  )
+  found = []
+  for word in ('old ', 'renewed '):
+    (tmp_path / 'helpers_of_mine.py').write_text(f'def word(): return {word!r}')
+    for name in ('helpers_of_mine', 'steps_of_mine'):
+      sys.modules.pop(name, None)
+    begin = importlib.import_module('steps_of_mine').begin
+    found.append(remade(preprocessors=[begin, *_begun('')[1:]]))
+  assert [x[:8] for x in (found[0][0], found[1][0])] == ['old rain', 'renewed ']
+
+
+def test_a_file_behind_a_function_was_replaced(remade, tmp_path):
+  import seqio
+  import tensorflow as tf
+
+  path = tmp_path / 'rows'
+
+  def rows(split, shuffle_files, seed=None):
+    lines = path.with_suffix('.txt').read_text().split()
+    return tf.data.Dataset.from_tensor_slices(
+      {'inputs': lines, 'targets': lines}
+    )
+
+  source = seqio.FunctionDataSource(rows, splits=('train',))
+  for text in ('one two', 'six ten', 'one'):  # Of the same size, too.
+    path.with_suffix('.txt').write_text(text)
+    assert remade(source=source) == text.split()
+    before = _written(tmp_path)
+    assert remade(source=source) == text.split()
+    assert _written(tmp_path) == before
+
+
+def test_the_files_of_a_source_were_replaced(remade, tmp_path, monkeypatch):
+  import seqio
+  import tensorflow as tf
+
+  monkeypatch.chdir(tmp_path)
+  feature = {
+    k: tf.io.FixedLenFeature([], tf.string) for k in ('inputs', 'targets')
+  }
+  both = lambda ds: ds.map(lambda x: {'inputs': x, 'targets': x})
+  usual = _begun('')[1:]
+
+  def lines(texts):
+    pathlib.Path('a').write_text('\n'.join(texts))
+
+  def protos(texts):
+    with tf.io.TFRecordWriter('b.tfrecord') as writer:
+      for text in texts:
+        value = tf.train.Feature(
+          bytes_list=tf.train.BytesList(value=[text.encode()])
+        )
+        features = tf.train.Features(feature=dict.fromkeys(feature, value))
+        writer.write(tf.train.Example(features=features).SerializeToString())
+
+  # Names without a folder, as they are written where the data lie.
+  by_line = {
+    'source': seqio.TextLineDataSource({'train': 'a'}),
+    'preprocessors': [both, *usual],
+  }
+  by_proto = {
+    'source': seqio.TFExampleDataSource({'train': 'b.tfrecord'}, feature),
+    'preprocessors': usual,
+  }
+  for write, asked in ((lines, by_line), (protos, by_proto)):
+    for texts in (['one', 'two'], ['six', 'ten'], ['one']):
+      write(texts)
+      assert remade(**asked) == texts
+      before = _written(tmp_path)
+      assert remade(**asked) == texts
+      assert _written(tmp_path) == before
+
+
+def test_what_cannot_be_known_is_written_anew(remade, tmp_path, caplog):
+  usual, words = _begun('')[1:], (word for word in 'ab')
+
+  def begin(dataset):
+    word = next(words)
+    return dataset.map(lambda x: x | {'inputs': word + x['inputs']})
+
+  for word in 'ab':
+    assert remade(preprocessors=[begin, *usual])[0] == f'{word}rain 0'
+  assert len(_written(tmp_path)) == 1
+  assert caplog.text.count('<genexpr> (TypeError) changed cannot be told') == 1
+
+
+def test_all_of_our_tasks_can_be_told_apart():
+  import seqio
+
+  from st_moe.data import task_shards, tasks
+
+  for name in tasks.TASKS:
+    assert task_shards._code(seqio.TaskRegistry.get(name))[1] == []
 
 
 def test_a_task_without_inputs_is_refused(tmp_path):

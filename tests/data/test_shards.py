@@ -59,15 +59,14 @@ def test_documents_are_joined_and_cut(tmp_path, cache):
   found = write(cache, str(tmp_path / 'a.txt'), raw_tokens=4)
   a = 100  # 'a' is byte 97, after 3 special ids.
   assert chunks(found) == [
-    [a, a + 1, a + 2, 1],
-    [a + 3, a + 4, 1, a + 5],
-    [a + 6, a + 7, a + 8, 1],
+    [a, a + 1, a + 2, a + 3],
+    [a + 4, a + 5, a + 6, a + 7],
   ]
 
 
-@pytest.mark.parametrize('length, sizes', [(70, [40]), (71, [40, 32])])
+@pytest.mark.parametrize('length, sizes', [(71, [40]), (72, [40, 32])])
 def test_a_last_chunk_is_kept_from_32_tokens_on(tmp_path, cache, length, sizes):
-  (tmp_path / 'a.txt').write_text('x' * length)  # And an EOS.
+  (tmp_path / 'a.txt').write_text('x' * length)
   found = write(cache, str(tmp_path / 'a.txt'))
   assert [len(chunk) for chunk in chunks(found)] == sizes
 
@@ -80,8 +79,8 @@ def test_what_is_known_of_them(corpus, cache):
   info = json.loads((pathlib.Path(found.directory) / 'info.json').read_text())
   assert info == found.info
   assert info['documents'] == 9
-  # Characters, and an EOS for each document.
-  assert info['tokens'] == 48 + 60 + 69 + 6 * 90 + 9
+  # Characters; nothing stands between documents.
+  assert info['tokens'] == 48 + 60 + 69 + 6 * 90
   assert (
     info['records']
     == len(found)
@@ -289,7 +288,7 @@ def test_a_full_disk(corpus, cache, monkeypatch):
 
 def test_too_little_text(tmp_path, cache):
   (tmp_path / 'a.txt').write_text('abc')
-  with pytest.raises(ValueError, match='no training .*1 documents with 4 tok'):
+  with pytest.raises(ValueError, match='no training .*1 documents with 3 tok'):
     write(cache, str(tmp_path / 'a.txt'))
 
 
@@ -344,6 +343,10 @@ def test_the_default_place(monkeypatch):
   monkeypatch.setenv('HOME', '/home/somebody')
   assert str(shards.cache_root('')) == '/home/somebody/.cache/st_moe'
   assert str(shards.cache_root('~/x')) == '/home/somebody/x'
+  monkeypatch.setattr(os.path, 'expanduser', lambda path: path)
+  with pytest.raises(ValueError, match='~/x: nobody knows the home directory'):
+    shards.cache_root('~/x')
+  assert not str(shards.cache_root('')).startswith('~')
 
 
 @pytest.mark.parametrize(

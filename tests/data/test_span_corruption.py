@@ -42,7 +42,7 @@ def test_lengths_of_t5():
 
 
 def t5_lengths(inputs_length, density, mean_span):
-  """`random_spans_helper` of T5, its numpy spelled in Python."""
+  """`random_spans_helper` of T5, to the letter."""
 
   def lengths(tokens):
     noise = round(tokens * density)
@@ -52,11 +52,25 @@ def t5_lengths(inputs_length, density, mean_span):
   tokens = inputs_length - 1
   while lengths(tokens + 1)[0] <= inputs_length:
     tokens += 1
-  return tokens, lengths(tokens)[1]
+  targets = lengths(tokens)[1]
+  if density == 0.5 and targets > inputs_length:
+    tokens, targets = tokens - 1, targets - 1
+  return tokens, targets
 
 
-@pytest.mark.parametrize('inputs_length', [32, 64, 100, 128, 512, 513, 1024])
-@pytest.mark.parametrize('density, mean_span', [(0.15, 3), (0.3, 5), (0.15, 1)])
+def test_half_noise_is_that_of_t5():
+  """As in UL2's and T5's ablations: inputs and targets of one length."""
+  half = {'density': 0.5, 'mean_span': 3.0}
+  assert span_corruption.chunk_lengths(512, **half) == (766, 512)
+
+
+@pytest.mark.parametrize(
+  'inputs_length', [32, 64, 100, 127, 128, 512, 513, 1024]
+)
+@pytest.mark.parametrize(
+  'density, mean_span',
+  [(0.15, 3), (0.3, 5), (0.15, 1), (0.15, 8), (0.5, 3), (0.5, 8), (0.5, 32)],
+)
 def test_lengths_follow_t5(inputs_length, density, mean_span):
   found = span_corruption.chunk_lengths(
     inputs_length, density=density, mean_span=mean_span

@@ -219,6 +219,36 @@ def test_a_file_without_rows_is_an_error(tmp_path, content):
   assert str(error.value) == f'{path}: no rows; a task needs at least one.'
 
 
+@pytest.mark.parametrize(
+  'change, expected',
+  [
+    ({'inputs': 5}, "'inputs' is 5; it must be text."),
+    ({'targets': None}, "'targets' is None; it must be text."),
+    ({'inputs': '\ud83d'}, "'inputs' is not UTF-8 (surrogates not allowed)."),
+    ({'note': ['\ud83d']}, "'note' is not UTF-8 (surrogates not allowed)."),
+    ({'note': {1, 2}}, "'note' is {1, 2}, which JSON cannot hold."),
+    ({'note': b'a'}, "'note' is b'a', which JSON cannot hold."),
+  ],
+)
+def test_an_example_that_cannot_be_kept_names_its_line(
+  tmp_path, change, expected
+):
+  good = {'inputs': 'a', 'targets': 'b'}
+  make = lambda row, split: [good | change if row['bad'] else good]
+  task = TextTask(make, files={'train': ('a.jsonl',)})
+  path = put(tmp_path, 'a.jsonl', [{'bad': False}, {'bad': True}])
+  with pytest.raises(ValueError) as error:
+    task.load('train', str(tmp_path))
+  assert str(error.value) == f'{path}, line 2: {expected}'
+
+
+def test_half_a_surrogate_names_the_field_of_the_row(tmp_path):
+  half = row(0, ('a', 'yes'), ('\ud83d', 'no'))
+  put(tmp_path, 'toys/Toy/val.jsonl', [TWO[0], half])
+  with pytest.raises(ValueError, match="val.jsonl, line 2: 'text' is not UTF"):
+    TASK.load('validation', str(tmp_path))
+
+
 def test_a_file_that_goes_away_is_named(tmp_path):
   with pytest.raises(ValueError, match='gone.jsonl: no such file'):
     list(TASK.read(tmp_path / 'gone.jsonl'))
@@ -307,7 +337,8 @@ def test_labels_are_texts_truth_values_or_numbers(labels, label, expected):
   + [(LABELS, True), (COPA, False), (BOOLEAN, 'true')],
 )
 def test_an_unknown_label_is_an_error_in_every_split(labels, label):
-  for split in ('train', 'test'):
+  hides = label in ('', -1, None)  # In a test split; see below.
+  for split in ('train', 'validation', *['test'] * (not hides)):
     with pytest.raises(ValueError) as error:
       label_text({'label': label}, split, labels)
     for part in (f'label {label!r} ', *map(repr, labels), '0 to 1'):
@@ -319,6 +350,14 @@ def test_only_a_test_row_may_lack_its_label():
   for split in ('train', 'validation'):
     with pytest.raises(ValueError, match="no field 'label' in {'a': 1}; only"):
       label_text({'a': 1}, split, LABELS)
+
+
+@pytest.mark.parametrize('label', [-1, None, '', -1.0])
+def test_a_test_row_may_hide_its_label_as_others_do(label):
+  """HuggingFace and TFDS say -1, official files null or nothing."""
+  assert label_text({'label': label}, 'test', LABELS) == task_lib.UNKNOWN
+  # Unless it is an answer.
+  assert label_text({'label': ''}, 'test', ('', 'yes')) == ''
 
 
 def test_a_label_may_have_another_name():

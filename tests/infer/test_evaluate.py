@@ -403,25 +403,6 @@ def test_a_checkpoint_that_left_its_run_is_scored_beside_it(run, tmp_path):
   assert (tmp_path / 'shared' / 'evaluation' / 'metrics.json').exists()
 
 
-def test_cut_inputs_are_told(run, monkeypatch, capsys):
-  def source(library, name, split):
-    found = _source(library, name, split)
-    if name == 'quiz':  # One of four has all the four tokens there may be.
-      found.examples = [
-        dataclasses.replace(e, inputs=e.inputs[: 3 + (i % 4 == 0)])
-        for i, e in enumerate(found.examples)
-      ]
-    return found
-
-  monkeypatch.setattr(pipeline, 'EvalData', source)
-  run(mixture=['quiz'])
-  said = capsys.readouterr().out
-  told = 'quiz: 25.0% of inputs fill data.inputs_length=4; what is longer was'
-  assert said.count('inputs fill') == 1 and told in said
-  run(mixture=['quiz'], overrides={'data.inputs_length': '5'})
-  assert 'inputs fill' not in capsys.readouterr().out
-
-
 def test_every_checkpoint(run, tmp_path, capsys):
   newest = run(every_step=True, mixture=['bool'])
   to = tmp_path / 'run' / 'evaluation'
@@ -546,6 +527,8 @@ def workdir(tmp_path_factory):
 
 
 def test_a_run_from_its_files(workdir, capsys):
+  from st_moe.data import tasks
+
   few = {'evaluate.batches': '1', 'evaluate.decode': 'false'}
   # Zero-rate tasks are none that it was trained on.
   newest = evaluate.evaluate(workdir, every_step=True, overrides=few)
@@ -560,7 +543,16 @@ def test_a_run_from_its_files(workdir, capsys):
   lowest = min(losses, key=losses.get)
   assert best['eval/tiny_cb/loss'] == [lowest, losses[lowest]]
   said = capsys.readouterr().out
-  assert 'tiny_cb: 100.0% of inputs fill data.inputs_length=16' in said
+  # Its bytes are cut, and it is told what would not cut them.
+  assert (
+    'tiny_cb validation: 600 of 600 inputs (100.0%) are longer than'
+    ' data.inputs_length=16 and cut at their end; the longest has' in said
+  )
+  longest = max(
+    len(f'{e["inputs"]}'.encode()) + 1
+    for e in tasks.TASKS['tiny_cb'].load('validation')
+  )
+  assert f'the longest has {longest} tokens.' in said and longest > 16
   # By name it is both of its tasks. The newest checkpoint is 12, not 3.
   again = evaluate.evaluate(workdir, mixture=['mostly_cb'], overrides=few)
   assert {name.split('/')[1] for name in again} == {'tiny_cb', 'tiny_copa'}
@@ -582,6 +574,30 @@ def test_a_run_from_its_files(workdir, capsys):
 def test_what_cannot_be_evaluated(workdir, options, message):
   with pytest.raises(ValueError, match=message):
     evaluate.evaluate(workdir, **options)
+
+
+def test_a_task_that_a_module_had_is_told_by_the_checkpoint(
+  tmp_path, monkeypatch
+):
+  """And the module is not imported: anybody may have written its name."""
+  config = Config(
+    model=tiny(vocab_size=VOCABULARY.size),
+    data=DataConfig(mixture={'mine': 1}, cache_dir=str(tmp_path / 'cache')),
+  )
+  one = np.ones((1, 1), np.int32)
+  params = random_params(Transformer(config.model), one, one, one)
+  run = checkpoint.describe_run(
+    config_file.to_dict(config), b'', modules=['this', 'json']
+  )
+  checkpoint.save_params(tmp_path / 'run', params, run)
+  monkeypatch.delitem(sys.modules, 'this', raising=False)
+  with pytest.raises(ValueError) as error:
+    evaluate.evaluate(tmp_path / 'run')
+  assert str(error.value) == (
+    "Unknown data source 'mine'. When this run was trained, it was registered"
+    ' by a module: add --module_import=this, if you trust its code.'
+  )
+  assert 'this' not in sys.modules
 
 
 def test_checkpoints_that_are_none(workdir, tmp_path):

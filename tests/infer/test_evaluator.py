@@ -378,6 +378,17 @@ def test_a_test_split_has_predictions_and_no_scores():
   assert _predictions(rows, 'decoding') == [SPOKEN[q] for q, _ in ROWS]
 
 
+def test_what_is_told_is_scored():
+  """Rows without an answer are answered and count nowhere."""
+  few = ROWS[:6]
+  mixed = [few[0], (2, UNKNOWN), *few[1:], (1, UNKNOWN)]
+  found, rows = _measure(Source(mixed), decode=True)
+  wanted, _ = _measure(Source(few), decode=True)
+  assert found.pop('examples') == 8 and wanted.pop('examples') == 6
+  assert found == pytest.approx(wanted, rel=1e-5)
+  assert len(_predictions(rows)) == 8
+
+
 def test_the_test_split_of_wsc_names_a_noun_and_no_label():
   """Nobody knows whether the noun is meant; a submission needs it."""
   spec = superglue.TASKS['wsc']
@@ -392,6 +403,26 @@ def test_the_test_split_of_wsc_names_a_noun_and_no_label():
   assert [row['target'] for row in rows] == ['yes', 'dog']
   assert _predictions(rows, 'decoding') == ['yes', 'no']
   assert _evaluator().names([source]) == ['eval/quiz/examples']
+
+
+def test_metrics_of_scores_get_those_of_the_targets():
+  mean = lambda targets, scores: {'mean_score': sum(scores) / len(scores)}
+  sure = lambda targets, predictions, aux: {'sure': sum(aux['scores'])}
+  rows = [*ROWS[:4], (2, UNKNOWN)]
+  source = Source(rows, labels=(), metrics=())
+  source.score_fns = (mean,)
+  found, said = _measure(source)
+  wanted = sum(log_probability(*row) for row in ROWS[:4]) / 4
+  assert found['mean_score'] == pytest.approx(wanted, rel=1e-5)
+  # Nothing compares what it would have said, so it says nothing.
+  assert said == [] and _evaluator().names([source]) == [
+    f'eval/quiz/{name}' for name in found
+  ]
+  source.aux_fns = (sure,)
+  found, said = _measure(source)
+  assert _predictions(said, 'decoding') == [SPOKEN[q] for q, _ in rows]
+  wanted = sum(log_probability(q, SPOKEN[q]) for q, _ in ROWS[:4])
+  assert found['decoded_sure'] == pytest.approx(wanted, rel=1e-4)
 
 
 # Batches, devices, several sources.
@@ -469,6 +500,7 @@ KINDS = {
   'free': {'labels': ()},
   'text': {'labels': (), 'is_text': True},
   'hidden': {'rows': [(1, UNKNOWN)] * 3},
+  'half hidden': {'rows': [(1, UNKNOWN)] * 60 + [(1, 'yes')]},
   'choices': {'rows': [(1, 'yes', {'choices': ('no', 'yes')})], 'labels': ()},
   # More than are looked at.
   'sixty': {'rows': [(1, 'yes')] * 60},

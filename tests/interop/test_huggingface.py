@@ -759,8 +759,6 @@ def test_a_size_that_is_none(field, value, tmp_path):
   _t5(tmp_path, **{field: value})
   message = f'{field} is .* it should be a whole num'
   with pytest.raises(ValueError, match=message):
-    ValueError, match=f'{field} is .* it should be a whole num'
-  ):
     convert.open_source(f'hf:{tmp_path}')
 
 

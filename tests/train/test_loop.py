@@ -104,7 +104,7 @@ def _load(written, arg='', **overrides):
 def run(written, tmp_path_factory):
   """The workdir of an unbroken run of 6 steps."""
   workdir = tmp_path_factory.mktemp('runs') / 'whole'
-  loop.train(_load(written), workdir, config_path=written)
+  loop.train(_load(written), workdir, config_path=written, modules=['my_tasks'])
   return workdir
 
 
@@ -219,6 +219,18 @@ def test_a_broken_run_ends_as_an_unbroken_one(copy, run, written, capsys):
   assert [row['step'] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 8]
   assert rows[:6] == _steps(run)
   assert len([r for r in read_rows(copy) if 'loss' not in r]) == 4
+
+
+def test_a_run_of_older_batches_is_told(copy, written, capsys, monkeypatch):
+  shutil.rmtree(copy / 'checkpoints' / '6')
+  monkeypatch.setattr(pipeline, 'BATCHES', pipeline.BATCHES + 1)
+  loop.train(_load(written), copy)
+  told = 'batches were drawn in another order: from step 4 on they are not'
+  assert capsys.readouterr().out.count(told) == 1
+  # It says so once more only if it goes on once more; and what it imported.
+  run = checkpoint.read_run(copy)
+  assert run['batches'] == pipeline.BATCHES
+  assert st_moe.load(copy / 'checkpoints' / '4').modules == ('my_tasks',)
 
 
 def test_a_run_that_is_told_to_stop_saves_and_goes_on(
