@@ -16,6 +16,7 @@ from st_moe.infer import submission as submissions
 from st_moe.infer.evaluator import Evaluator, flat
 from st_moe.infer.load import load, no_vocabulary
 from st_moe.interop import convert
+from st_moe.model import moe
 from st_moe.train import checkpoint
 from st_moe.train.report import best_steps
 
@@ -94,7 +95,9 @@ def _set(config: Config, fields: dict) -> Config:
   values = config_file.to_dict(config)
   for field, value in fields.items():
     values = config_file.set_field(values, field, value)
-  return config_file.from_dict(values)
+  config = config_file.from_dict(values)
+  moe.check(config.model.moe)
+  return config
 
 
 def _mesh(path, overrides: dict):
