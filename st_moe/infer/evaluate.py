@@ -19,6 +19,7 @@ from st_moe.infer import submission as submissions
 from st_moe.infer.evaluator import Evaluator, flat
 from st_moe.infer.load import check_answers, load, no_vocabulary
 from st_moe.interop import convert
+from st_moe.model import moe
 from st_moe.train import checkpoint
 from st_moe.train.report import best_steps
 
@@ -169,7 +170,9 @@ def _set(config: Config, fields: dict) -> Config:
   values = config_file.to_dict(config)
   for field, value in fields.items():
     values = config_file.set_field(values, field, value)
-  return config_file.from_dict(values)
+  config = config_file.from_dict(values)
+  moe.check(config.model.moe)
+  return config
 
 
 def _is_own(loaded) -> bool:

@@ -465,8 +465,8 @@ def test_bfloat16_leaves_the_router_in_float32():
   ],
 )
 def test_names_that_are_not_in_the_tables(changes, message):
-  config = with_moe(tiny(), **changes)
   with pytest.raises(ValueError, match=message):
+    config = with_moe(tiny(), **changes)
     jax.eval_shape(
       lambda: MoE(config, 8).init(jax.random.key(0), _x(), _ctx(_valid()))
     )
