@@ -467,7 +467,7 @@ class CheckpointConfig:
   """When checkpoints are written and which of them stay."""
 
   every: int = 1000
-  keep_last: int = 2
+  keep_last: int = 2  # 0: all.
   keep_every: int = 0  # Steps; 0: none are kept for ever.
   # Metrics; the best checkpoint of each stays. Separated by commas, * is any:
   # 'eval/*/accuracy,eval/*/f1'; '-eval/x/loss' is the lowest.

@@ -212,6 +212,22 @@ def agreed(decide: Callable):
   return said['value']
 
 
+def gathered(key: str, value) -> list:
+  """Each process's value, of JSON, on every process, in their order.
+
+  `key` is the same on all of them and new each time. Unlike `agreed` this may
+  be called from any thread.
+  """
+  if count() == 1:
+    return [value]
+  store = distributed.global_state.client
+  store.key_value_set(f'st_moe/{key}/{index()}', json.dumps(value))
+  return [
+    json.loads(store.blocking_key_value_get(f'st_moe/{key}/{i}', _PATIENCE))
+    for i in range(count())
+  ]
+
+
 def in_turn(make: Callable):
   """`make()` on process 0, then on the others, which find on disk what it left.
 

@@ -45,10 +45,7 @@ def evaluate(
   Returns:
     The metrics; of `every_step`, those of the newest.
   """
-  steps = [path]
-  if every_step:
-    names = hosts.agreed(lambda: [*map(str, checkpoint.all_steps(path))])
-    steps = [epath.Path(name) for name in names]
+  steps = checkpoint.all_steps(path) if every_step else [path]
   opened = functools.partial(
     load, vocabulary=vocabulary, mesh=_mesh(steps[0], overrides or {})
   )

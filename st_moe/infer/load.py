@@ -6,14 +6,14 @@ import functools
 import jax
 from jax.sharding import Mesh
 
-from st_moe import hosts, sharding
+from st_moe import sharding
 from st_moe.config import Config
 from st_moe.data import vocabulary as vocabulary_lib
 from st_moe.interop import convert
 from st_moe.model import layout
 from st_moe.model.layers import activation_dtype
 from st_moe.model.transformer import Transformer
-from st_moe.train import checkpoint, step
+from st_moe.train import step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,9 +131,9 @@ def load(
     ValueError: there is no checkpoint, or it is damaged.
   """
   name, where = convert.split(path)
+  source = convert.open_source(path)
   if name == 'st_moe':
-    where = hosts.agreed(lambda: str(checkpoint.find(where)))
-  source = convert.open_source(f'{name}:{where}')
+    where = source.where
   if for_answers:
     unrolled = dataclasses.replace(source.config.model, scan_layers=False)
     source.config = dataclasses.replace(source.config, model=unrolled)

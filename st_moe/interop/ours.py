@@ -67,9 +67,10 @@ def _as_asked(array, abstract):
 
 
 def open_source(where: str) -> Source:
-  run = checkpoint.read_run(where)
+  found = checkpoint.find(where)  # Once: all is read from the same.
+  run = checkpoint.read_run(found)
   config = config_file.from_dict(run['config'])
-  return Source(where, config, checkpoint.vocabulary_of(run))
+  return Source(f'{found}', config, checkpoint.vocabulary_of(run))
 
 
 def save(where: str, params, config: Config, vocabulary: bytes | None) -> None:

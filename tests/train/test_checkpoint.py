@@ -65,13 +65,15 @@ def _abstract(state):
   )
 
 
-def _save(workdir, *steps, scores=None, best=(), **config):
+def _save(workdir, *steps, scores=None, known=None, best=(), **config):
+  """`scores` come after their step; `known` are those of an earlier start."""
   checkpoints = checkpoint.Checkpoints(
-    workdir, CheckpointConfig(**config), best
+    workdir, CheckpointConfig(**config), best, known
   )
   for step in steps:
-    metrics = scores and scores.get(step)
-    checkpoints.save(step, _state(step), {'step': step}, metrics)
+    checkpoints.save(step, _state(step), {'step': step})
+    if scores and step in scores:
+      checkpoints.score(step, scores[step])
   checkpoints.close()
 
 
@@ -147,7 +149,8 @@ def test_the_best_stays(tmp_path, name, best):
   }
   _save(tmp_path, 1, 2, 3, 4, 5, scores=scores, best=[name], keep_last=1)
   assert _steps(tmp_path) == [best, 5]
-  _save(tmp_path, 6, 7, scores={6: {'score': 4.0}}, best=[name], keep_last=1)
+  later = {6: {'score': 4.0}}
+  _save(tmp_path, 6, 7, scores=later, known=scores, best=[name], keep_last=1)
   assert _steps(tmp_path) == [best, 7]
   (state, _), _ = _restore(tmp_path)
   assert state.step == 7  # It goes on from the last all the same.
@@ -290,7 +293,7 @@ def test_a_full_disk_is_said_in_words(tmp_path, monkeypatch, method):
     raise OSError(errno.ENOSPC, 'No space left on device')
 
   with monkeypatch.context() as patch:
-    patch.setattr(checkpoints._manager, method, full)
+    patch.setattr(checkpoints._writer, method, full)
     with pytest.raises(
       ValueError, match=r'The disk of .*checkpoints is full. Older .* intact'
     ):
@@ -325,7 +328,7 @@ def test_other_errors_are_themselves(tmp_path, monkeypatch):
   def forbidden(*_, **__):
     raise PermissionError(errno.EACCES, 'Permission denied')
 
-  monkeypatch.setattr(checkpoints._manager, 'save', forbidden)
+  monkeypatch.setattr(checkpoints._writer, 'save', forbidden)
   with pytest.raises(PermissionError):
     checkpoints.save(1, _state(1), {})
   checkpoints.close()
