@@ -270,22 +270,32 @@ def spread_whole(tree, sharding: jax.sharding.Sharding):
 
 
 @contextlib.contextmanager
-def preemption() -> Iterator[Callable[[int], bool]]:
-  """A function to be asked after every step: save this one and stop?
+def preemption() -> Iterator[Callable[[], bool]]:
+  """A function to be asked after every piece of work: save and stop?
 
-  Yes, after SIGTERM. Several processes all get their yes at the same step, one
-  that none of them has finished when the signal arrives at any of them.
+  Yes, after SIGTERM. Several processes ask equally often and all get their yes
+  at the same question, one that none of them has asked when the signal arrives
+  at any of them.
   """
   if count() > 1:
-    yield multihost_utils.reached_preemption_sync_point
+    numbers, came = itertools.count(1), []
+
+    def stops():
+      if not came and multihost_utils.reached_preemption_sync_point(
+        next(numbers)
+      ):
+        came.append(True)
+      return bool(came)
+
+    yield stops
     return
   if threading.current_thread() is not threading.main_thread():
-    yield lambda step: False  # Only the main thread may handle signals.
+    yield lambda: False  # Only the main thread may handle signals.
     return
   came = []
   before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
   try:
-    yield lambda step: bool(came)
+    yield lambda: bool(came)
   finally:
     signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 

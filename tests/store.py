@@ -40,7 +40,8 @@ class Store:
     return (self.root / name).is_file()
 
   def names(self, prefix=''):
-    found = (p for p in self.root.rglob('*') if p.is_file())
+    folder = self.root / prefix.rpartition('/')[0]
+    found = (p for p in folder.rglob('*') if p.is_file())
     names = sorted(p.relative_to(self.root).as_posix() for p in found)
     return [n for n in names if n.startswith(prefix)]
 
@@ -114,30 +115,21 @@ class _Files(fsspec.AbstractFileSystem):
 
   def ls(self, path, detail=True, **_):
     path = self._strip_protocol(path)
-    store, found = self.store, {}
-    if path in store:
-      found[path] = self._entry(path)
-    for name in store.names(f'{path}/'):
-      first, below, _ = name.removeprefix(f'{path}/').partition('/')
-      whole = f'{path}/{first}'
-      found[whole] = self._entry(whole, directory=bool(below))
-    if not found:
-      raise FileNotFoundError(path)
-    return list(found.values()) if detail else list(found)
+    names = [path]
+    if path not in self.store:
+      names = [f'{path}/{name}' for name in os.listdir(self.store.root / path)]
+    return [*map(self._entry, sorted(names))] if detail else sorted(names)
 
-  def _entry(self, name, *, directory=False):
-    if directory:
+  def _entry(self, name):
+    path = self.store.root / name
+    if path.is_dir():
       return {'name': name, 'size': 0, 'type': 'directory'}
-    stat = (self.store.root / name).stat()
+    stat = path.stat()
     entry = {'name': name, 'size': stat.st_size, 'type': 'file'}
     return entry | {'mtime': stat.st_mtime}
 
   def info(self, path, **_):
-    path = self._strip_protocol(path)
-    if path in self.store:
-      return self._entry(path)
-    self.ls(path)
-    return self._entry(path, directory=True)
+    return self._entry(self._strip_protocol(path))
 
   def _open(self, path, mode='rb', **_):
     if mode == 'rb':

@@ -213,7 +213,7 @@ def _note(path: epath.Path) -> dict | None:
   """What is known of a part; None if it is missing or not as it was written."""
   try:
     note = json.loads(path.with_suffix('.json').read_text())
-    return note if path.stat().length == note['bytes'] else None
+    return note if files.size(path) == note['bytes'] else None
   except (FileNotFoundError, ValueError, KeyError):
     return None
 
@@ -223,7 +223,7 @@ def _download(directory: epath.Path, parts: Sequence[Mapping]) -> epath.Path:
   local = cache_root('') / directory.name
   for part in parts:
     path = local / part['file']
-    if not path.exists() or path.stat().length != part['bytes']:
+    if not path.exists() or files.size(path) != part['bytes']:
       with files.appearing(path) as temp:
         files.copy(directory / part['file'], temp)
   return local

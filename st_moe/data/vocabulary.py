@@ -105,7 +105,7 @@ class Vocabulary:
       if path.read_bytes() == self.model:
         return self.path
     copy = pathlib.Path(tempfile.gettempdir(), f'{self.fingerprint}.model')
-    if not copy.exists():
+    if not copy.exists() or copy.read_bytes() != self.model:
       files.write_whole(copy, self.model)
     return str(copy)
 
@@ -126,6 +126,11 @@ def load(path: str) -> Vocabulary:
       ' is needed.'
     )
   vocabulary = Vocabulary(str(file), file.read_bytes())
+  if not vocabulary.model:
+    raise ValueError(
+      f'data.vocabulary {path} is an empty file; a SentencePiece model or'
+      " 'bytes' is needed."
+    )
   try:
     pieces = vocabulary._pieces
   except RuntimeError as e:

@@ -45,9 +45,11 @@ class Evaluator:
       eos=vocabulary.eos,
     )
 
-  def __call__(self, params, sources) -> dict[str, float]:
+  def __call__(
+    self, params, sources, *, progress=lambda done: None
+  ) -> dict[str, float]:
     """Metrics 'eval/SOURCE/NAME' of every source (`pipeline.EvalData`)."""
-    return flat(self.measure(params, sources))
+    return flat(self.measure(params, sources, progress=progress))
 
   def measure(
     self, params, sources, *, progress=lambda done: None
@@ -55,12 +57,15 @@ class Evaluator:
     """Source -> its metrics and, of a task, what was predicted.
 
     Args:
-      progress: told how many more questions were answered, now and then.
+      progress: told after every batch how many more questions were answered.
     """
     found, tasks = {}, []
     for source in sources:
       if source.is_text:
-        found[source.name] = {'loss': self._text_loss(params, source)}, []
+        found[source.name] = (
+          {'loss': self._text_loss(params, source, progress)},
+          [],
+        )
       else:
         tasks.append((source, *self._questions(source)))
         found[source.name] = None  # Keeps the order.
@@ -71,7 +76,7 @@ class Evaluator:
       found[source.name] = self._scored(source, examples, asked, mine)
     return found
 
-  def _text_loss(self, params, source) -> float:
+  def _text_loss(self, params, source, progress) -> float:
     """Nats per target token."""
     asked, terms = self._config.evaluate, []
     size = asked.batch_size or self._config.data.batch_size
@@ -82,6 +87,7 @@ class Evaluator:
       with sharding.use(self._mesh):
         batch = hosts.spread_whole(batch, sharding.batch_sharding(self._mesh))
         terms.append(jax.device_get(self._terms(params, batch)))
+      progress(0)
     loss = [t['cross_entropy'] for t in terms]
     total, weight = np.sum(loss, axis=0, dtype=float)
     return total / max(weight, 1)

@@ -349,7 +349,9 @@ def find(path) -> epath.Path:
     return path
   wrong = {}
   for directory in (path / 'checkpoints', path):
-    for found in _checked(directory, wrong):
+    if found := next(_checked(directory, wrong), None):
+      if text := _unguarded(found):
+        warn(text)
       return found
     if wrong:
       raise _none_left(directory, wrong)
@@ -376,22 +378,26 @@ def all_steps(path) -> list[epath.Path]:
   return found[::-1]
 
 
-def _checked(directory: epath.Path, wrong: dict) -> Iterator[epath.Path]:
+def warn(line: str) -> None:
+  """On standard error: the answers of a command stand alone on the other."""
+  if hosts.first():
+    print(line, file=sys.stderr, flush=True)
+
+
+def _checked(
+  directory: epath.Path, wrong: dict, tell: Callable = warn
+) -> Iterator[epath.Path]:
   """The intact checkpoints of a directory, newest first.
 
-  What is `wrong` with those passed over is said where there is another.
+  What is `wrong` with those passed over is told where there is another.
   """
   told = 0
   for step in hosts.agreed(lambda: listing.steps(directory)):
     if what := listing.damage(directory / f'{step}'):
       wrong[step] = what
       continue
-    if hosts.first():
-      for damaged in [*wrong][told:]:
-        warn(
-          f'{directory / str(damaged)} is damaged: {wrong[damaged]}. Using'
-          f' {step}.'
-        )
+    for damaged, what in [*wrong.items()][told:]:
+      tell(f'{directory}/{damaged} is damaged: {what}. Using {step}.')
     told = len(wrong)
     yield directory / f'{step}'
 
@@ -411,6 +417,23 @@ def last_step(workdir) -> int:
   return next((int(d.name) for d in found if not listing.missing(d)), 0)
 
 
+def any_steps(workdir) -> bool:
+  """Whether a run has saved anything, intact or not."""
+  return bool(listing.steps(listing.place(workdir) / 'checkpoints'))
+
+
+def last_run(workdir) -> dict | None:
+  """What the newest checkpoint that can be read says of its run, if any can.
+
+  All processes call it.
+  """
+  directory = listing.place(workdir) / 'checkpoints'
+  for found in _checked(directory, {}, tell=lambda line: None):
+    with contextlib.suppress(ValueError):
+      return _read(found, {})['run']
+  return None
+
+
 def is_sound(workdir, step: int) -> bool:
   """Whether every byte of a checkpoint is known to be right.
 
@@ -428,11 +451,6 @@ def _unguarded(directory: epath.Path) -> str:
     f'Checkpoint {directory} has no {listing.NAME}: it can be read, but nothing'
     ' tells whether its bytes are those that were written.'
   )
-
-
-def warn(line: str) -> None:
-  if hosts.first():
-    print(line, file=sys.stderr, flush=True)
 
 
 def read_run(path) -> dict:

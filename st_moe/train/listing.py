@@ -131,7 +131,9 @@ def finished(directory: epath.Path) -> bool:
 
 def covers(directory: epath.Path) -> bool:
   """Whether an intact checkpoint has a checksum of every byte."""
-  return (directory / NAME).exists() and None not in _read(directory).values()
+  return (directory / NAME).exists() and all(
+    checksum for _, checksum in _read(directory).values()
+  )
 
 
 def missing(directory: epath.Path) -> str:
@@ -146,15 +148,20 @@ def damage(directory: epath.Path) -> str:
   left so in older versions, has to be read to know.
   """
 
-  def look():
-    stamps = _stamps(directory)
-    wrong = _missing(directory, stamps)
-    return wrong, not wrong and _sound.get(f'{directory}') == stamps
+  began, stamps = time.time(), {}  # For process 0 alone.
 
-  wrong, known = hosts.agreed(look)
-  if wrong or known or not (directory / NAME).exists():
+  def look():
+    try:
+      stamps.update(_stamps(directory))
+    except FileNotFoundError:
+      return 'it is gone', True
+    wrong = _missing(directory, stamps)
+    known = NAME not in stamps or _sound.get(f'{directory}') == stamps
+    return wrong, bool(wrong) or known
+
+  wrong, done = hosts.agreed(look)
+  if done:
     return wrong
-  before, now = _stamps(directory), time.time()
   listed = _read(directory)
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
     found = pool.map(
@@ -163,10 +170,11 @@ def damage(directory: epath.Path) -> str:
     wrong = next(filter(None, found), '')
   everywhere = hosts.gathered(f'damage/{next(_checks)}', wrong)
   wrong = next(filter(None, everywhere), '')
-  unit = 1 if files.is_remote(directory) else 1e-9
-  newest = max(changed for _, changed in before.values()) * unit
-  if not wrong and newest < now - _YOUNG:
-    _sound[f'{directory}'] = before
+  if hosts.first() and not wrong:
+    unit = 1 if files.is_remote(directory) else 1e-9
+    newest = max(changed for _, changed in stamps.values()) * unit
+    if 0 < newest < began - _YOUNG:
+      _sound[f'{directory}'] = stamps
   return wrong
 
 
@@ -184,8 +192,8 @@ def _guard(line: bytes) -> bytes:
   return f'\n{zlib.crc32(line):08x}\n'.encode()
 
 
-def _read(directory: epath.Path) -> dict[str, tuple[int, str] | None]:
-  """Name -> size and checksum; None of a checksum in older lists.
+def _read(directory: epath.Path) -> dict[str, list]:
+  """Name -> size and checksum, which older lists do not have: None.
 
   Raises:
     ValueError: it is not as it was written.
@@ -196,7 +204,7 @@ def _read(directory: epath.Path) -> dict[str, tuple[int, str] | None]:
   older = text == line and all(type(v) is int for v in listed.values())
   if not listed or not older and text != line + _guard(line):
     raise ValueError(text)
-  return {k: [v, None] if older else v for k, v in listed.items()}
+  return {name: [v, None] if older else v for name, v in listed.items()}
 
 
 def _missing(directory: epath.Path, stamps: dict) -> str:
@@ -216,8 +224,11 @@ def _missing(directory: epath.Path, stamps: dict) -> str:
 
 def _differs(directory: epath.Path, name: str, listed: list) -> str:
   wanted = listed[1]
-  if wanted is None or files.checksum(directory / name) == wanted:
-    return ''
+  try:
+    if wanted is None or files.checksum(directory / name) == wanted:
+      return ''
+  except OSError as e:  # A disk's own word that it lost something.
+    return f'its file {name} cannot be read ({e.strerror or e})'
   return f'its file {name} has other bytes than were written'
 
 
