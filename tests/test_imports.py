@@ -30,7 +30,13 @@ LINES = (
     'train.stability',
   ),
   ('data',),
-  ('train.checkpoint', 'train.report', 'train.profile', 'interop'),
+  (
+    'train.listing',
+    'train.checkpoint',
+    'train.report',
+    'train.profile',
+    'interop',
+  ),
   (
     'infer.load',
     'infer.generate',

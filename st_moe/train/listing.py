@@ -37,13 +37,23 @@ def place(path) -> epath.Path:
   """Where a user means, from the root: Orbax wants it so.
 
   Raises:
-    ValueError: it is in a store that Orbax does not know.
+    ValueError: it is in a store that Orbax does not know, or nobody here does.
+    OSError: the store does not answer, or not to this user.
   """
   path = files.absolute(path)
-  if files.is_remote(path) and not f'{path}'.startswith('gs://'):
+  if not files.is_remote(path):
+    return path
+  if not f'{path}'.startswith('gs://'):
     raise ValueError(
       f'{path}: checkpoints lie on a disk or in gs://; mount other stores.'
     )
+  try:
+    path.exists()
+  except ImportError as e:
+    raise ValueError(f"{path}: {e}; pip install 'st_moe[gcp]'.") from e
+  except Exception as e:  # TensorFlow and gcsfs have errors of their own.
+    line = (str(e).strip() or repr(e)).splitlines()[0][:200]
+    raise OSError(f'{path} cannot be reached: {line}') from e
   return path
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from etils.epath import backend
 
 import st_moe
 from st_moe import config_file, sharding
@@ -382,6 +383,30 @@ def test_a_store_that_orbax_does_not_know(tmp_path):
   message = 's3://b/run: checkpoints lie on a disk or in gs://; mount other'
   with pytest.raises(ValueError, match=message):
     checkpoint.find('s3://b/run')
+
+
+@pytest.mark.parametrize(
+  ('error', 'kind', 'message'),
+  [
+    (
+      ImportError('Please install gcsfs to access Google Storage'),
+      ValueError,
+      "gs://runs/a: Please install gcsfs .*; pip install 'st_moe.gcp.'",
+    ),
+    (
+      RuntimeError('Could not resolve host\n\t when reading metadata'),
+      OSError,
+      'gs://runs/a cannot be reached: Could not resolve host$',
+    ),
+  ],
+)
+def test_a_store_that_does_not_answer(store, monkeypatch, error, kind, message):
+  def fail(*_):
+    raise error
+
+  monkeypatch.setattr(backend._FileSystemSpecBackend, 'fs', fail)
+  with pytest.raises(kind, match=message):
+    checkpoint.find('gs://runs/a')
 
 
 def test_a_user_without_a_name(tmp_path, monkeypatch):
