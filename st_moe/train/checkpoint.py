@@ -59,7 +59,7 @@ class Checkpoints:
     # and what a list and checksums say.
     self._writer = ocp.AsyncCheckpointer(_handler('params', 'rest'))
     self._background = concurrent.futures.ThreadPoolExecutor(1)
-    self._ending = None
+    self._pending: list[concurrent.futures.Future] = []
 
   def save(self, step: int, state, run: dict):
     """Starts writing; training may go on (and donate `state`) at once.
@@ -75,7 +75,7 @@ class Checkpoints:
       self._writer.save(
         listing.unfinished(final), _saved(run, params, rest), force=True
       )
-    self._ending = self._background.submit(self._end, final)
+    self._pending.append(self._background.submit(self._end, final))
     if not self._config.asynchronous:
       self._finish()
 
@@ -83,20 +83,29 @@ class Checkpoints:
     self._writer.wait_until_finished()
     listing.finish(final)
     if hosts.first():
-      for step in set(listing.steps(self.directory)) - self._kept():
-        listing.remove(self.directory / f'{step}')
+      self._thin_out()
+
+  def _thin_out(self):
+    for step in set(listing.steps(self.directory)) - self._kept():
+      listing.remove(self.directory / f'{step}')
 
   def _finish(self):
     """Waits for what is being written."""
-    ending, self._ending = self._ending, None
+    pending, self._pending = self._pending, []
     with _told_if_full(self.directory):
-      if ending:
-        ending.result()
+      for each in pending:
+        each.result()
 
   def score(self, step: int, measured: dict) -> bool:
-    """Notes what was measured at a step; True if it is a record."""
+    """Notes what was measured at a step; True if it is a record.
+
+    For process 0 alone, which knows the scores.
+    """
     self._scores = {**self._scores, step: measured}
-    return step in self._records(self._scores)
+    record = step in self._records(self._scores)
+    if record:  # Where it is saved already, the best before it may go.
+      self._pending.append(self._background.submit(self._thin_out))
+    return record
 
   def _records(self, steps) -> set[int]:
     """Of some steps those with the best scores; of equals the earliest."""

@@ -167,6 +167,19 @@ def test_the_best_stays(tmp_path, name, best):
   assert state.step == 7  # It goes on from the last all the same.
 
 
+def test_a_best_that_is_beaten_goes(tmp_path):
+  scores = {s: {'x': v} for s, v in {1: 1.0, 2: 3.0, 3: 2.0}.items()}
+  _save(tmp_path, 1, 2, 3, scores=scores, best=['x'], keep_last=1)
+  assert _steps(tmp_path) == [2, 3]
+  later = {4: {'x': 3.5}}
+  _save(tmp_path, 4, scores=later, known=scores, best=['x'], keep_last=1)
+  assert _steps(tmp_path) == [4]
+  # What is no number is no record, and of equals the first stays.
+  same = {4: {'x': 3.5}, 5: {'x': 3.5}, 6: {'x': 'nan'}}
+  _save(tmp_path, 5, 6, scores=same, known=later, best=['x'], keep_last=1)
+  assert _steps(tmp_path) == [4, 6]
+
+
 def test_the_best_of_each_task_stays(tmp_path):
   # boolq is best at 2, copa at 3, the loss at 1; 4 is best at nothing.
   table = {
@@ -506,7 +519,7 @@ def test_a_full_disk_is_said_in_words(tmp_path, monkeypatch, method):
   checkpoints = checkpoint.Checkpoints(tmp_path, CheckpointConfig())
   checkpoints.save(1, _state(1), {})
   checkpoints.save(2, _state(2), {})
-  checkpoints._ending.result()  # 2 is there.
+  checkpoints._finish()  # 2 is there.
 
   def full(*_, **__):
     raise OSError(errno.ENOSPC, 'No space left on device')
