@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import pickle
+import tempfile
 
 import pytest
 import sentencepiece
@@ -107,6 +108,17 @@ def test_seqio_reads_a_model_out_of_a_checkpoint(trained, tmp_path):
   assert list(loose.to_seqio().encode(TEXT)) == trained.encode(TEXT)
 
 
+def test_a_copy_that_is_not_the_model_is_written_anew(
+  trained, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+  copy = tmp_path / f'{trained.fingerprint}.model'
+  copy.write_bytes(b'planted, or rotten')
+  loose = vocabulary.Vocabulary('out of a checkpoint', trained.model)
+  assert list(loose.to_seqio().encode(TEXT)) == trained.encode(TEXT)
+  assert copy.read_bytes() == trained.model
+
+
 def test_t5():
   data = pathlib.Path(os.environ.get('ST_MOE_DATA', '../shared/data'))
   folder = data / 'tokenizers' / 't5_cc_all.32000'
@@ -140,6 +152,9 @@ def test_what_cannot_be_loaded(tmp_path):
     vocabulary.load(str(tmp_path / 'none.model'))
   with pytest.raises(ValueError, match='no such file'):
     vocabulary.load(str(tmp_path))
+  (tmp_path / 'empty.model').write_bytes(b'')  # Which is no word for bytes.
+  with pytest.raises(ValueError, match='empty.model is an empty file'):
+    vocabulary.load(str(tmp_path / 'empty.model'))
   (tmp_path / 'a.model').write_text('not a model')
   with pytest.raises(ValueError, match='a.model is not a SentencePiece model'):
     vocabulary.load(str(tmp_path / 'a.model'))
