@@ -335,8 +335,13 @@ def _claim(workdir: epath.Path, config: Config) -> int:
   path, done = workdir / 'config.json', checkpoint.last_step(workdir)
   if not path.exists():
     return done
+  try:
+    theirs = json.loads(path.read_bytes())
+  except ValueError:
+    hosts.tell(f'{path} is damaged, and written anew.')
+    return done
   # By way of a Config, which knows the fields that have come since.
-  theirs = config_file.from_dict(json.loads(path.read_text()))
+  theirs = config_file.from_dict(theirs)
   ours = config_file.to_dict(config)
   lines = config_file.diff(config_file.to_dict(theirs), ours)
   lines = [line for line in lines if not line.startswith(_FREE)]

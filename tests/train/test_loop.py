@@ -535,11 +535,11 @@ def test_an_evaluation_is_given_up_when_told_to_stop(
   config = _load(written, checkpoint__every='100')
   whole, batches = loop.Evaluator._text_loss, []
 
-  def told(self, params, source, progress):
+  def told(self, params, source, *rest):
     batches.append(source.name)
     if len(batches) == 3:  # Step 2 has two sources.
       os.kill(os.getpid(), signal.SIGTERM)
-    return whole(self, params, source, progress)
+    return whole(self, params, source, *rest)
 
   with monkeypatch.context() as patch:
     patch.setattr(loop.Evaluator, '_text_loss', told)
@@ -572,7 +572,7 @@ def test_a_run_killed_in_its_last_evaluation_is_not_finished(
 
 
 def test_what_is_rotten_does_not_pass_for_finished(copy, run, written, capsys):
-  """A bit of the last checkpoint, an empty one behind it, the vocabulary."""
+  """A bit of the last checkpoint, an empty one behind it, what lies beside."""
   last = copy / 'checkpoints' / '6'
   path = max(last.rglob('d/*'), key=lambda p: p.stat().st_size)
   data = bytearray(path.read_bytes())
@@ -580,8 +580,12 @@ def test_what_is_rotten_does_not_pass_for_finished(copy, run, written, capsys):
   path.write_bytes(data)
   (copy / 'checkpoints' / '99').mkdir()
   vocabulary.train(['a red fox'] * 9, copy / 'vocabulary.model', size=199)
+  config = (copy / 'config.json').read_bytes()
+  (copy / 'config.json').write_bytes(config[:100])
   loop.train(_load(written), copy)
   said = capsys.readouterr().out
+  assert f'{copy}/config.json is damaged, and written anew.' in said
+  assert (copy / 'config.json').read_bytes() == config
   name = path.relative_to(last)
   assert (
     f'Checkpoint 6 is damaged: its file {name} has other bytes than were'
