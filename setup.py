@@ -35,7 +35,7 @@ setuptools.setup(
   extras_require={
     'tpu': ['jax[tpu]'],
     'cuda': ['jax[cuda12]'],
-    'gcp': ['gcsfs'],
+    'gcp': ['gcsfs'],  # For gs:// where TensorFlow is not used for it.
     'datasets': ['datasets>=3.0'],
     'hf': ['transformers>=5.23', 'torch'],
     'kernels': [],  # Pallas, which comes with jax.

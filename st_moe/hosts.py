@@ -209,6 +209,22 @@ def agreed(decide: Callable):
   return said['value']
 
 
+def gathered(key: str, value) -> list:
+  """Each process's value, of JSON, on every process, in their order.
+
+  `key` is the same on all of them and new each time. Unlike `agreed` this may
+  be called from any thread.
+  """
+  if count() == 1:
+    return [value]
+  store = distributed.global_state.client
+  store.key_value_set(f'st_moe/{key}/{index()}', json.dumps(value))
+  return [
+    json.loads(store.blocking_key_value_get(f'st_moe/{key}/{i}', _PATIENCE))
+    for i in range(count())
+  ]
+
+
 def in_turn(make: Callable):
   """`make()` on process 0, then on the others, which find on disk what it left.
 
@@ -251,26 +267,36 @@ def spread_whole(tree, sharding: jax.sharding.Sharding):
 
 
 @contextlib.contextmanager
-def preemption() -> Iterator[Callable[[int], bool]]:
-  """A function to be asked after every step: save this one and stop?
+def preemption() -> Iterator[Callable[[], bool]]:
+  """A function to be asked after every piece of work: save and stop?
 
-  Yes, after SIGTERM. Several processes all get their yes at the same step, one
-  that none of them has finished when the signal arrives at any of them.
+  Yes, after SIGTERM. Several processes ask equally often and all get their yes
+  at the same question, one that none of them has asked when the signal arrives
+  at any of them.
   """
   if count() > 1:  # JAX has taken SIGTERM, and nothing else.
+    numbers, came = itertools.count(1), []
+
+    def stops():
+      if not came and multihost_utils.reached_preemption_sync_point(
+        next(numbers)
+      ):
+        came.append(True)
+      return bool(came)
+
     restore = signals.handle(signal.SIG_DFL, [signal.SIGHUP])
     try:
-      yield multihost_utils.reached_preemption_sync_point
+      yield stops
     finally:
       restore()
     return
   if not signals.in_main_thread():
-    yield lambda step: False
+    yield lambda: False
     return
   came = []
   restore = signals.handle(lambda *_: came.append(True))
   try:
-    yield lambda step: bool(came)
+    yield lambda: bool(came)
   finally:
     restore()
 

@@ -44,6 +44,8 @@ LINES = (
   (
     'train.checkpoint',
     'train.owner',
+    'train.listing',
+    'train.checkpoint',
     'train.report',
     'train.profile',
     'interop',

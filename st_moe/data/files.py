@@ -12,6 +12,7 @@ import shutil
 import stat
 import tempfile
 import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from typing import IO
 
@@ -31,10 +32,24 @@ def is_writable(folder: epath.PathLike) -> bool:
   return is_remote(folder) or os.access(folder, os.W_OK | os.X_OK)
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+  """`path` from the root, ~ expanded; one in an object store as it is.
+
+  `resolve` would look for `gs://` in the working directory.
+  """
+  path = epath.Path(path).expanduser()
+  return path if is_remote(path) else path.resolve()
+
+
+def size(path: epath.PathLike) -> int:
+  """Bytes of a file."""
+  return stamp(path)[1]
+
+
 def stamp(path: epath.PathLike) -> list:
   """What changes when a file does: its name, size and time of change."""
   path = os.fspath(path)
-  if is_remote(path):
+  if is_remote(path):  # Elsewhere epath would want to name the file's owner.
     found = epath.Path(path).stat()
     return [path, found.length, found.mtime]
   found = os.stat(path)
@@ -170,6 +185,24 @@ def _finite(value):
   return str(value) if odd else value
 
 
+def checksum(path: epath.PathLike) -> str:
+  """The CRC-32 of a file's bytes, as 8 hexadecimal digits."""
+  found = 0
+  with epath.Path(path).open('rb') as file:
+    while data := file.read(1 << 20):
+      found = zlib.crc32(data, found)
+  return f'{found:08x}'
+
+
+def sync(path: epath.PathLike) -> None:
+  """Returns when a local file, or the names in a folder, are on the disk."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
 @contextlib.contextmanager
 def appearing(path: epath.PathLike) -> Iterator[pathlib.Path]:
   """A local file to write, which becomes `path` if nothing goes wrong.
@@ -188,7 +221,9 @@ def appearing(path: epath.PathLike) -> Iterator[pathlib.Path]:
     if is_remote(path):
       copy(temp, path)
     else:
+      sync(temp)
       os.replace(temp, path)
+      sync(path.parent)
   except (OSError, RuntimeError) as e:  # RuntimeError: ArrayRecord's.
     full = isinstance(e, OSError) and e.errno == errno.ENOSPC
     if not full and 'No space left' not in str(e):

@@ -276,7 +276,7 @@ def _note(path: epath.Path) -> dict | None:
     note = files.read_json(path.with_suffix('.json'))
     _check_part(note)
     right = note['file'] == path.name
-    return note if right and path.stat().length == note['bytes'] else None
+    return note if right and files.size(path) == note['bytes'] else None
   except (FileNotFoundError, ValueError, KeyError, TypeError):
     return None
 
@@ -295,7 +295,7 @@ def _download(directory: epath.Path, parts: Sequence[Mapping]) -> epath.Path:
   local = cache_root('') / directory.name
   for part in parts:
     path = local / part['file']
-    if not path.exists() or path.stat().length != part['bytes']:
+    if not path.exists() or files.size(path) != part['bytes']:
       with files.appearing(path) as temp:
         files.copy(directory / part['file'], temp)
   return local

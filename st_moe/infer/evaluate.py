@@ -76,10 +76,7 @@ def evaluate(
   _check_fields(overrides or {})
   if not output:
     _check_place(path)
-  steps = [path]
-  if every_step:
-    names = hosts.agreed(lambda: [*map(str, checkpoint.all_steps(path))])
-    steps = [epath.Path(name) for name in names]
+  steps = checkpoint.all_steps(path) if every_step else [path]
   opened = functools.partial(
     load, vocabulary=vocabulary, mesh=_mesh(steps[0], overrides or {})
   )

@@ -45,9 +45,12 @@ class Evaluator:
       eos=vocabulary.eos,
     )
 
-  def __call__(self, params, sources) -> dict[str, float]:
+  def __call__(
+    self, params, sources, *, progress=lambda done: None
+  ) -> dict[str, float]:
     """Metrics 'eval/SOURCE/NAME' of every source (`pipeline.EvalData`)."""
-    return flat(self.measure(params, sources))
+    found = self.measure(params, sources, progress=progress, read=progress)
+    return flat(found)
 
   def measure(
     self,
@@ -60,7 +63,7 @@ class Evaluator:
     """Source -> its metrics and, of a task, what was predicted.
 
     Args:
-      progress: told how many more questions were answered, now and then.
+      progress: told after every batch how many more questions were answered.
       read: told how many more examples of text were read.
     """
     found, tasks = {}, []

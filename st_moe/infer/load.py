@@ -4,17 +4,16 @@ import dataclasses
 import functools
 
 import jax
-from etils import epath
 from jax.sharding import Mesh
 
-from st_moe import hosts, sharding
+from st_moe import sharding
 from st_moe.config import Config, ModelConfig
 from st_moe.data import vocabulary as vocabulary_lib
 from st_moe.interop import convert
 from st_moe.model import layout
 from st_moe.model.layers import activation_dtype
 from st_moe.model.transformer import Transformer
-from st_moe.train import checkpoint, step
+from st_moe.train import step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,19 +119,6 @@ def _as_used(model):
   return used
 
 
-def _find(where: str) -> epath.Path:
-  """One of our checkpoints; says what else a place may be."""
-  place = epath.Path(where).expanduser()
-  if place.exists() and not place.is_dir():
-    raise ValueError(f'{where} is a file; a checkpoint is a directory.')
-  try:
-    return checkpoint.find(where)
-  except ValueError as e:
-    if any(place.glob('*.safetensors')):
-      raise ValueError(f"{e} HuggingFace's is hf:{where}.") from None
-    raise
-
-
 def check_answers(path: str, config: ModelConfig) -> None:
   """Raises if a model has not what it takes to answer a text."""
   if not (config.encoder and config.decoder):
@@ -170,9 +156,9 @@ def load(
       f'{path!r} names no checkpoint: give a workdir of `st-moe train`, its'
       ' checkpoints/STEP, or FORMAT:PLACE as hf:DIR.'
     )
+  source = convert.open_source(path)
   if name == 'st_moe':
-    where = hosts.agreed(lambda: str(_find(where)))
-  source = convert.open_source(f'{name}:{where}')
+    where = source.where
   if for_answers:
     unrolled = dataclasses.replace(source.config.model, scan_layers=False)
     source.config = dataclasses.replace(source.config, model=unrolled)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+from etils import epath
 
 from st_moe import config_file, sharding
 from st_moe.config import Config
@@ -72,10 +73,24 @@ def _config(where: str, run) -> Config:
 
 
 def open_source(where: str) -> Source:
-  run = checkpoint.read_run(where)
+  found = _find(where)  # Once: all is read from the same.
+  run = checkpoint.read_run(found)
   config = _config(where, run)
   modules = tuple(run.get('modules', ()))
-  return Source(where, config, checkpoint.vocabulary_of(run), modules)
+  return Source(f'{found}', config, checkpoint.vocabulary_of(run), modules)
+
+
+def _find(where: str) -> epath.Path:
+  """One of our checkpoints; says what else a place may be."""
+  place = epath.Path(where).expanduser()
+  if place.exists() and not place.is_dir():
+    raise ValueError(f'{where} is a file; a checkpoint is a directory.')
+  try:
+    return checkpoint.find(where)
+  except ValueError as e:
+    if any(place.glob('*.safetensors')):
+      raise ValueError(f"{e} HuggingFace's is hf:{where}.") from None
+    raise
 
 
 def save(where: str, params, config: Config, vocabulary: bytes | None) -> None:

@@ -250,7 +250,7 @@ def _check_ocdbt(state: epath.Path, names) -> None:
 
 def _kvstore(path: epath.Path) -> dict:
   if not files.is_remote(path):
-    return {'driver': 'file', 'path': f'{epath.Path(path).resolve()}/'}
+    return {'driver': 'file', 'path': f'{files.absolute(path)}/'}
   bucket, _, rest = os.fspath(path).removeprefix('gs://').partition('/')
   return {'driver': 'gcs', 'bucket': bucket, 'path': f'{rest}/'}
 

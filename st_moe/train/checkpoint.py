@@ -2,37 +2,37 @@
 
 A checkpoint is a directory WORKDIR/checkpoints/STEP with `params`, `rest` (what
 training needs besides) and `run`: config, vocabulary, versions, tokens seen. It
-needs nothing else. Its files.json lists its files and sizes, so that a missing
-or truncated one is noticed and the newest intact one used instead.
+needs nothing else. Its files.json (see `listing`) comes last and guards every
+byte, so that a damaged one is noticed and the newest intact one used instead.
 
 Several processes write and read the parts of their own devices, on a disk that
-all of them see; which checkpoint is intact is for process 0 to decide.
+all of them see; which checkpoint is intact they find out together.
 """
 
 import asyncio
 import base64
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import importlib.metadata
-import json
 import logging
 import math
 import platform
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint import checkpoint_managers as policies
 
 from st_moe import hosts
 from st_moe.config import CheckpointConfig
 from st_moe.data import files
+from st_moe.train import listing
 
-_LISTING = 'files.json'
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
@@ -45,65 +45,91 @@ def versions() -> dict[str, str]:
 class Checkpoints:
   """The checkpoints of one run."""
 
-  def __init__(self, workdir, config: CheckpointConfig, best=()):
-    """`best` names metrics; the best checkpoint of each stays. '-x': lowest."""
-    # Orbax wants it absolute.
-    self.directory = epath.Path(workdir).resolve() / 'checkpoints'
-    self.directory.mkdir(parents=True, exist_ok=True)
-    keep = [policies.LatestN(config.keep_last)]
-    if config.keep_every:
-      keep.append(policies.EveryNSteps(config.keep_every))
-    keep += [
-      policies.BestN(
-        get_metric_fn=functools.partial(_score, name),
-        n=1,
-        keep_checkpoints_without_metrics=False,
-      )
-      for name in best
-    ]
-    self._manager = ocp.CheckpointManager(
-      self.directory,
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy(keep),
-        # Saves the scores too: a restart still knows the best.
-        best_fn=functools.partial(_score, best[0]) if best else None,
-        enable_async_checkpointing=config.asynchronous,
-        cleanup_tmp_directories=True,
-      ),
-      item_names=('params', 'rest', 'run'),
-    )
-    self._unlisted: list[int] = []
+  def __init__(self, workdir, config: CheckpointConfig, best=(), scores=None):
+    """Nothing is read yet; what killed runs left half written goes.
 
-  def save(self, step: int, state, run: dict, metrics: dict | None = None):
+    Args:
+      best: names of metrics; the best checkpoint of each stays. '-x': lowest.
+      scores: step -> metrics, as far as they were measured.
+    """
+    self.directory = listing.place(workdir) / 'checkpoints'
+    self._config, self._best, self._scores = config, best, dict(scores or {})
+    hosts.agreed(lambda: listing.sweep(self.directory))
+    # Not the manager of Orbax: it forgets scores that come after their step,
+    # and what a list and checksums say.
+    self._writer = ocp.AsyncCheckpointer(_handler('params', 'rest'))
+    self._background = concurrent.futures.ThreadPoolExecutor(1)
+    self._pending: list[concurrent.futures.Future] = []
+
+  def save(self, step: int, state, run: dict):
     """Starts writing; training may go on (and donate `state`) at once.
 
     Raises:
       ValueError: the disk is full; what was saved before is untouched.
     """
     self._finish()
-    hosts.agreed(lambda: _check_room(self.directory, state))
+    final = self.directory / f'{step}'
+    hosts.agreed(lambda: _make_room(final, state))
     params, rest = _split(state)
-    args = ocp.args.Composite(
-      params=ocp.args.StandardSave(params),
-      rest=ocp.args.StandardSave(rest),
-      run=ocp.args.JsonSave(run),
-    )
     with _told_if_full(self.directory):
-      self._manager.save(step, args=args, metrics=metrics, force=True)
-    self._unlisted.append(step)
+      self._writer.save(
+        listing.unfinished(final), _saved(run, params, rest), force=True
+      )
+    self._pending.append(self._background.submit(self._end, final))
+    if not self._config.asynchronous:
+      self._finish()
+
+  def _end(self, final: epath.Path):
+    self._writer.wait_until_finished()
+    listing.finish(final)
+    if hosts.first():
+      self._thin_out()
+
+  def _thin_out(self):
+    for step in set(listing.steps(self.directory)) - self._kept():
+      listing.remove(self.directory / f'{step}')
 
   def _finish(self):
-    """Waits for what is being written, then lists its files."""
+    """Waits for what is being written."""
+    pending, self._pending = self._pending, []
     with _told_if_full(self.directory):
-      self._manager.wait_until_finished()
-    for step in self._unlisted:
-      if hosts.first() and (self.directory / str(step)).exists():
-        _list(self.directory / str(step))
-    self._unlisted.clear()
+      for each in pending:
+        each.result()
+
+  def score(self, step: int, measured: dict) -> bool:
+    """Notes what was measured at a step; True if it is a record.
+
+    For process 0 alone, which knows the scores.
+    """
+    self._scores = {**self._scores, step: measured}
+    record = step in self._records(self._scores)
+    if record:  # Where it is saved already, the best before it may go.
+      self._pending.append(self._background.submit(self._thin_out))
+    return record
+
+  def _records(self, steps) -> set[int]:
+    """Of some steps those with the best scores; of equals the earliest."""
+    found = set()
+    for name in self._best:
+      by_step = {
+        s: _score(name, self._scores.get(s, {})) for s in sorted(steps)
+      }
+      best = max(by_step, key=by_step.get, default=None)
+      if best is not None and by_step[best] > -math.inf:
+        found.add(best)
+    return found
+
+  def _kept(self) -> set[int]:
+    steps, config = listing.steps(self.directory), self._config
+    kept = {*steps[: config.keep_last or None], *self._records(steps)}
+    if config.keep_every:
+      kept.update(step for step in steps if step % config.keep_every == 0)
+    return kept
 
   def close(self):
     self._finish()
-    self._manager.close()
+    self._writer.close()
+    self._background.shutdown()
 
   def leave(self, error, *_):
     """Closes; after an error only alone: others would have to take part."""
@@ -123,10 +149,9 @@ class Checkpoints:
     """
     params, rest = _split(abstract)
     wrong = {}
-    steps = lambda: sorted(self._manager.all_steps(), reverse=True)
-    for step in hosts.agreed(steps):
-      directory = self.directory / str(step)
-      wrong[step] = hosts.agreed(functools.partial(damage, directory))
+    for step in hosts.agreed(lambda: listing.steps(self.directory)):
+      directory = self.directory / f'{step}'
+      wrong[step] = listing.damage(directory)
       if wrong[step]:
         continue
       try:
@@ -144,33 +169,43 @@ class Checkpoints:
       del wrong[step]
       for damaged, what in wrong.items():
         notify(f'Checkpoint {damaged} is damaged: {what}. Using {step}.')
-        self._set_aside(damaged)
+        hosts.agreed(functools.partial(self._set_aside, damaged))
+      if text := _unguarded(directory):
+        notify(text)
       state = abstract.replace(params=found['params'], **found['rest'])
       return state, found['run']
     if wrong:
-      listed = '\n  '.join(f'{step}: {what}' for step, what in wrong.items())
-      raise ValueError(
-        f'No checkpoint in {self.directory} can be used:\n  {listed}\nMove the'
-        ' directory away to start over.'
-      )
+      raise _none_left(self.directory, wrong)
     return None
 
   def _set_aside(self, step: int):
     """Keeps a damaged checkpoint out of the way of its successor."""
     aside = self.directory.parent / 'damaged'
+    aside.mkdir(exist_ok=True)
+    number = len(list(aside.glob('*')))
+    files.move_tree(self.directory / f'{step}', aside / f'{step}-{number}')
 
-    def move():
-      aside.mkdir(exist_ok=True)
-      number = len(list(aside.iterdir()))
-      files.move_tree(self.directory / str(step), aside / f'{step}-{number}')
 
-    hosts.agreed(move)
-    self._manager.reload()
+def _handler(*items: str, **options) -> ocp.CompositeCheckpointHandler:
+  arrays = lambda: ocp.StandardCheckpointHandler(**options)
+  return ocp.CompositeCheckpointHandler(
+    run=ocp.JsonCheckpointHandler(), **{item: arrays() for item in items}
+  )
+
+
+def _saved(run: dict, params, rest=None) -> ocp.args.Composite:
+  items = {'params': params} | ({} if rest is None else {'rest': rest})
+  return ocp.args.Composite(
+    run=ocp.args.JsonSave(run),
+    **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+  )
 
 
 def _score(name: str, metrics: dict) -> float:
+  """More is better; -inf where it was not measured or is no number."""
   sign = -1 if name.startswith('-') else 1
-  return sign * metrics.get(name.removeprefix('-'), -sign * math.inf)
+  value = sign * float(metrics.get(name.removeprefix('-'), math.nan))
+  return value if math.isfinite(value) else -math.inf
 
 
 def _split(state) -> tuple[dict, dict]:
@@ -185,10 +220,15 @@ def _split(state) -> tuple[dict, dict]:
 _METADATA = 16 << 20  # Bytes; ample.
 
 
-def _check_room(directory, state):
-  """Orbax would find out half way, and say so in pages of traces."""
-  if files.is_remote(directory):
+def _make_room(final: epath.Path, state) -> None:
+  """Before writing: nothing is in the way, and the disk has room.
+
+  Orbax would find out half way, and say so in pages of traces.
+  """
+  listing.clear(final)
+  if files.is_remote(final):
     return
+  directory = final.parent
   needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _METADATA
   free = shutil.disk_usage(directory).free
   if free < needed:
@@ -219,36 +259,6 @@ def _full(directory, detail: str = '') -> ValueError:
 def _unreadable(e: Exception) -> str:
   line = (str(e).strip() or repr(e)).splitlines()[0][:200]
   return f'it cannot be read ({type(e).__name__}: {line})'
-
-
-def _sizes(directory: epath.Path) -> dict[str, int]:
-  found = {}
-  for path in directory.iterdir():
-    if path.is_dir():
-      nested = _sizes(path).items()
-      found.update({f'{path.name}/{name}': size for name, size in nested})
-    else:
-      found[path.name] = path.stat().length
-  return found
-
-
-def _list(directory: epath.Path) -> None:
-  listing = files.as_json(_sizes(directory)).encode()
-  files.write_whole(directory / _LISTING, listing)
-
-
-def damage(directory: epath.Path) -> str:
-  """What is wrong with the files of a checkpoint; '' if nothing is."""
-  listing = directory / _LISTING
-  if not listing.exists():
-    return ''  # Killed between writing and listing; reading will tell.
-  sizes = _sizes(directory)
-  for name, size in json.loads(listing.read_text()).items():
-    if name not in sizes:
-      return f'its file {name} is missing'
-    if sizes[name] != size:
-      return f'its file {name} has {sizes[name]} bytes instead of {size}'
-  return ''
 
 
 def _restore(directory: epath.Path, wanted: dict) -> dict:
@@ -335,18 +345,27 @@ def describe_run(config: dict, vocabulary: bytes | None, **rest) -> dict:
 def find(path) -> epath.Path:
   """The checkpoint meant by a checkpoint's path or a workdir's: its newest.
 
+  All processes call it. Says which damaged ones it passed over.
+
   Raises:
     ValueError: there is none, or the one meant is damaged.
   """
-  path = epath.Path(path).expanduser().resolve()  # Orbax wants it absolute.
-  if any((path / item).exists() for item in ('params', 'run')):
-    if wrong := damage(path):
+  path = listing.place(path)
+  named = lambda: any(
+    (path / item).exists() for item in ('params', 'run', listing.NAME)
+  )
+  if hosts.agreed(named):
+    if wrong := listing.damage(path):
       raise ValueError(f'The checkpoint {path} is damaged: {wrong}.')
     return path
+  wrong = {}
   for directory in (path / 'checkpoints', path):
-    for step in _steps(directory):
-      if not damage(directory / str(step)):
-        return directory / str(step)
+    if found := next(_checked(directory, wrong), None):
+      if text := _unguarded(found):
+        warn(text)
+      return found
+    if wrong:
+      raise _none_left(directory, wrong)
   raise ValueError(
     f'No checkpoint in {path}: give a workdir of `st-moe train`, or one of its'
     ' checkpoints/STEP.'
@@ -356,40 +375,103 @@ def find(path) -> epath.Path:
 def all_steps(path) -> list[epath.Path]:
   """Every intact checkpoint of a workdir, oldest first.
 
+  All processes call it. Says which damaged ones it passed over.
+
   Raises:
     ValueError: there is none.
   """
-  directory = epath.Path(path).expanduser().resolve() / 'checkpoints'
-  found = [directory / f'{step}' for step in reversed(_steps(directory))]
-  found = [each for each in found if not damage(each)]
+  directory, wrong = listing.place(path) / 'checkpoints', {}
+  found = [*_checked(directory, wrong)]
+  if wrong and not found:
+    raise _none_left(directory, wrong)
   if not found:
     raise ValueError(f'No checkpoint in {path}: give a workdir.')
-  return found
+  return found[::-1]
+
+
+def warn(line: str) -> None:
+  """On standard error: the answers of a command stand alone on the other."""
+  if hosts.first():
+    print(line, file=sys.stderr, flush=True)
+
+
+def _checked(
+  directory: epath.Path, wrong: dict, tell: Callable = warn
+) -> Iterator[epath.Path]:
+  """The intact checkpoints of a directory, newest first.
+
+  What is `wrong` with those passed over is told where there is another.
+  """
+  told = 0
+  for step in hosts.agreed(lambda: listing.steps(directory)):
+    if what := listing.damage(directory / f'{step}'):
+      wrong[step] = what
+      continue
+    for damaged, what in [*wrong.items()][told:]:
+      tell(f'{directory}/{damaged} is damaged: {what}. Using {step}.')
+    told = len(wrong)
+    yield directory / f'{step}'
+
+
+def _none_left(directory, wrong: dict) -> ValueError:
+  listed = '\n  '.join(f'{step}: {what}' for step, what in wrong.items())
+  return ValueError(
+    f'No checkpoint in {directory} can be used:\n  {listed}\nMove the'
+    ' directory away to start over.'
+  )
 
 
 def last_step(workdir) -> int:
-  """The step of the newest intact checkpoint of a run; 0 before the first."""
-  directory = epath.Path(workdir) / 'checkpoints'
-  intact = (s for s in _steps(directory) if not damage(directory / str(s)))
-  return next(intact, 0)
+  """The newest step of a run whose files all have their sizes; 0 before it."""
+  directory = listing.place(workdir) / 'checkpoints'
+  found = (directory / f'{step}' for step in listing.steps(directory))
+  return next((int(d.name) for d in found if not listing.missing(d)), 0)
 
 
-def _steps(directory: epath.Path) -> list[int]:
-  """Steps of the finished checkpoints in a directory, newest first."""
-  if not directory.exists():
-    return []
-  names = (path.name for path in directory.iterdir())
-  return sorted((int(n) for n in names if n.isdigit()), reverse=True)
+def any_steps(workdir) -> bool:
+  """Whether a run has saved anything, intact or not."""
+  return bool(listing.steps(listing.place(workdir) / 'checkpoints'))
+
+
+def last_run(workdir) -> dict | None:
+  """What the newest checkpoint that can be read says of its run, if any can.
+
+  All processes call it.
+  """
+  directory = listing.place(workdir) / 'checkpoints'
+  for found in _checked(directory, {}, tell=lambda line: None):
+    with contextlib.suppress(ValueError):
+      return _read(found, {})['run']
+  return None
+
+
+def is_sound(workdir, step: int) -> bool:
+  """Whether every byte of a checkpoint is known to be right.
+
+  All processes call it.
+  """
+  directory = listing.place(workdir) / 'checkpoints' / f'{step}'
+  return not listing.damage(directory) and listing.covers(directory)
+
+
+def _unguarded(directory: epath.Path) -> str:
+  """What there is to say of a checkpoint whose bytes nothing vouches for."""
+  if (directory / listing.NAME).exists():
+    return ''
+  return (
+    f'Checkpoint {directory} has no {listing.NAME}: it can be read, but nothing'
+    ' tells whether its bytes are those that were written.'
+  )
 
 
 def read_run(path) -> dict:
   """What the checkpoint at `path` says about its run."""
-  return _read(path, {})['run']
+  return _read(find(path), {})['run']
 
 
 def load_params(path, abstract) -> dict:
   """The parameters of the checkpoint at `path`, in the layout of `abstract`."""
-  return _read(path, {'params': abstract})['params']
+  return _read(find(path), {'params': abstract})['params']
 
 
 def load_rest(path, abstract) -> dict:
@@ -398,15 +480,15 @@ def load_rest(path, abstract) -> dict:
   Raises:
     ValueError: it was made to start from, and has nothing else.
   """
-  if not hosts.agreed(lambda: (find(path) / 'rest').exists()):
+  directory = find(path)
+  if not hosts.agreed((directory / 'rest').exists):
     raise ValueError(
       f"{path} has parameters alone, no optimizer: set init_slots='reset'."
     )
-  return _read(path, {'rest': _split(abstract)[1]})['rest']
+  return _read(directory, {'rest': _split(abstract)[1]})['rest']
 
 
-def _read(path, wanted: dict) -> dict:
-  directory = epath.Path(hosts.agreed(lambda: str(find(path))))
+def _read(directory: epath.Path, wanted: dict) -> dict:
   try:
     return _restore(directory, wanted)
   except OtherModel:
@@ -429,21 +511,18 @@ def save_params(directory, params, run: dict) -> None:
   Raises:
     ValueError: there is something in `directory` already.
   """
-  directory = epath.Path(directory).expanduser().resolve()
-  if directory.exists() and any(directory.iterdir()):
+  directory = listing.place(directory)
+  if hosts.agreed(lambda: directory.exists() and any(directory.iterdir())):
     raise ValueError(f'{directory} is not empty; name a new directory.')
-  directory.parent.mkdir(parents=True, exist_ok=True)
-  _check_room(directory.parent, params)
+
+  def prepare():
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    _make_room(directory, params)
+
+  hosts.agreed(prepare)
   # By default up to 96 GB are copied before they are written.
-  handler = ocp.CompositeCheckpointHandler(
-    params=ocp.StandardCheckpointHandler(save_concurrent_gb=1),
-    run=ocp.JsonCheckpointHandler(),
-  )
-  args = ocp.args.Composite(
-    params=ocp.args.StandardSave(params), run=ocp.args.JsonSave(run)
-  )
-  # Orbax writes elsewhere and renames: half a checkpoint is none.
+  handler = _handler('params', save_concurrent_gb=1)
   with _told_if_full(directory), ocp.Checkpointer(handler) as writer:
-    writer.save(directory, args, force=True)
-    if hosts.first():
-      _list(directory)
+    args = _saved(run, params)
+    writer.save(listing.unfinished(directory), args, force=True)
+    listing.finish(directory)

@@ -101,9 +101,10 @@ def _train(
       f' model has only its {config.model.stacks[0]}.'
     )
   traced = profiles.steps(profile, config.total_steps)
-  if hosts.agreed(lambda: _claim(workdir, config)) >= config.total_steps:
-    hosts.tell(f'{workdir} is finished: {config.total_steps} steps.')
-    return (read_rows(workdir) or [{}])[-1]
+  kept = checkpoint.last_run(workdir)
+  done = hosts.agreed(lambda: _claim(workdir, config, kept))
+  if done >= config.total_steps and _is_finished(workdir, done):
+    return _finished(workdir, config)
   mesh = sharding.make_mesh(
     **dataclasses.asdict(config.mesh), num_experts=config.model.num_experts
   )
@@ -136,7 +137,9 @@ def _train(
 
   # --- State: where this run was, else a checkpoint, else random -------------
   with sharding.use(mesh):
-    checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint, best)
+    checkpoints = checkpoint.Checkpoints(
+      workdir, config.checkpoint, best, _measured(workdir)
+    )
     abstract = sharding.placed(plan.shapes, plan.shardings)
     found = checkpoints.restore(abstract, notify=hosts.tell)
     if found:
@@ -154,6 +157,12 @@ def _train(
         f' {start} on they are not those it would have had.'
       )
     seen = {name: run['tokens_seen'].get(name, 0) for name in data.sources}
+    # Killed or told to stop between a checkpoint and its evaluation.
+    owed = start >= config.total_steps or _due(start, config.evaluate.every)
+    owed &= not hosts.agreed(lambda: start in _measured(workdir))
+    if start >= config.total_steps and not owed:
+      checkpoints.close()
+      return _finished(workdir, config)
 
     # --- Steps ---------------------------------------------------------------
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -171,7 +180,7 @@ def _train(
       *(n for each in evaluations for n in each.notes()),
     ]:
       report.note(line)
-    row, pending, measured, scores = {}, None, {}, None
+    row, pending, measured = {}, None, {}
     done, stop = start, False
     clock = Clock()
     traced = traced if hosts.first() else range(0)
@@ -190,11 +199,31 @@ def _train(
         batches=pipeline.BATCHES,
       )
 
-    # Before SIGTERM is left to the steps: a compiler does not let go.
+    def save():
+      report.flush()
+      checkpoints.save(done, state, describe())
+
+    def measure(stops) -> tuple[dict, bool]:
+      """What an evaluation finds, and whether that is a record."""
+
+      def progress(_):
+        if stops():
+          raise _Stopped
+
+      found = evaluate(state.params, evaluations, progress=progress)
+      report.write(done, found)
+      report.note(_line(done, found))
+      report.flush()
+      clock.read()
+      return found, hosts.agreed(lambda: checkpoints.score(done, found))
+
     spread = lambda batch: hosts.spread(batch, split, rows, size)
     batches = map(spread, data.iterate(start))
-    first = next(batches)
-    train_step = train_step.lower(state, first).compile()
+    if start < config.total_steps:
+      # Before SIGTERM is left to the steps: a compiler does not let go.
+      first = next(batches)
+      train_step = train_step.lower(state, first).compile()
+      batches = itertools.chain([first], batches)
     plan.forget()
     backend.give_back()
     try:
@@ -203,9 +232,14 @@ def _train(
         ending.callback(report.close)
         ending.push(checkpoints.leave)
         ending.callback(trace.close)
+        if start and owed:
+          try:
+            measured, _ = measure(stops)
+          except _Stopped:
+            stop = True
         for n, batch in zip(
-          range(start, config.total_steps),
-          itertools.chain([first], batches),
+          range(start, start if stop else config.total_steps),
+          batches,
           strict=False,
         ):
           check_owner()
@@ -215,22 +249,23 @@ def _train(
           # The numbers of the step before are read while this one runs.
           if pending:
             row = _look(pending, seen, config, report, clock)
-          done, scores, pending = n + 1, None, (n + 1, *found)
-          last, stop = done == config.total_steps, stops(done)
+          done, pending = n + 1, (n + 1, *found)
+          last, stop = done == config.total_steps, stops()
           evaluated = last or _due(done, config.evaluate.every)
           saved = last or stop or _due(done, config.checkpoint.every)
           if evaluated or saved:
             row = _look(pending, seen, config, report, clock, force=evaluated)
             pending = None
-          if evaluated:
-            measured = evaluate(state.params, evaluations)
-            report.write(done, measured)
-            report.note(_line(done, measured))
-            scores = {n: float(measured[n]) for n in map(_unsigned, best)}
-            clock.read()
+          # Before the evaluation, which may take longer than there is time.
           if saved:
-            report.flush()
-            checkpoints.save(done, state, describe(), scores)
+            save()
+          if evaluated and not stop:
+            try:
+              measured, record = measure(stops)
+            except _Stopped:
+              stop = record = True
+            if record and not saved:
+              save()
           if stop:
             break
         trace.before(done, state)
@@ -239,10 +274,33 @@ def _train(
         'Interrupted; the same command goes on from the last checkpoint.'
       )
       raise
-  if stop and done < config.total_steps:
+  if stop:
     hosts.tell(f'Told to stop: step {done} is saved; the same command goes on.')
     raise SystemExit(signals.PREEMPTED)
   return {**row, **measured}
+
+
+class _Stopped(Exception):
+  """An evaluation was given up: there is time to save, not to measure."""
+
+
+def _measured(workdir) -> dict[int, dict]:
+  """Step -> what its evaluation found, of those there were."""
+  return {r['step']: r for r in read_rows(workdir) if 'loss' not in r}
+
+
+def _is_finished(workdir, step: int) -> bool:
+  """Whether the last step is measured, and no bit of its checkpoint wrong.
+
+  What is only perhaps so is read and gone on from, as after a kill.
+  """
+  measured = hosts.agreed(lambda: step in _measured(workdir))
+  return measured and checkpoint.is_sound(workdir, step)
+
+
+def _finished(workdir, config: Config) -> dict:
+  hosts.tell(f'{workdir} is finished: {config.total_steps} steps.')
+  return (read_rows(workdir) or [{}])[-1]
 
 
 def metric_names(config: Config, workdir) -> list[str]:
@@ -289,24 +347,15 @@ def _with_slots(config: Config, state):
 
 
 def find_vocabulary(config: Config, workdir) -> vocabulary.Vocabulary | None:
-  """The run's own, else the one given, else that of `init`; None: a new one.
+  """That of its checkpoints, else of the config, of `init`, or its own file.
 
-  Its own is there in every checkpoint too, if the file was lost.
+  None: a new one.
   """
-  own = epath.Path(workdir) / 'vocabulary.model'
   if config.data.vocabulary == 'bytes':
     return vocabulary.load('bytes')
-  if hosts.agreed(own.exists):
-    try:
-      return vocabulary.load(own)
-    except ValueError as e:
-      raise ValueError(
-        f'{own} is damaged: move it away and run the same command again, which'
-        " finds it in the run's checkpoints or makes it anew."
-      ) from e
-  if hosts.agreed(lambda: checkpoint.last_step(workdir)):
-    kept = checkpoint.vocabulary_of(checkpoint.read_run(workdir))
-    return vocabulary.Vocabulary(str(own), kept)
+  own = epath.Path(workdir) / 'vocabulary.model'
+  if run := checkpoint.last_run(workdir):
+    return vocabulary.checked(f'{own}', checkpoint.vocabulary_of(run))
   if config.data.vocabulary:
     return vocabulary.load(config.data.vocabulary)
   if config.init:
@@ -317,7 +366,7 @@ def find_vocabulary(config: Config, workdir) -> vocabulary.Vocabulary | None:
         ' SentencePiece model.'
       )
     return vocabulary.checked(config.init, model)
-  return None
+  return vocabulary.load(own) if hosts.agreed(own.exists) else None
 
 
 def with_vocabulary_size(config: Config, vocab) -> Config:
@@ -344,25 +393,44 @@ def _keep_vocabulary(workdir, config: Config, vocab) -> vocabulary.Vocabulary:
   if vocab is None:
     size = config.data.vocabulary_size
     return pipeline.train_vocabulary(config.data, own, size)
-  if vocab.model and not own.exists():
-    files.write_whole(own, vocab.model)
+  if vocab.model:
+    planted = own.exists() and own.read_bytes() != vocab.model
+    if planted:
+      hosts.tell(
+        f'{own} is not the vocabulary of this run: it is written anew.'
+      )
+    if planted or not own.exists():
+      files.write_whole(own, vocab.model)
   return vocab
 
 
-def _claim(workdir: epath.Path, config: Config) -> int:
-  """The steps done in a workdir; refuses one where another config trained."""
+def _claim(workdir: epath.Path, config: Config, run: dict | None = None) -> int:
+  """The steps done in a workdir; refuses one where another config trained.
+
+  Args:
+    run: what its newest checkpoint says.
+  """
   path, done = workdir / 'config.json', checkpoint.last_step(workdir)
-  files.check_free(path, lambda p: 'total_steps' in files.json_in(p))
+  is_ours = lambda p: run or 'total_steps' in files.json_in(p)
+  files.check_free(path, is_ours)
   if not path.exists():
     if not done:
       workdirs.check_new(workdir)
     return done
+  free = _FREE
   # By way of a Config, which knows the fields that have come since.
-  theirs = config_file.of_run(path)
+  try:
+    theirs = config_file.of_run(path)
+  except ValueError:
+    if not run:
+      raise
+    hosts.tell(f'{path} is damaged, and written anew.')
+    theirs = config_file.from_dict(run['config'], f'a checkpoint of {workdir}')
+    free = (*free, 'model.vocab_size')  # Settled there, and not as asked for.
   ours = config_file.to_dict(config)
   changed = config_file.diff(config_file.to_dict(theirs), ours)
-  lines = [line for line in changed if not line.startswith(_FREE)]
-  if lines and not done:
+  lines = [line for line in changed if not line.startswith(free)]
+  if lines and not checkpoint.any_steps(workdir):
     # Nothing is lost, and the advice of an error may be followed on the spot.
     (workdir / 'vocabulary.model').unlink(missing_ok=True)
   elif lines:

@@ -25,6 +25,19 @@ def test_a_tree_moves_whole(tmp_path, bucket, remote):
   assert not (root / 'old').exists()
 
 
+def test_what_there_is_to_know_of_a_file(tmp_path, bucket, monkeypatch):
+  """On a disk and in a store; crc32 of '123456789' is a constant of its own."""
+  monkeypatch.chdir(tmp_path)
+  assert files.absolute('a/b') == tmp_path / 'a' / 'b'
+  # `resolve` would make it a path below the working directory.
+  assert f'{files.absolute("gs://a/b")}' == 'gs://a/b'
+  for path in (tmp_path / 'a', 'gs://b/a'):
+    files.write_whole(path, b'123456789')
+    assert files.size(path) == 9 and files.checksum(path) == 'cbf43926'
+    files.write_whole(path, b'')
+    assert files.size(path) == 0 and files.checksum(path) == '00000000'
+
+
 def test_nothing_appears_when_writing_fails(tmp_path):
   path = tmp_path / 'deep' / 'file'
   with pytest.raises(KeyError), files.appearing(path) as temp:

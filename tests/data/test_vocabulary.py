@@ -212,6 +212,9 @@ def test_what_cannot_be_loaded(tmp_path):
     vocabulary.load(str(tmp_path / 'none.model'))
   with pytest.raises(ValueError, match='no such file'):
     vocabulary.load(str(tmp_path))
+  (tmp_path / 'empty.model').write_bytes(b'')  # Which is no word for bytes.
+  with pytest.raises(ValueError, match='empty.model is an empty file'):
+    vocabulary.load(str(tmp_path / 'empty.model'))
   (tmp_path / 'a.model').write_text('not a model')
   with pytest.raises(ValueError, match='a.model is not a SentencePiece model'):
     vocabulary.load(str(tmp_path / 'a.model'))

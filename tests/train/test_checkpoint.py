@@ -2,15 +2,21 @@
 
 import errno
 import gc
+import json
+import os
 import pathlib
+import pwd
 import re
 import shutil
+import time
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
+from etils.epath import backend
 
 import st_moe
 from st_moe import config_file, sharding
@@ -21,7 +27,7 @@ from st_moe.config import (
   OptimizerConfig,
   StackConfig,
 )
-from st_moe.data import vocabulary
+from st_moe.data import files, vocabulary
 from st_moe.model.transformer import Transformer
 from st_moe.train import checkpoint, optimizer
 from st_moe.train import step as train_step
@@ -65,13 +71,15 @@ def _abstract(state):
   )
 
 
-def _save(workdir, *steps, scores=None, best=(), **config):
+def _save(workdir, *steps, scores=None, known=None, best=(), **config):
+  """`scores` come after their step; `known` are those of an earlier start."""
   checkpoints = checkpoint.Checkpoints(
-    workdir, CheckpointConfig(**config), best
+    workdir, CheckpointConfig(**config), best, known
   )
   for step in steps:
-    metrics = scores and scores.get(step)
-    checkpoints.save(step, _state(step), {'step': step}, metrics)
+    checkpoints.save(step, _state(step), {'step': step})
+    if scores and step in scores:
+      checkpoints.score(step, scores[step])
   checkpoints.close()
 
 
@@ -95,8 +103,8 @@ def _same_bits(a, b):
 
 def _largest(directory: pathlib.Path) -> pathlib.Path:
   """The file that most of the arrays are in."""
-  files = (p for p in directory.rglob('*') if p.is_file())
-  return max(files, key=lambda p: p.stat().st_size)
+  there = (p for p in directory.rglob('*') if p.is_file())
+  return max(there, key=lambda p: p.stat().st_size)
 
 
 def test_nothing_saved_is_nothing_restored(tmp_path):
@@ -139,6 +147,11 @@ def test_every_third_stays_for_ever(tmp_path):
   assert _steps(tmp_path) == [3, 6, 7]
 
 
+def test_with_keep_last_0_all_stay(tmp_path):
+  _save(tmp_path, 1, 2, 3, 4, keep_last=0)
+  assert _steps(tmp_path) == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(('name', 'best'), [('score', 2), ('-score', 3)])
 def test_the_best_stays(tmp_path, name, best):
   # Step 4 was not measured. A run that starts again still knows its best.
@@ -147,10 +160,24 @@ def test_the_best_stays(tmp_path, name, best):
   }
   _save(tmp_path, 1, 2, 3, 4, 5, scores=scores, best=[name], keep_last=1)
   assert _steps(tmp_path) == [best, 5]
-  _save(tmp_path, 6, 7, scores={6: {'score': 4.0}}, best=[name], keep_last=1)
+  later = {6: {'score': 4.0}}
+  _save(tmp_path, 6, 7, scores=later, known=scores, best=[name], keep_last=1)
   assert _steps(tmp_path) == [best, 7]
   (state, _), _ = _restore(tmp_path)
   assert state.step == 7  # It goes on from the last all the same.
+
+
+def test_a_best_that_is_beaten_goes(tmp_path):
+  scores = {s: {'x': v} for s, v in {1: 1.0, 2: 3.0, 3: 2.0}.items()}
+  _save(tmp_path, 1, 2, 3, scores=scores, best=['x'], keep_last=1)
+  assert _steps(tmp_path) == [2, 3]
+  later = {4: {'x': 3.5}}
+  _save(tmp_path, 4, scores=later, known=scores, best=['x'], keep_last=1)
+  assert _steps(tmp_path) == [4]
+  # What is no number is no record, and of equals the first stays.
+  same = {4: {'x': 3.5}, 5: {'x': 3.5}, 6: {'x': 'nan'}}
+  _save(tmp_path, 5, 6, scores=same, known=later, best=['x'], keep_last=1)
+  assert _steps(tmp_path) == [4, 6]
 
 
 def test_the_best_of_each_task_stays(tmp_path):
@@ -198,6 +225,213 @@ _DAMAGES = {
   _lose_an_item: r'its file params/.* is missing',
   _lose_an_unlisted_item: r'it cannot be read \(FileNotFoundError: .*/3/rest',
 }
+
+
+def _list_sizes_alone(directory):
+  """Makes files.json what it was before it had checksums."""
+  path = directory / 'files.json'
+  listed = json.loads(path.read_text().splitlines()[0])
+  path.write_text(
+    json.dumps({name: size for name, (size, _) in listed.items()})
+  )
+
+
+@pytest.fixture(params=['disk', 'gs'])
+def place(request, tmp_path):
+  """(a workdir, the folder that its files are in), on a disk or in a store."""
+  if request.param == 'disk':
+    return tmp_path, tmp_path
+  return epath.Path('gs://runs/a'), request.getfixturevalue('bucket') / 'runs/a'
+
+
+def test_no_bit_of_any_file_goes_unnoticed(place):
+  """Each file in turn: one bit turned, one byte short, empty, gone."""
+  workdir, folder = place
+  _save(workdir, 1, 2)
+  newest = folder / 'checkpoints' / '2'
+  everything = [p for p in sorted(newest.rglob('*')) if p.is_file()]
+  names = {p.relative_to(newest).as_posix() for p in everything}
+  assert len(everything) > 20 and names >= {
+    'files.json', 'run/metadata', 'params/_METADATA', 'commit_success.txt',
+    'rest/manifest.ocdbt', '_CHECKPOINT_METADATA',
+  }  # fmt: skip
+  rng = np.random.default_rng(0)
+  for path in everything:
+    right = path.read_bytes()
+    wrongs = [right[:-1], b'']
+    for at in {0, len(right) - 1, *rng.integers(0, len(right), 2)}:
+      wrong = np.frombuffer(right, np.uint8).copy()
+      wrong[at] ^= np.uint8(1 << rng.integers(8))
+      wrongs.append(wrong.tobytes())
+    for wrong in wrongs:
+      path.write_bytes(wrong)
+      assert checkpoint.find(workdir).name == '1', (path, wrong)
+    path.unlink()
+    if path.name != 'files.json':
+      assert checkpoint.find(workdir).name == '1', path
+    path.write_bytes(right)
+  assert checkpoint.find(workdir).name == '2'
+
+
+def test_whatever_is_damaged_the_run_goes_on_from_the_one_before(place, capsys):
+  """Readers say it on standard error; a run says it and sets it aside."""
+  workdir, folder = place
+  _save(workdir, 1)
+  number = 2
+  while number < 5:
+    _save(workdir, number, keep_last=0)
+    newest = folder / 'checkpoints' / f'{number}'
+    everything = [p for p in sorted(newest.rglob('*')) if p.is_file()]
+    path = (
+      everything[5 * number % len(everything)]
+      if number < 4
+      else newest / 'files.json'
+    )
+    data = bytearray(path.read_bytes())
+    data[number % len(data)] ^= 1 << number % 8
+    path.write_bytes(data)
+    name = path.relative_to(newest).as_posix()
+    what = (
+      'its files.json is damaged'
+      if name == 'files.json'
+      else f'its file {name} has other bytes than were written'
+    )
+    assert checkpoint.read_run(workdir) == {'step': 1}
+    said = capsys.readouterr().err
+    checkpoints = f'{workdir}/checkpoints'
+    assert said == f'{checkpoints}/{number} is damaged: {what}. Using 1.\n'
+    with pytest.raises(ValueError, match=f'/{number} is damaged: {what}.'):
+      checkpoint.find(f'{checkpoints}/{number}')
+    assert [p.name for p in checkpoint.all_steps(workdir)] == ['1']
+    assert capsys.readouterr().err == said
+    (state, run), told = _restore(workdir)
+    _same_bits(state, _state(1))
+    assert run == {'step': 1}
+    assert told == [f'Checkpoint {number} is damaged: {what}. Using 1.']
+    aside = folder / 'damaged' / f'{number}-{number - 2}'
+    assert not newest.exists() and (aside / name).read_bytes() == data
+    number += 1
+  assert checkpoint.is_sound(workdir, 1)
+
+
+def test_an_older_list_has_sizes_alone(tmp_path):
+  _save(tmp_path, 1, 2)
+  newest = tmp_path / 'checkpoints' / '2'
+  _list_sizes_alone(newest)
+  (state, _), said = _restore(tmp_path)
+  _same_bits(state, _state(2))
+  assert said == [] and checkpoint.find(tmp_path) == epath.Path(newest)
+  # It says nothing of bytes, so that it is no proof that a run has ended well.
+  assert not checkpoint.is_sound(tmp_path, 2)
+  _truncate(newest)
+  assert checkpoint.find(tmp_path).name == '1'
+
+
+def test_a_checkpoint_without_a_list_is_read_and_it_is_said(tmp_path, capsys):
+  _save(tmp_path, 1)
+  newest = tmp_path / 'checkpoints' / '1'
+  (newest / 'files.json').unlink()
+  message = f'Checkpoint {newest} has no files.json: it can be read, but nothin'
+  (state, _), said = _restore(tmp_path)
+  _same_bits(state, _state(1))
+  assert len(said) == 1 and said[0].startswith(message)
+  assert checkpoint.read_run(tmp_path) == {'step': 1}
+  assert capsys.readouterr().err.startswith(message)
+
+
+def test_what_is_old_is_checked_once_by_a_command(tmp_path, monkeypatch):
+  _save(tmp_path, 1)
+  newest, hour = tmp_path / 'checkpoints' / '1', time.time() - 3600
+  checksum, read = files.checksum, []
+  monkeypatch.setattr(
+    files, 'checksum', lambda p: read.append(p) or checksum(p)
+  )
+  checkpoint.find(tmp_path)
+  once = len(read)
+  assert once > 20
+  # What was written a moment ago may have been changed since, unseen.
+  checkpoint.find(tmp_path)
+  assert len(read) == 2 * once
+  everything = [p for p in newest.rglob('*') if p.is_file()]
+  for path in everything:
+    os.utime(path, (hour, hour))
+  checkpoint.find(tmp_path)
+  checkpoint.find(tmp_path)
+  assert len(read) == 3 * once
+  # A change shows in the file's time.
+  path = _largest(newest)
+  path.write_bytes(bytes(path.stat().st_size))
+  with pytest.raises(ValueError, match='can be used:\n  1: its file'):
+    checkpoint.find(tmp_path)
+
+
+def test_an_empty_folder_is_no_checkpoint(tmp_path):
+  _save(tmp_path, 1)
+  (tmp_path / 'checkpoints' / '99').mkdir()
+  assert checkpoint.last_step(tmp_path) == 1
+  (state, _), said = _restore(tmp_path)
+  assert state.step == 1 and said == []
+  _save(tmp_path, 99)  # Nor is it in the way.
+  assert checkpoint.last_step(tmp_path) == 99
+
+
+def test_what_a_kill_left_half_written_goes(place):
+  workdir, folder = place
+  _save(workdir, 1, 2)
+  if workdir == folder:
+    half = '3.st-moe-tmp', '3.st-moe-tmp.orbax-checkpoint-tmp'
+    for name in half:
+      shutil.copytree(folder / 'checkpoints/2', folder / 'checkpoints' / name)
+  else:
+    half = ['3']
+    for name in ('run/metadata', '_CHECKPOINT_METADATA'):
+      (workdir / 'checkpoints' / '3' / name).write_text('{}')
+  assert checkpoint.last_step(workdir) == 2
+  (state, _), said = _restore(workdir)
+  assert state.step == 2 and said == []
+  assert not any((folder / 'checkpoints' / name).exists() for name in half)
+
+
+def test_a_store_that_orbax_does_not_know(tmp_path):
+  message = 's3://b/run: checkpoints lie on a disk or in gs://; mount other'
+  with pytest.raises(ValueError, match=message):
+    checkpoint.find('s3://b/run')
+
+
+@pytest.mark.parametrize(
+  ('error', 'kind', 'message'),
+  [
+    (
+      ImportError('Please install gcsfs to access Google Storage'),
+      ValueError,
+      "gs://runs/a: Please install gcsfs .*; pip install 'st_moe.gcp.'",
+    ),
+    (
+      RuntimeError('Could not resolve host\n\t when reading metadata'),
+      OSError,
+      'gs://runs/a cannot be reached: Could not resolve host$',
+    ),
+  ],
+)
+def test_a_store_that_does_not_answer(store, monkeypatch, error, kind, message):
+  def fail(*_):
+    raise error
+
+  monkeypatch.setattr(backend._FileSystemSpecBackend, 'fs', fail)
+  with pytest.raises(kind, match=message):
+    checkpoint.find('gs://runs/a')
+
+
+def test_a_user_without_a_name(tmp_path, monkeypatch):
+  """As containers are started with --user=54321: nobody in /etc/passwd."""
+
+  def unknown(uid):
+    raise KeyError(f'getpwuid(): uid not found: {uid}')
+
+  monkeypatch.setattr(pwd, 'getpwuid', unknown)
+  _save(tmp_path, 1, 2)
+  (state, _), said = _restore(tmp_path)
+  assert state.step == 2 and said == []
 
 
 @pytest.mark.parametrize('damage', _DAMAGES)
@@ -285,12 +519,13 @@ def test_a_full_disk_is_said_in_words(tmp_path, monkeypatch, method):
   checkpoints = checkpoint.Checkpoints(tmp_path, CheckpointConfig())
   checkpoints.save(1, _state(1), {})
   checkpoints.save(2, _state(2), {})
+  checkpoints._finish()  # 2 is there.
 
   def full(*_, **__):
     raise OSError(errno.ENOSPC, 'No space left on device')
 
   with monkeypatch.context() as patch:
-    patch.setattr(checkpoints._manager, method, full)
+    patch.setattr(checkpoints._writer, method, full)
     with pytest.raises(
       ValueError, match=r'The disk of .*checkpoints is full. Older .* intact'
     ):
@@ -325,7 +560,7 @@ def test_other_errors_are_themselves(tmp_path, monkeypatch):
   def forbidden(*_, **__):
     raise PermissionError(errno.EACCES, 'Permission denied')
 
-  monkeypatch.setattr(checkpoints._manager, 'save', forbidden)
+  monkeypatch.setattr(checkpoints._writer, 'save', forbidden)
   with pytest.raises(PermissionError):
     checkpoints.save(1, _state(1), {})
   checkpoints.close()
@@ -487,6 +722,9 @@ def test_load_of_what_cannot_be_read(trained, tmp_path, capfd):
     st_moe.load(alone)
   # As long as before, and rotten: one message, and nothing printed besides.
   largest.write_bytes(bytes(size))
+  with pytest.raises(ValueError, match='/20 is damaged: its file .* other byt'):
+    st_moe.load(alone)
+  _list_sizes_alone(alone)
   with pytest.raises(ValueError, match='/20 is damaged: it cannot be read'):
     st_moe.load(alone)
   gc.collect()

@@ -21,10 +21,13 @@ from jax.experimental.compilation_cache import compilation_cache
 import st_moe
 from st_moe import config_file, sharding
 from st_moe.data import pipeline, vocabulary
+from st_moe.infer import evaluate
+from st_moe.interop import convert
 from st_moe.model import layout
 from st_moe.model.transformer import Transformer
 from st_moe.train import checkpoint, loop, optimizer, owner, step, workdir
 from st_moe.train.report import Clock, read_rows
+from tests.store import Store
 
 _WORDS = {
   'reds': 'ruby rose rust brick wine cherry fire clay plum fox'.split(),
@@ -548,73 +551,250 @@ def test_a_sparse_run_begins_with_a_dense_one(written, tmp_path, capsys):
 
 # An object store.
 
-
-class _NoCheckpoints:
-  """Orbax knows no mocked bucket; the rest of a run does."""
-
-  def __init__(self, workdir, config, best):
-    pass
-
-  def restore(self, abstract, notify):
-    return None
-
-  def save(self, step, state, run, metrics):
-    raise NotImplementedError
-
-  def leave(self, *error):
-    pass
+_MINE = 'gs://runs/mine'
 
 
-def test_a_run_in_a_bucket(written, bucket, monkeypatch, capsys):
-  rows_at = {}
+@pytest.fixture(scope='module')
+def away(written, tmp_path_factory):
+  """A store with a run of 6 steps, and all that was done to it."""
+  store = Store(tmp_path_factory.mktemp('away') / 'store')
+  with store.mounted():
+    loop.train(_load(written), _MINE, config_path=written)
+  return store
 
-  class Checkpoints(_NoCheckpoints):
-    def save(self, step, state, run, metrics):
-      rows_at[step] = [r['step'] for r in read_rows('gs://runs/mine')]
 
-  monkeypatch.setattr(checkpoint, 'Checkpoints', Checkpoints)
-  config = _load(written, total_steps='2')
-  loop.train(config, 'gs://runs/mine', config_path=written)
-  there = {p.name for p in (bucket / 'runs' / 'mine').iterdir()}
-  assert there >= {
+def _cuts(store) -> range:
+  """How many changes were done at any moment of the last save, list included.
+
+  A process that is killed leaves just these: an object is there or it is not.
+  """
+  at = [
+    n
+    for n, (name, data) in enumerate(store.journal, 1)
+    if name.startswith('runs/mine/checkpoints/6/') and data is not None
+  ]
+  assert store.journal[at[-1] - 1][0].endswith('/6/files.json')
+  return range(at[0], at[-1] + 1)
+
+
+def test_a_run_in_a_bucket(away, run, written, store, capsys):
+  """The same numbers, and whatever is done with a run is done with this one."""
+  # Rows are there before the checkpoint that says they were written.
+  names = [name.removeprefix('runs/mine/') for name, _ in away.journal]
+  rows = names.index('metrics-00000.jsonl')
+  assert rows < names.index('checkpoints/2/files.json')
+  store.replay(away.journal)
+  folder = store.root / 'runs' / 'mine'
+  assert {p.name for p in folder.iterdir()} >= {
     'config.py', 'config.json', 'about.json', 'vocabulary.model', 'tensorboard',
   }  # fmt: skip
-  parts = sorted(name for name in there if name.startswith('metrics'))
-  assert parts and all(name.startswith('metrics-0000') for name in parts)
-  # Rows are there before the checkpoint that says they were written.
-  assert rows_at == {2: [1, 2, 2]}
-  assert 'gs://runs/mine: reds_and_blues, 0 of 2' in capsys.readouterr().out
-
-
-# What is kept as the best, and when a run gives up.
-
-
-def test_a_score_belongs_to_the_step_it_was_measured_at(
-  written, tmp_path, monkeypatch
-):
-  """Checkpoints between two evaluations have no score of their own."""
-  saved = []
-
-  class Checkpoints(_NoCheckpoints):
-    def save(self, step, state, run, metrics):
-      saved.append((step, metrics))
-
-  monkeypatch.setattr(checkpoint, 'Checkpoints', Checkpoints)
-  best = '-eval/reds/loss'
-  config = _load(
-    written,
-    total_steps='4',
-    checkpoint__every='1',
-    checkpoint__keep_best=best,
+  assert _checkpoints(folder) == [2, 4, 6]
+  assert _steps(_MINE) == _steps(run)
+  jax.tree.map(np.testing.assert_array_equal, _params(_MINE), _params(run))
+  loop.train(_load(written), _MINE)
+  assert capsys.readouterr().out == f'{_MINE} is finished: 6 steps.\n'
+  # Evaluated, asked, converted, and started from.
+  found = evaluate.evaluate(_MINE, mixture=['reds'])
+  told = json.loads((folder / 'evaluation' / 'metrics.json').read_text())
+  assert told['metrics'] == found and told['checkpoint'].endswith('points/6')
+  loaded = st_moe.load(f'{_MINE}/checkpoints/4')
+  assert loaded.step == 4 and loaded.path == f'{_MINE}/checkpoints/4'
+  (text,) = st_moe.load(_MINE).generate(['ruby rose'], max_length=3)
+  assert [text] == st_moe.load(run).generate(['ruby rose'], max_length=3)
+  convert.convert(_MINE, 'gs://runs/bare')
+  jax.tree.map(
+    np.testing.assert_array_equal, _params('gs://runs/bare'), _params(run)
   )
+  with pytest.raises(ValueError, match='gs://runs/bare is not empty'):
+    convert.convert(_MINE, 'gs://runs/bare')
+  _tune('gs://runs/bare', written, 'gs://runs/tuned')
+  assert st_moe.load('gs://runs/tuned').step == 1
+
+
+def test_a_kill_at_any_write_of_a_save_loses_no_bit(
+  away, run, written, tmp_path, capsys
+):
+  moments = _cuts(away)
+  assert len(moments) > 25
+  again = Store(tmp_path / 'again')
+  again.replay(away.journal[: moments[0] - 1])
+  for done in moments:
+    again.replay(away.journal[done - 1 : done])
+    with again.mounted():
+      newest = 6 if done == moments[-1] else 4
+      assert checkpoint.last_step(_MINE) == newest
+      assert checkpoint.find(_MINE).name == f'{newest}'
+      assert checkpoint.is_sound(_MINE, newest)
+    if done in (moments[0], moments[-2], moments[-1]):
+      with _copied(again, tmp_path / f'{done}').mounted():
+        _ends_as(run, written, capsys)
+
+
+def _copied(store, folder):
+  return Store(shutil.copytree(store.root, folder))
+
+
+def _ends_as(run, written, capsys):
+  """The same command ends with the same bits and rows, and then is done."""
+  capsys.readouterr()
+  saved = checkpoint.last_step(_MINE) == 6
+  loop.train(_load(written), _MINE)
+  said = capsys.readouterr().out
+  # Once it is saved, its evaluation may be over too.
+  assert 'step 6 evaluated' in said or saved and 'is finished' in said
+  jax.tree.map(np.testing.assert_array_equal, _params(_MINE), _params(run))
+  assert _steps(_MINE) == _steps(run)
+  measured = [r['step'] for r in read_rows(_MINE) if 'loss' not in r]
+  assert measured == [2, 4, 6]
+  loop.train(_load(written), _MINE)
+  assert capsys.readouterr().out == f'{_MINE} is finished: 6 steps.\n'
+
+
+@pytest.mark.slow
+def test_every_write_of_a_save_in_turn(away, run, written, tmp_path, capsys):
+  for done in _cuts(away):
+    again = Store(tmp_path / f'{done}')
+    again.replay(away.journal[:done])
+    with again.mounted():
+      _ends_as(run, written, capsys)
+
+
+@pytest.mark.slow
+def test_processes_that_die_in_the_place_of_a_write(
+  away, run, written, tmp_path, capsys
+):
+  """As SIGKILL would end them: nothing is tidied up, no thread runs on."""
+  for done in [*_cuts(away)][::6]:
+    folder = tmp_path / f'{done}'
+    died = subprocess.run(
+      [
+        sys.executable, '-m', 'tests.store', f'{folder}', f'{done}',
+        'train', f'--config={written}', f'--workdir={_MINE}',
+      ],
+      capture_output=True,
+    )  # fmt: skip
+    assert died.returncode == 137, died.stderr
+    with Store(folder).mounted():
+      _ends_as(run, written, capsys)
+
+
+# What is kept as the best, when a run is finished, and when it gives up.
+
+
+@pytest.fixture
+def scored(monkeypatch):
+  """Evaluations find what a table says, step -> loss of reds."""
+  table, whole = {}, loop.Evaluator.__call__
+
+  def evaluate(self, params, sources, **kwargs):
+    found = whole(self, params, sources, **kwargs)
+    step = len(table['done']) * 2 + 2
+    table['done'].append(step)
+    return found | {'eval/reds/loss': np.float64(table[step])}
+
+  table['done'] = []
+  monkeypatch.setattr(loop.Evaluator, '__call__', evaluate)
+  return table
+
+
+def test_the_best_is_saved_when_it_is_measured(written, tmp_path, scored):
+  """Evaluated every 2 steps, saved every 6; a restart still knows the best."""
+  scored.update({2: 5.5, 4: 3.9, 6: 5.2, 8: 4.0})
+  config = lambda steps: _load(
+    written,
+    total_steps=steps,
+    checkpoint__every='6',
+    checkpoint__keep_last='1',
+    checkpoint__keep_best='-eval/reds/loss',
+  )
+  loop.train(config('6'), tmp_path)
+  assert _checkpoints(tmp_path) == [4, 6]
+  loop.train(config('8'), tmp_path)
+  assert _checkpoints(tmp_path) == [4, 8]
+  rows = [r for r in read_rows(tmp_path) if 'loss' not in r]
+  losses = [(r['step'], r['eval/reds/loss']) for r in rows]
+  assert losses == [(2, 5.5), (4, 3.9), (6, 5.2), (8, 4.0)]
+
+
+def test_an_evaluation_is_given_up_when_told_to_stop(
+  run, written, tmp_path, monkeypatch, capsys
+):
+  """SIGTERM in the first batch of the evaluation of step 4, no save due."""
+  config = _load(written, checkpoint__every='100')
+  whole, batches = loop.Evaluator._text_loss, []
+
+  def told(self, params, source, *rest):
+    batches.append(source.name)
+    if len(batches) == 3:  # Step 2 has two sources.
+      os.kill(os.getpid(), signal.SIGTERM)
+    return whole(self, params, source, *rest)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.Evaluator, '_text_loss', told)
+    with pytest.raises(SystemExit) as stopped:
+      loop.train(config, tmp_path)
+  assert stopped.value.code == 75 and len(batches) == 3
+  assert _checkpoints(tmp_path) == [4]
+  # It is made up for.
   loop.train(config, tmp_path)
-  assert [step for step, _ in saved] == [1, 2, 3, 4]
-  losses = [
-    r['eval/reds/loss'] for r in read_rows(tmp_path) if 'eval/reds/loss' in r
-  ]
-  assert saved[0][1] is None and saved[2][1] is None
-  for (_, metrics), loss in zip(saved[1::2], losses, strict=True):
-    assert metrics[best[1:]] == pytest.approx(loss, rel=1e-5)
+  said = capsys.readouterr().out
+  assert said.index('step 4 evaluated') < said.index('step 5/6')
+  measured = [r['step'] for r in read_rows(tmp_path) if 'loss' not in r]
+  assert measured == [2, 4, 6]
+  assert _steps(tmp_path) == _steps(run)
+  jax.tree.map(np.testing.assert_array_equal, _params(tmp_path), _params(run))
+
+
+def test_a_run_killed_in_its_last_evaluation_is_not_finished(
+  copy, written, capsys
+):
+  rows = (copy / 'metrics.jsonl').read_text().splitlines()
+  assert 'eval/reds/loss' in rows[-1]
+  (copy / 'metrics.jsonl').write_text('\n'.join(rows[:-1]) + '\n')
+  row = loop.train(_load(written), copy)
+  assert 'step 6 evaluated' in capsys.readouterr().out
+  assert json.loads(rows[-1]).items() <= read_rows(copy)[-1].items()
+  assert row['eval/reds/loss'] == pytest.approx(
+    json.loads(rows[-1])['eval/reds/loss'], rel=1e-6
+  )
+
+
+def test_what_is_rotten_does_not_pass_for_finished(copy, run, written, capsys):
+  """A bit of the last checkpoint, an empty one behind it, what lies beside."""
+  last = copy / 'checkpoints' / '6'
+  path = max(last.rglob('d/*'), key=lambda p: p.stat().st_size)
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 4
+  path.write_bytes(data)
+  (copy / 'checkpoints' / '99').mkdir()
+  vocabulary.train(['a red fox'] * 9, copy / 'vocabulary.model', size=199)
+  config = (copy / 'config.json').read_bytes()
+  (copy / 'config.json').write_bytes(config[:100])
+  loop.train(_load(written), copy)
+  said = capsys.readouterr().out
+  assert f'{copy}/config.json is damaged, and written anew.' in said
+  assert (copy / 'config.json').read_bytes() == config
+  name = path.relative_to(last)
+  assert (
+    f'Checkpoint 6 is damaged: its file {name} has other bytes than were'
+    ' written. Using 4.'
+  ) in said
+  own = copy / 'vocabulary.model'
+  assert f'{own} is not the vocabulary of this run: it is written anew.' in said
+  assert own.read_bytes() == (run / 'vocabulary.model').read_bytes()
+  jax.tree.map(np.testing.assert_array_equal, _params(copy), _params(run))
+  assert _steps(copy) == _steps(run)
+
+
+def test_a_finished_run_of_older_code_is_read_to_know(copy, written, capsys):
+  """Its list has sizes alone; where all bytes can be read it is finished."""
+  listed = copy / 'checkpoints' / '6' / 'files.json'
+  sizes = json.loads(listed.read_text().splitlines()[0])
+  listed.write_text(
+    json.dumps({name: size for name, (size, _) in sizes.items()})
+  )
+  loop.train(_load(written), copy)
+  assert capsys.readouterr().out == f'{copy} is finished: 6 steps.\n'
 
 
 def test_a_score_that_is_not_measured_is_refused_before_work(written, tmp_path):
