@@ -429,8 +429,11 @@ def last_step(workdir) -> int:
 
 
 def any_steps(workdir) -> bool:
-  """Whether a run has saved anything, intact or not."""
-  return bool(listing.steps(listing.place(workdir) / 'checkpoints'))
+  """Whether a run has saved anything, intact or not, or an empty folder."""
+  directory = listing.place(workdir) / 'checkpoints'
+  found = (path for path in directory.glob('*') if path.name.isdigit())
+  remote = files.is_remote(directory)
+  return any(not remote or listing.finished(path) for path in found)
 
 
 def last_run(workdir) -> dict | None:
