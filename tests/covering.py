@@ -225,12 +225,12 @@ def _sgd_beside(adafactor) -> optax.GradientTransformation:
 
   def init(boxed):
     zeros = jax.tree.map(jnp.zeros_like, boxed)
-    return zeros, zeros, adafactor.init(boxed)
+    return zeros, zeros, *adafactor.init(boxed)
 
   def update(gradients, state, params):
-    updates, slots = adafactor.update(gradients, state[-1], params)
+    updates, slots = adafactor.update(gradients, state[2:], params)
     steps = jax.tree.map(lambda g: -SGD_RATE * g, gradients)
-    return steps, (gradients, updates, slots)
+    return steps, (gradients, updates, *slots)
 
   return optax.GradientTransformation(init, update)
 
@@ -253,7 +253,7 @@ def _stepper(config: Config, mesh):
   )
 
   def trees(state, metrics):
-    gradients, updates, (slots, *_) = state.opt_state
+    gradients, updates, slots, *_ = state.opt_state
     found = (gradients, state.params, updates, slots.moments)
     if scanned:
       found = (layout.unroll(tree, config.model) for tree in found)

@@ -262,11 +262,12 @@ def test_a_stored_config_that_breaks_a_rule_is_named(tmp_path):
   path = tmp_path / 'config.json'
   path.write_text('{"model": {"dropout": 7.0}}')
   with pytest.raises(ValueError) as e:
-    config_file.stored(path)
-  assert str(e.value).startswith(f'{path}: config.model.dropout = 7.0 should')
+    config_file.of_run(path)
+  assert str(e.value).startswith(f'{path} is no config of this version (')
+  assert 'config.model.dropout = 7.0 should be' in str(e.value)
   path.write_text('{"model": {"dropo')
-  with pytest.raises(ValueError, match='config.json is damaged: Unterminated'):
-    config_file.stored(path)
+  with pytest.raises(ValueError, match='config.json is damaged: move it away'):
+    config_file.of_run(path)
 
 
 def test_a_model_without_stacks_is_refused():

@@ -13,9 +13,17 @@ ROOT = pathlib.Path(__file__).parents[1]
 NOTHING_LOST = 'nothing was lost; the same command goes on.\n'
 
 
+# What a shell starts in the background ignores Ctrl-C, and so would its child.
+_HEARS = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
 def _start(*command):
   return subprocess.Popen(
-    [sys.executable, *command],
+    [sys.executable, '-c', _HEARS, *command],
     env={**os.environ, 'PYTHONPATH': str(ROOT)},
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,

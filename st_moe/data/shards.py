@@ -204,14 +204,16 @@ def _run(todo, workers: int):
   # Not forked: a process with JAX or TensorFlow in it has threads.
   context = multiprocessing.get_context('spawn')
   size = min(workers, len(todo))
-  pool = concurrent.futures.ProcessPoolExecutor(
-    size,
-    context,
-    # Ctrl-C is heard by the whole terminal; who asked for the work ends it.
-    initializer=signal.signal,
-    initargs=(signal.SIGINT, signal.SIG_IGN),
-  )
-  with _safe_path(), pool:
+  with (
+    _safe_path(),
+    concurrent.futures.ProcessPoolExecutor(
+      size,
+      context,
+      # Ctrl-C is heard by the whole terminal; who asked for the work ends it.
+      initializer=signal.signal,
+      initargs=(signal.SIGINT, signal.SIG_IGN),
+    ) as pool,
+  ):
     futures = {pool.submit(_write_part, path, job): path for path, job in todo}
     try:
       for future in concurrent.futures.as_completed(futures):

@@ -11,7 +11,7 @@ import pathlib
 import re
 import warnings
 
-from st_moe.data import pieces, vocabulary
+from st_moe.data import files, pieces, vocabulary
 
 FILES = (
   'spiece.model',
@@ -235,5 +235,5 @@ def write(directory: pathlib.Path, model: bytes) -> None:
         str(vocab.tokens[t]): {'content': t} for t in added
       }
     (directory / 'spiece.model').write_bytes(pieces.bare(model))
-  text = json.dumps(about, indent=2, sort_keys=True)
+  text = files.as_json(about, indent=2, sort_keys=True)
   (directory / 'tokenizer_config.json').write_text(f'{text}\n')

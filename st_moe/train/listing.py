@@ -128,7 +128,7 @@ def _write(directory: epath.Path, key: str) -> None:
   if not files.is_remote(directory):
     for folder in {(directory / name).parent for name in names}:
       files.sync(folder)
-  line = json.dumps(listed).encode()
+  line = files.as_json(listed).encode()
   files.write_whole(directory / NAME, line + _guard(line))
 
 

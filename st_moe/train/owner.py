@@ -136,7 +136,7 @@ class _Owner:
     return found if isinstance(found, dict) else {}
 
   def _write(self, beat: int) -> None:
-    data = json.dumps({**self._me, 'beat': beat}).encode()
+    data = files.as_json({**self._me, 'beat': beat}).encode()
     if self._lock is None:
       files.write_whole(self._path, data)
     else:  # In place: a file that is replaced takes no lock along.

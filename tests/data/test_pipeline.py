@@ -415,7 +415,7 @@ def test_the_embedded_corpus_and_a_vocabulary_of_it(tmp_path):
 def test_a_vocabulary_learns_from_files_and_extra_text(folder, tmp_path):
   train = lambda extra: pipeline.train_vocabulary(
     config(folder, mixture={'big': 1}, vocabulary_extra=extra),
-    str(tmp_path / 'v.model'),
+    str(tmp_path / f'{len(extra)}.model'),
     210,
   )
   plain = train('')

@@ -335,12 +335,12 @@ def test_a_broken_line_is_told_before_work_is_begun(tmp_path):
 
 
 def test_a_line_without_end_is_told(tmp_path, monkeypatch):
-  monkeypatch.setattr(stream, '_LONGEST', 1000)
+  monkeypatch.setattr(files, 'LONGEST_LINE', 1000)
   path = tmp_path / 'in.txt'
   path.write_bytes(b'a\n' + b'x' * 999 + b'\n')
   stream.check(str(path), LINES)
   path.write_bytes(b'a\n' + b'x' * 1001)
-  with pytest.raises(ValueError, match='in.txt has a line of more than'):
+  with pytest.raises(ValueError, match='in.txt, line 2 has more than'):
     stream.check(str(path), LINES)
 
 

@@ -637,7 +637,10 @@ def test_find(tmp_path):
 
 # One sparse layer.
 _MODEL = tiny(
-  encoder=StackConfig(1, 1, 0, 16), decoder=None, moe={'extra_ffn': 'none'}
+  vocab_size=200,
+  encoder=StackConfig(1, 1, 0, 16),
+  decoder=None,
+  moe={'extra_ffn': 'none'},
 )
 
 
