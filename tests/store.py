@@ -4,10 +4,10 @@ An object appears whole or not at all; none can be renamed or appended to, and
 there are no directories. TensorStore, and so Orbax, comes over HTTP as it does
 to Google's, `etils.epath` through fsspec.
 
-  python -m tests.store FOLDER WRITES train --workdir=gs://runs/mine ...
+  python -m tests.store FOLDER PREFIX WRITES train --workdir=gs://runs/mine ...
 
 runs the command of `st-moe` with FOLDER behind gs:// and ends it, as SIGKILL
-would, in the place of the write after WRITES.
+would, when it comes to write after WRITES others below PREFIX.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ class Store:
     self.root.mkdir(parents=True, exist_ok=True)
     # What changed it, in order: (name, bytes, or None where it was deleted).
     self.journal: list[tuple[str, bytes | None]] = []
-    self.before_write = lambda: None
+    self.before_write = lambda name: None
     self._lock = threading.Lock()
 
   def __contains__(self, name):
@@ -58,7 +58,7 @@ class Store:
 
   def _change(self, name, data):
     with self._lock:
-      self.before_write()
+      self.before_write(name)
       self.journal.append((name, data))
       self._apply(name, data)
 
@@ -247,11 +247,11 @@ class _Requests(http.server.BaseHTTPRequestHandler):
 def main():
   from st_moe import cli
 
-  folder, writes, *argv = sys.argv[1:]
+  folder, prefix, writes, *argv = sys.argv[1:]
   left = iter(range(int(writes)))
 
-  def die_in_time():
-    if next(left, None) is None:
+  def die_in_time(name):
+    if name.startswith(prefix) and next(left, None) is None:
       os._exit(137)
 
   store = Store(folder)

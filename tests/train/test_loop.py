@@ -659,14 +659,15 @@ def test_every_write_of_a_save_in_turn(away, run, written, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_processes_that_die_in_the_place_of_a_write(
-  away, run, written, tmp_path, capsys
+  run, written, tmp_path, capsys
 ):
   """As SIGKILL would end them: nothing is tidied up, no thread runs on."""
-  for done in [*_cuts(away)][::6]:
+  for done in (0, 6, 12, 18, 24):
     folder = tmp_path / f'{done}'
     died = subprocess.run(
       [
-        sys.executable, '-m', 'tests.store', f'{folder}', f'{done}',
+        sys.executable, '-m', 'tests.store', f'{folder}',
+        'runs/mine/checkpoints/6/', f'{done}',
         'train', f'--config={written}', f'--workdir={_MINE}',
       ],
       capture_output=True,
