@@ -193,7 +193,10 @@ def load(path: str) -> Vocabulary:
     )
   model = files.read_bytes(file)
   if not model:
-    raise ValueError(f'data.vocabulary {path} is empty.')
+    raise ValueError(
+      f'data.vocabulary {path} is an empty file; a SentencePiece model or'
+      " 'bytes' is needed."
+    )
   return checked(str(file), model)
 
 

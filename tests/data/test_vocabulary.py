@@ -277,7 +277,7 @@ def test_a_model_that_is_cut_off(tmp_path):
     ):
       vocabulary.load(str(path))
   path.write_bytes(b'')
-  with pytest.raises(ValueError, match='a.model is empty'):
+  with pytest.raises(ValueError, match='a.model is an empty file'):
     vocabulary.load(str(path))
   path.unlink()
   path.symlink_to('/dev/zero')

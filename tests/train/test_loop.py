@@ -67,6 +67,13 @@ def get_config(arg=None):
 """
 
 
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+  """Nobody waits for the owner that a killed run leaves in a store."""
+  monkeypatch.setattr(owner, 'SILENCE', 0.5)
+  monkeypatch.setattr(owner, '_POLL', 0.1)
+
+
 @pytest.fixture(scope='module', autouse=True)
 def compiled_once(tmp_path_factory):
   """Every start compiles the same programs; all but the first read them."""
