@@ -55,7 +55,7 @@ def _read(directory: pathlib.Path, about: dict) -> bytes | None:
   file = directory / 'spiece.model'
   try:
     if file.exists():
-      return _with_tokens(file.read_bytes(), told, said, directory)
+      return _with_tokens(files.read_bytes(file), told, said, directory)
     if whole:
       return _with_tokens(_rebuilt(whole), told, said, directory)
   except _Lost as e:
@@ -75,7 +75,7 @@ def _json(path: pathlib.Path) -> dict:
   if not path.exists():
     return {}
   try:
-    found = json.loads(path.read_text())
+    found = json.loads(files.read_bytes(path))
   except (ValueError, RecursionError) as e:
     raise ValueError(f'{path} is no JSON ({e}).') from None
   if not isinstance(found, dict):
