@@ -533,15 +533,15 @@ def _list(flags, overrides):
 
 def _print_columns(rows) -> None:
   """Columns as wide as they need; the last goes on below itself."""
-  from rich import console, markup, table
+  from rich import table
 
   columns = table.Table.grid(padding=(0, 2, 0, 0))
   *names, texts = zip(*rows, strict=True)
   for _ in names:
     columns.add_column(no_wrap=True)
   for row in zip(*names, texts, strict=True):
-    columns.add_row(*map(markup.escape, row))
-  console.Console(highlight=False).print(columns)
+    columns.add_row(*row)
+  terminal.console().print(columns)
 
 
 def _config(flags, overrides):

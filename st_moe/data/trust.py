@@ -21,9 +21,17 @@ def signature(config: DataConfig) -> str:
   """The user's mark under the places of a config; '' where none can be kept."""
   if not (key := _key()):
     return ''
-  places = config.files, config.pairs, config.data_dir, config.cache_dir
-  said = json.dumps(places, sort_keys=True)
+  said = json.dumps(_places(config), sort_keys=True)
   return hmac.new(key, said.encode(), hashlib.sha256).hexdigest()
+
+
+def names_places(config: DataConfig) -> bool:
+  """Whether a config says where anything lies on a machine."""
+  return any(_places(config))
+
+
+def _places(config: DataConfig) -> tuple:
+  return config.files, config.pairs, config.data_dir, config.cache_dir
 
 
 def is_own(config: DataConfig, signed: object) -> bool:

@@ -175,10 +175,11 @@ def _set(config: Config, fields: dict) -> Config:
 def _is_own(loaded) -> bool:
   """Whether this user trained it, or it names no place of a machine."""
   data = loaded.config.data
-  if not (data.files or data.data_dir or data.cache_dir):
+  if not trust.names_places(data):
     return True
-  signed = lambda: checkpoint.read_run(loaded.path).get('signature', '')
-  return hosts.agreed(lambda: trust.is_own(data, signed()))
+  # All processes read it; to ask process 0 alone, they would wait for ever.
+  signed = checkpoint.read_run(loaded.path).get('signature', '')
+  return hosts.agreed(lambda: trust.is_own(data, signed))
 
 
 def _without_places(config: Config, trusted: bool) -> Config:
@@ -357,7 +358,7 @@ def _warn(loaded, measured: dict) -> None:
     or not math.isfinite(metrics.get('loss', 0))
   ]
   if broken:
-    print(
+    terminal.say(
       f'{", ".join(broken)}: the logits of {loaded.path} are no numbers (NaN or'
       ' infinite), and these scores mean nothing. Look for such weights in it.'
     )

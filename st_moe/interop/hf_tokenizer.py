@@ -6,7 +6,6 @@ tokenizer.json say how many sentinels there are and what was added.
 """
 
 import base64
-import json
 import pathlib
 import re
 import warnings
@@ -72,15 +71,7 @@ class _Lost(Exception):
 
 
 def _json(path: pathlib.Path) -> dict:
-  if not path.exists():
-    return {}
-  try:
-    found = json.loads(files.read_bytes(path))
-  except (ValueError, RecursionError) as e:
-    raise ValueError(f'{path} is no JSON ({e}).') from None
-  if not isinstance(found, dict):
-    raise ValueError(f'{path} holds no JSON object.')
-  return found
+  return files.read_json(path) if path.exists() else {}
 
 
 def _told(directory, said: dict, whole: dict) -> dict[str, int]:

@@ -305,7 +305,7 @@ def _finished(workdir, config: Config) -> dict:
 
 def metric_names(config: Config, workdir) -> list[str]:
   """The metrics that a run of `config` will find, before there is a run."""
-  if not config.data.mixture:  # A run refuses that in its own words.
+  if not config.data.drawn:  # A run refuses that in its own words.
     return []
   vocab = find_vocabulary(config, workdir) or vocabulary.load('bytes')
   opened = hosts.in_turn(lambda: _open_eval(config, vocab))

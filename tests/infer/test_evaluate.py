@@ -671,6 +671,20 @@ def test_files_that_a_strangers_checkpoint_names(named, tmp_path, capsys):
   assert (tmp_path / 'elsewhere').exists()
 
 
+def test_whatever_names_a_place_needs_a_signature(tmp_path, monkeypatch):
+  monkeypatch.setattr(shards, 'cache_root', lambda _: epath.Path(tmp_path))
+  globs = {'mine': {'validation': '/home/somebody/secret.jsonl'}}
+  assert not trust.names_places(DataConfig(mixture={'tiny_copa': 1.0}))
+  for said in (
+    {'files': globs},
+    {'pairs': globs},
+    {'data_dir': '/home/somebody'},
+    {'cache_dir': '/home/somebody'},
+  ):
+    assert trust.names_places(DataConfig(**said))
+    assert not trust.is_own(DataConfig(**said), trust.signature(DataConfig()))
+
+
 def test_a_signature_is_of_one_user_and_one_config(named, tmp_path):
   _, data, _ = named
   mine = trust.signature(data)

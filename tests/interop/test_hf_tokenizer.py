@@ -209,7 +209,7 @@ def test_a_tokenizer_of_another_kind_is_left_behind(changes, message, tmp_path):
 @pytest.mark.parametrize(
   ('files', 'message'),
   [
-    ({'tokenizer_config': [1]}, 'tokenizer_config.json holds no JSON object'),
+    ({'tokenizer_config': [1]}, 'tokenizer_config.json is no JSON, or damaged'),
     ({'tokenizer_config': {'extra_ids': -1}}, 'extra_ids -1 is no number of'),
     ({'tokenizer_config': {'extra_ids': 1e9}}, 'extra_ids 1000000000.0 is no'),
     ({'added_tokens': {'<spot>': 'x'}}, "adds '<spot>' with the id 'x'"),
