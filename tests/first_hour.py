@@ -63,6 +63,14 @@ for name, some in {'0': documents[::2], '1': documents[1::2]}.items():
       print(json.dumps({'text': text}), file=file)
 (texts / 'valid.txt').write_text('\n\n'.join(documents[:9]))
 
+faq = pathlib.Path('faq')
+faq.mkdir()
+asked = [{'inputs': f'{n} and 1?', 'targets': f'{n + 1}'} for n in range(64)]
+rows = '\n'.join(map(json.dumps, asked))
+with gzip.open(faq / 'train-0.jsonl.gz', 'wt') as file:
+  file.write(rows)
+(faq / 'valid.jsonl').write_text(rows)
+
 superglue(pathlib.Path('data/superglue'))
 shutil.copytree('runs/tiny', 'runs/base')
 

@@ -192,6 +192,15 @@ def test_a_field_that_is_named_is_one():
   assert found > 10
 
 
+def test_the_files_of_a_reader_are_made():
+  """What the page's commands read and a clone has not."""
+  typed = ' '.join(first_hour.lines((ROOT / 'README.md').read_text()))
+  files = re.findall(r"--config\.data\.(?:files|pairs)\S+?='?([\w-]+)/", typed)
+  assert set(files) == {'texts', 'faq'}
+  for folder in files:
+    assert f"pathlib.Path('{folder}')" in first_hour.PREPARE
+
+
 @pytest.mark.slow
 def test_the_first_hour(tmp_path):
   assert first_hour.main([f'--directory={tmp_path}/hour', '--quick']) == 0
