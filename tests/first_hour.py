@@ -30,8 +30,8 @@ CHANGES = (
     'the whole suite has a run of its own',
   ),
   (
-    r'(configs/(st_moe_tiny|finetune|finetune_superglue)\.py)(?=\s|$)',
-    r'\1:runlocal',
+    r'(configs/(st_moe_tiny|finetune|finetune_superglue)\.py):?(?=\s|$|mixture)',
+    r'\1:runlocal,',
     'steps enough to see that they are taken',
   ),
   (r'^st-moe prepare superglue .*', '', 'a network'),
