@@ -15,7 +15,8 @@ import jax
 
 from st_moe import config_file, sharding
 from st_moe.model.transformer import Transformer
-from st_moe.train import loop, optimizer, roles, step
+from st_moe.run import loop
+from st_moe.train import optimizer, roles, step
 
 
 def measure(config, train: str) -> dict:

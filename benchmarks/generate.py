@@ -28,7 +28,7 @@ from st_moe.config import (
   Part,
   StackConfig,
 )
-from st_moe.infer import decoding, methods
+from st_moe.decode import decoding, methods
 from st_moe.interop import huggingface
 from st_moe.model import layout
 from st_moe.model.transformer import Transformer

@@ -25,7 +25,8 @@ from rich.table import Table
 from st_moe import config_file, sharding
 from st_moe.data import pipeline, vocabulary
 from st_moe.model.transformer import Transformer
-from st_moe.train import loop, optimizer, step
+from st_moe.run import loop
+from st_moe.train import optimizer, step
 
 TASKS = 'tiny_boolq', 'tiny_cb', 'tiny_copa'
 

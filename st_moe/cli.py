@@ -369,7 +369,7 @@ def _train(flags, overrides):
   _start(flags)
   with _hosts(flags, preemptible=True):
     config = _load(flags, overrides)
-    from st_moe.train import loop
+    from st_moe.run import loop
 
     loop.train(
       config,
@@ -384,7 +384,7 @@ def _train(flags, overrides):
 def _grid(flags, overrides):
   _start(flags)
   with _hosts(flags, preemptible=True):
-    from st_moe.train import grid
+    from st_moe.run import grid
 
     def make(cell):
       for field in overrides.keys() & cell:
@@ -482,7 +482,7 @@ def _plan(flags, overrides):
 
 
 def _report(flags, overrides):
-  from st_moe.train import compare
+  from st_moe.run import compare
 
   compare.compare(flags.workdirs, baseline=flags.baseline)
   if flags.curves:

@@ -12,7 +12,7 @@ import pytest
 from st_moe import cli, config_file
 from st_moe.config import DataConfig
 from st_moe.data import pipeline, vocabulary
-from st_moe.train import grid
+from st_moe.run import grid
 
 PAGE = (pathlib.Path(__file__).parents[1] / 'docs' / 'tasks.md').read_text()
 

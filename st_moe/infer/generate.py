@@ -13,9 +13,9 @@ import numpy as np
 from st_moe import sharding
 from st_moe.config import ModelConfig, unknown
 from st_moe.data.vocabulary import Vocabulary
-from st_moe.infer import decoding, methods
-from st_moe.infer.batching import bucket, padded
-from st_moe.infer.methods import Method
+from st_moe.decode import decoding, methods
+from st_moe.decode.batching import bucket, padded
+from st_moe.decode.methods import Method
 from st_moe.model import layout
 from st_moe.model.transformer import Transformer
 from st_moe.routing import steering

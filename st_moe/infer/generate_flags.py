@@ -13,7 +13,7 @@ _Few = Annotated[int, Range(1, 2**16)]
 _Share = Annotated[float, Range(0, 1, above=True)]
 
 # Flag -> rule, default, help. Those of decoding have the names they have in
-# `infer.methods.Method` and `infer.generate.Asked`.
+# `decode.methods.Method` and `infer.generate.Asked`.
 _ANSWER_FLAGS = {
   'max_length': (Size, 64, 'tokens of an answer at most'),
   'temperature': (AtLeast0, 0.0, 'of sampling; 0 is greedy'),
@@ -103,7 +103,8 @@ def check(flags) -> None:
 def run(flags) -> None:
   import warnings
 
-  from st_moe.infer import generate, load, methods, output, stream
+  from st_moe.decode import methods
+  from st_moe.infer import generate, load, output, stream
 
   words = {'true': True, 'false': False}
   options = {n: getattr(flags, n) for n in (*_ANSWER_FLAGS, *_ANSWER_LISTS)}

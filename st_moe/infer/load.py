@@ -68,7 +68,7 @@ class Loaded:
     Warns if the model's logits are no numbers, as of weights that hold NaN.
 
     Args:
-      options: fields of `infer.generate.Asked` and `infer.methods.Method`:
+      options: fields of `infer.generate.Asked` and `decode.methods.Method`:
         max_length, temperature, top_k, top_p, seed, num_beams, stop, ...
 
     Raises:

@@ -6,11 +6,11 @@ import functools
 import jax
 from etils import epath
 
-from st_moe import config_file, sharding
+from st_moe import checkpoint, config_file, sharding
 from st_moe.config import Config
 from st_moe.model import layout
 from st_moe.model.transformer import Transformer
-from st_moe.train import checkpoint, optimizer, step
+from st_moe.train import optimizer, step
 
 
 @dataclasses.dataclass

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from flax import serialization, traverse_util
 
-from st_moe import config_file
+from st_moe import checkpoint, config_file
 from st_moe.config import Config, ModelConfig
 from st_moe.data import files
 from st_moe.interop.links import (
@@ -33,7 +33,6 @@ from st_moe.interop.links import (
   two_sizes,
 )
 from st_moe.model import layout
-from st_moe.train import checkpoint
 
 _STACKS = ('encoder', 'decoder')
 

@@ -15,7 +15,8 @@ from st_moe import sharding
 from st_moe.config import Config
 from st_moe.model.transformer import Transformer
 from st_moe.plan import chips, cost, hlo
-from st_moe.train import loop, optimizer, step
+from st_moe.run import loop
+from st_moe.train import optimizer, step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,11 @@ import pytest
 from st_moe import sharding
 from st_moe.config import Capacity, Config, DataConfig, StackConfig
 from st_moe.data import vocabulary
-from st_moe.infer import decoding, generate
+from st_moe.decode import decoding
+from st_moe.decode.methods import Contrast, Method
+from st_moe.infer import generate
 from st_moe.infer.generate import Generator, asked
 from st_moe.infer.load import Loaded
-from st_moe.infer.methods import Contrast, Method
 from st_moe.model.transformer import Transformer
 from tests.helpers import random_params, tiny
 

@@ -18,11 +18,12 @@ import st_moe
 from st_moe import cli, config_file
 from st_moe.config import Capacity, Config, MoEConfig, Part, StackConfig
 from st_moe.data import pieces
-from st_moe.infer import decoding, methods
+from st_moe.decode import decoding, methods
 from st_moe.interop import convert, huggingface, links
 from st_moe.model import layout
 from st_moe.model.transformer import Transformer
-from st_moe.train import loop, loss
+from st_moe.run import loop
+from st_moe.train import loss
 from tests.helpers import jit, random_params, tiny
 from tests.interop.make_golden import (
   CASES,

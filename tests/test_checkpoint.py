@@ -19,7 +19,7 @@ from etils import epath
 from etils.epath import backend
 
 import st_moe
-from st_moe import config_file, sharding
+from st_moe import checkpoint, config_file, sharding
 from st_moe.config import (
   CheckpointConfig,
   Config,
@@ -29,7 +29,7 @@ from st_moe.config import (
 )
 from st_moe.data import files, vocabulary
 from st_moe.model.transformer import Transformer
-from st_moe.train import checkpoint, optimizer
+from st_moe.train import optimizer
 from st_moe.train import step as train_step
 from st_moe.train.step import TrainState
 from tests.helpers import examples, padded_batch, random_params, tiny

@@ -19,14 +19,16 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
 import st_moe
-from st_moe import config_file, sharding
+from st_moe import checkpoint, config_file, sharding
 from st_moe.data import pipeline, vocabulary
+from st_moe.history import read_rows
 from st_moe.infer import evaluate
 from st_moe.interop import convert
 from st_moe.model import layout
 from st_moe.model.transformer import Transformer
-from st_moe.train import checkpoint, loop, optimizer, owner, step, workdir
-from st_moe.train.report import Clock, read_rows
+from st_moe.run import loop, owner, workdir
+from st_moe.run.report import Clock
+from st_moe.train import optimizer, step
 from tests.store import Store
 
 _WORDS = {
@@ -512,7 +514,7 @@ def test_train_is_a_function_and_a_package_at_once(monkeypatch):
   monkeypatch.setattr(loop, 'train', lambda *args, **more: (args, more))
   for _ in range(2):
     assert st_moe.train(1, 'w', profile='') == ((1, 'w'), {'profile': ''})
-    assert st_moe.train.loop is loop
+    assert st_moe.run.loop is loop
 
 
 def test_only_the_architecture_is_taken(run, written, tmp_path):

@@ -15,8 +15,8 @@ from etils import epath
 from st_moe import hosts, signals, stdio, terminal
 from st_moe.config import Config, unknown
 from st_moe.data import files
-from st_moe.train import loop, owner
-from st_moe.train.report import best_steps, read_rows
+from st_moe.history import best_steps, read_rows
+from st_moe.run import loop, owner
 
 Cell = dict[str, str]  # Field -> value, as on a command line.
 

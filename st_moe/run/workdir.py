@@ -5,11 +5,10 @@ import subprocess
 
 from etils import epath
 
-from st_moe import config_file
+from st_moe import checkpoint, config_file
 from st_moe.config import Config
 from st_moe.data import files
-from st_moe.train import checkpoint
-from st_moe.train.report import METRICS
+from st_moe.history import METRICS
 
 _FILES = ('config.json', 'config.py', 'about.json', 'vocabulary.model')
 _FOLDERS = ('checkpoints', 'damaged', 'tensorboard', 'profile')

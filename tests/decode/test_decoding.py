@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from st_moe.config import Capacity, StackConfig
-from st_moe.infer import decoding
-from st_moe.infer.methods import Contrast, Method
+from st_moe.decode import decoding
+from st_moe.decode.methods import Contrast, Method
 from st_moe.model.transformer import Transformer
 from st_moe.routing.types import RouteOverride
 from tests.helpers import examples, padded_batch, random_params, tiny

@@ -13,8 +13,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from st_moe.infer import beams
-from st_moe.infer.methods import (
+from st_moe.decode import beams
+from st_moe.decode.methods import (
   Decoded,
   Method,
   adjusted,

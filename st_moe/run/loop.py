@@ -13,6 +13,7 @@ from etils import epath
 
 from st_moe import (
   backend,
+  checkpoint,
   config_file,
   counts,
   hosts,
@@ -22,13 +23,15 @@ from st_moe import (
 )
 from st_moe.config import Config, unknown
 from st_moe.data import files, pipeline, trust, vocabulary
+from st_moe.history import read_rows
 from st_moe.infer.evaluator import Evaluator
 from st_moe.interop import convert, links, rules
 from st_moe.model.transformer import Transformer
-from st_moe.train import checkpoint, loss, optimizer, owner, step
-from st_moe.train import profile as profiles
-from st_moe.train import workdir as workdirs
-from st_moe.train.report import Clock, Report, Silence, read_rows
+from st_moe.run import owner
+from st_moe.run import profile as profiles
+from st_moe.run import workdir as workdirs
+from st_moe.run.report import Clock, Report, Silence
+from st_moe.train import loss, optimizer, step
 
 # A run may go on with other values of these: they change none of its numbers.
 _FREE = (
