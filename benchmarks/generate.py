@@ -19,7 +19,7 @@ import time
 import jax
 import numpy as np
 
-from st_moe import sharding
+from st_moe import paths, sharding
 from st_moe.config import (
   Capacity,
   Config,
@@ -30,7 +30,6 @@ from st_moe.config import (
 )
 from st_moe.decode import decoding, methods
 from st_moe.interop import huggingface
-from st_moe.model import layout
 from st_moe.model.transformer import Transformer
 
 PROMPT = 64
@@ -107,7 +106,7 @@ def compare(experts: int, batch: int, length: int, repeats: int) -> dict:
   theirs = _theirs(config, params)
 
   config = dataclasses.replace(config.dropless(), scan_layers=False)
-  params = layout.unroll(params, scanned.config)
+  params = paths.unroll(params, scanned.config)
   # A minimum length forbids the EOS.
   method = methods.Method(max_length=length, forbidden=(1,))
   run = functools.partial(decoding.generate, Transformer(config), method=method)

@@ -28,6 +28,7 @@ import tempfile
 import time
 
 from st_moe import backend
+from st_moe.train.state import parameter_axes, starting
 
 VOCABULARY, BATCH, LENGTHS = 4096, 16, (256, 64)
 RATE, WEIGHTS = 1e-3, {'router_z': 1e-3, 'load_balance': 1e-2}
@@ -107,8 +108,8 @@ def our_steps(flags):
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   with sharding.use(mesh):
     model = Transformer(config.model)
-    tx = optimizer.make(config.optimizer, step.parameter_axes(model))
-    plan = step.plan_init(model, tx, mesh)
+    tx = optimizer.make(config.optimizer, parameter_axes(model))
+    plan = starting(model, tx, mesh)
     params = plan.random_params(jax.random.key(0))
     if flags.parameters:
       huggingface.save(flags.parameters, params, config, None)

@@ -357,10 +357,10 @@ def _load(flags, overrides):
   config = config_file.load(flags.config, overrides, base=base)
   # What stands in tables of mechanisms, which a config does not know.
   from st_moe.model import moe
-  from st_moe.train import loss
+  from st_moe.train import terms
 
   moe.check(config.model.moe)
-  loss.check_names(config.loss)
+  terms.check_names(config.loss)
   return config
 
 

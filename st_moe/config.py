@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Annotated, Literal
 
-from st_moe import fields
+from st_moe import fields, layer_plan
 from st_moe.fields import (
   Above0,
   AtLeast0,
@@ -28,6 +28,7 @@ from st_moe.fields import (
   Text,
   unknown,
 )
+from st_moe.layer_plan import LayerPlan
 
 # Numbers in one array: beyond lies a slip of a digit, and beyond 2 ** 63 the
 # compiler ends the whole process.
@@ -218,46 +219,6 @@ class StackConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sublayer:
-  """One residual step: norm, `kind`, dropout, add."""
-
-  kind: str  # 'self_attention', 'cross_attention', 'mlp' or 'moe'.
-  name: str  # Of its module; part of every checkpoint.
-  norm: str
-  mlp_dim: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerPlan:
-  """What each layer of a stack is: its sublayers in order."""
-
-  layers: tuple[tuple[Sublayer, ...], ...]
-
-  @property
-  def period(self) -> int:
-    """The shortest run of layers whose repetition gives the stack."""
-    for p in range(1, len(self.layers)):
-      if all(
-        a == b for a, b in zip(self.layers, self.layers[p:], strict=False)
-      ):
-        return p
-    return max(len(self.layers), 1)
-
-  @property
-  def sparse(self) -> tuple[int, ...]:
-    """Numbers of the layers that have a sparse sublayer."""
-    return tuple(
-      i
-      for i, layer in enumerate(self.layers)
-      if any(s.kind == 'moe' for s in layer)
-    )
-
-  @property
-  def num_sparse(self) -> int:
-    return len(self.sparse)
-
-
-@dataclasses.dataclass(frozen=True)
 class ModelConfig(Checked):
   """A T5-like Transformer: T5 1.1 by default, sparse where its stacks say so.
 
@@ -369,37 +330,7 @@ class ModelConfig(Checked):
 
   def plan(self, stack: str) -> LayerPlan:
     """The layers of 'encoder' or 'decoder'."""
-    cfg, moe = self.stack(stack), self.moe
-    mlp = Sublayer('mlp', 'mlp', 'pre_mlp_layer_norm', self.mlp_dim)
-    sparse = Sublayer('moe', 'moe', 'pre_mlp_layer_norm', self.expert_dim)
-    if self.dense:
-      sparse = dataclasses.replace(mlp, mlp_dim=self.executed_dim(stack))
-    extra = dataclasses.replace(
-      mlp, name='extra_mlp', norm='pre_extra_mlp_layer_norm'
-    )
-    beside = {
-      'none': (sparse,),
-      'before': (extra, sparse),
-      'after': (sparse, extra),
-    }[moe.extra_ffn]
-    mix = [
-      Sublayer('self_attention', 'self_attention', 'pre_attention_layer_norm')
-    ]
-    if stack == 'decoder' and self.encoder:
-      mix.append(
-        Sublayer(
-          'cross_attention',
-          'encoder_decoder_attention',
-          'pre_cross_attention_layer_norm',
-        )
-      )
-    every, offset = cfg.sparse_every, cfg.sparse_offset
-    return LayerPlan(
-      tuple(
-        (*mix, *(beside if every and i % every == offset else (mlp,)))
-        for i in range(cfg.num_layers)
-      )
-    )
+    return layer_plan.of(self, stack)
 
   @property
   def num_experts(self) -> int:
@@ -579,54 +510,13 @@ class LogConfig(Checked):
   wandb_project: Text = 'st_moe'
 
 
-# How other codes route, as fields that differ from the defaults; a checkpoint
-# means what it meant only under the routing it was trained with.
-#
-#                        paper           flaxformer           huggingface
-#   weights of top-2     renormalised    probabilities        (top-1 only)
-#   second choices       random 0.2      all                  (top-1 only)
-#   capacity             floor           round                64 a sequence
-#   a group              tokens          tokens               a sequence
-#   padding              asks nothing    goes to expert 0     as any token
-#   balance counts       first choices   all choices          first choices
-#   losses over layers   sum             mean                 mean
-#   first sparse layer   the last of     the last of          the second
-#                        each period     each period
-#
-# 'paper' is that of Mesh-TensorFlow too. HuggingFace takes the balance loss
-# over all layers of a stack joined, as if they were one, which we do not.
-ROUTINGS = {
-  'paper': {},
-  'flaxformer': {
-    'model.moe.selector.k': 2,
-    'model.moe.selector.normalize': False,
-    'model.moe.selector.train_policy': 'all',
-    'model.moe.train_capacity.rounding': 'round',
-    'model.moe.eval_capacity.rounding': 'round',
-    'model.moe.padding': 'zeroed',
-    'loss.router': {'load_balance_all': 1e-2, 'router_z': 1e-3},
-    'loss.layers': 'mean',
-  },
-  'huggingface': {
-    'model.encoder.sparse_offset': 1,
-    'model.decoder.sparse_offset': 1,
-    'model.moe.selector.k': 1,
-    'model.moe.train_capacity.count': 64,
-    'model.moe.eval_capacity.count': 64,
-    'model.moe.group_by': 'sequence',
-    'model.moe.padding': 'routed',
-    'model.moe.extra_ffn': 'none',
-    'loss.layers': 'mean',
-  },
-}
-
-
 @dataclasses.dataclass(frozen=True)
 class Config(Checked):
   """One run."""
 
   name: str = ''
-  routing: Literal[tuple(ROUTINGS)] = 'paper'  # What the file leaves open.
+  # How what the file leaves open is routed: as this code does it.
+  routing: Literal['paper', 'flaxformer', 'huggingface'] = 'paper'
   seed: Seed = 0
   total_steps: CountOr0 = 0
   init: str = ''  # A checkpoint or workdir to start from; '': random.

@@ -28,6 +28,47 @@ from st_moe.fields import shown, unknown
 
 _CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 
+# How other codes route, as fields that differ from the defaults; a checkpoint
+# means what it meant only under the routing it was trained with.
+#
+#                        paper           flaxformer           huggingface
+#   weights of top-2     renormalised    probabilities        (top-1 only)
+#   second choices       random 0.2      all                  (top-1 only)
+#   capacity             floor           round                64 a sequence
+#   a group              tokens          tokens               a sequence
+#   padding              asks nothing    goes to expert 0     as any token
+#   balance counts       first choices   all choices          first choices
+#   losses over layers   sum             mean                 mean
+#   first sparse layer   the last of     the last of          the second
+#                        each period     each period
+#
+# 'paper' is that of Mesh-TensorFlow too. HuggingFace takes the balance loss
+# over all layers of a stack joined, as if they were one, which we do not.
+ROUTINGS = {
+  'paper': {},
+  'flaxformer': {
+    'model.moe.selector.k': 2,
+    'model.moe.selector.normalize': False,
+    'model.moe.selector.train_policy': 'all',
+    'model.moe.train_capacity.rounding': 'round',
+    'model.moe.eval_capacity.rounding': 'round',
+    'model.moe.padding': 'zeroed',
+    'loss.router': {'load_balance_all': 1e-2, 'router_z': 1e-3},
+    'loss.layers': 'mean',
+  },
+  'huggingface': {
+    'model.encoder.sparse_offset': 1,
+    'model.decoder.sparse_offset': 1,
+    'model.moe.selector.k': 1,
+    'model.moe.train_capacity.count': 64,
+    'model.moe.eval_capacity.count': 64,
+    'model.moe.group_by': 'sequence',
+    'model.moe.padding': 'routed',
+    'model.moe.extra_ffn': 'none',
+    'loss.layers': 'mean',
+  },
+}
+
 
 def parse_arg(arg: str | None, **defaults) -> types.SimpleNamespace:
   """`'dense,seed=1'` as typed values: a bare name is True."""
@@ -249,7 +290,7 @@ def routed(values: Mapping) -> dict:
   """A run's `values` with what their `routing` says and they leave open."""
   hint = fields.of(config_lib.Config)['routing']
   code = fields.check(values.get('routing', 'paper'), hint, 'config.routing')
-  for field, value in config_lib.ROUTINGS[code].items():
+  for field, value in ROUTINGS[code].items():
     values = _fill(config_lib.Config, values, field.split('.'), value)
   return dict(values)
 

@@ -5,7 +5,6 @@ import json
 
 import pytest
 
-from st_moe import config as config_lib
 from st_moe import config_file
 from st_moe.config import (
   Capacity,
@@ -511,7 +510,7 @@ def test_another_preset_by_flag():
     _switch(routing='hf')
 
 
-@pytest.mark.parametrize('code', config_lib.ROUTINGS)
+@pytest.mark.parametrize('code', config_file.ROUTINGS)
 def test_every_preset_makes_a_config(code):
   for file in ('st_moe_base', 'st_moe_tiny:runlocal', 't5_1_1'):
     name, _, arg = file.partition(':')

@@ -17,10 +17,12 @@ LINES = (
   (
     'fields',
     'flags',
+    'layer_plan',
     'config',
     'counts',
     'config_file',
     'schedules',
+    'paths',
     'backend',
     'signals',
     'stdio',
@@ -54,6 +56,7 @@ NEVER = {
 PACKAGES = {
   'fields': (),
   'flags': (),
+  'layer_plan': (),
   'config': ('numpy',),
   'counts': (),
   'backend': (),
@@ -62,6 +65,7 @@ PACKAGES = {
   'terminal': ('rich',),
   'config_file': ('numpy',),
   'schedules': ('numpy', 'jax'),
+  'paths': ('jax',),
   'routing': ('numpy', 'jax', 'flax.struct'),
   'sharding': ('numpy', 'jax', 'flax'),
   'hosts': ('numpy', 'jax'),

@@ -10,13 +10,12 @@ from collections.abc import Iterable, Iterator, Sequence
 import jax
 import numpy as np
 
-from st_moe import sharding
+from st_moe import paths, sharding
 from st_moe.config import ModelConfig, unknown
 from st_moe.data.vocabulary import Vocabulary
 from st_moe.decode import decoding, methods
 from st_moe.decode.batching import bucket, padded
 from st_moe.decode.methods import Method
-from st_moe.model import layout
 from st_moe.model.transformer import Transformer
 from st_moe.routing import steering
 
@@ -140,7 +139,7 @@ class Generator:
         ' at least 2: a token and the EOS.'
       )
     if config.scan_layers:
-      params = layout.unroll(params, config)
+      params = paths.unroll(params, config)
       config = dataclasses.replace(config, scan_layers=False)
     self.config = dataclasses.replace(config.dropless(), remat='none')
     self.vocabulary, self.max_inputs = vocabulary, max_inputs

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from flax import serialization, traverse_util
 
-from st_moe import checkpoint, config_file
+from st_moe import checkpoint, config_file, paths
 from st_moe.config import Config, ModelConfig
 from st_moe.data import files
 from st_moe.interop.links import (
@@ -32,7 +32,6 @@ from st_moe.interop.links import (
   tensors,
   two_sizes,
 )
-from st_moe.model import layout
 
 _STACKS = ('encoder', 'decoder')
 
@@ -199,7 +198,7 @@ def _open_orbax(path: epath.Path):
     ) from None
   leaves = {
     name.removeprefix('target/'): leaf
-    for name, leaf in layout.by_path(getattr(tree, 'tree', tree)).items()
+    for name, leaf in paths.by_path(getattr(tree, 'tree', tree)).items()
     if name.startswith('target/')
   }
   ocdbt = (state / 'manifest.ocdbt').exists()

@@ -8,8 +8,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from st_moe.config import LayerPlan, ModelConfig, Sublayer
-from st_moe.model import layout
+from st_moe import paths
+from st_moe.config import ModelConfig
+from st_moe.layer_plan import LayerPlan, Sublayer
 from st_moe.model.attend import Sight
 from st_moe.model.attention import Attention, RelativePositionBias
 from st_moe.model.dispatch import SAVED_NAMES
@@ -314,7 +315,7 @@ class Transformer(nn.Module):
   @nn.nowrap
   def as_read(self, params):
     """`params` in the dtypes in which the layers read them: the same bits."""
-    return layout.as_read(params, activation_dtype(self.config.dtype))
+    return paths.as_read(params, activation_dtype(self.config.dtype))
 
   def _context(
     self, tokens, valid, segments, positions, step, dropout, override

@@ -7,9 +7,11 @@ import math
 import jax
 import jax.numpy as jnp
 
+from st_moe import paths
 from st_moe.config import Config, ModelConfig
 from st_moe.model.transformer import Transformer
-from st_moe.train import roles, step
+from st_moe.train import sizes, step
+from st_moe.train.state import abstract_params
 
 
 def kept(config: Config, sizes: dict[str, int]) -> float:
@@ -76,7 +78,7 @@ def _part(config: Config, parts: int):
   # The fewest rows that are whole groups: what is kept grows in these.
   whole = [
     size // math.gcd(size, config.data.length(stack))
-    for stack, size, _ in step.groups(config)
+    for stack, size, _ in sizes.groups(config)
   ]
   lengths = tuple((s, config.data.length(s)) for s in model.stacks)
   return model, config.optimizer.train, lengths, math.lcm(*whole)
@@ -101,7 +103,7 @@ def _residuals(config: Config, train: str, lengths, rows: int):
   batch[f'{stack}_target_tokens'] = batch[f'{stack}_loss_weights'] = tokens(n)
 
   def backward(params, batch):
-    trained, frozen = roles.part(params, train)
+    trained, frozen = paths.split(params, train)
     objective = lambda p: step.objective(
       model,
       config,
@@ -113,4 +115,4 @@ def _residuals(config: Config, train: str, lengths, rows: int):
     )
     return jax.vjp(objective, trained, has_aux=True)[1]
 
-  return jax.eval_shape(backward, step.abstract_params(model), batch)
+  return jax.eval_shape(backward, abstract_params(model), batch)

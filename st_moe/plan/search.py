@@ -9,7 +9,6 @@ from st_moe import sharding
 from st_moe.config import Config
 from st_moe.plan import cost
 from st_moe.plan.chips import Chip
-from st_moe.train import step
 
 DISPATCHERS = ('index', 'mask')
 MICROBATCHES = (1, 2, 4, 8, 16)
@@ -103,7 +102,7 @@ def _with_groups(config: Config, sizes: dict[str, int]) -> Iterator[Config]:
   shares = SHARES if config.model.moe.dispatcher == 'mask' else (1,)
   for share in shares:
     stacks = {}
-    for stack, size, tokens in step.groups(config):
+    for stack, size, tokens in sizes.groups(config):
       whole = sharding.divisors(max(tokens // shards, 1))
       size = max(1, max(n for n in whole if n <= size) // share)
       of_stack = dataclasses.replace(config.model.stack(stack), group_size=size)

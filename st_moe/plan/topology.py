@@ -16,7 +16,8 @@ from st_moe.config import Config
 from st_moe.model.transformer import Transformer
 from st_moe.plan import chips, cost, hlo
 from st_moe.run import loop
-from st_moe.train import optimizer, step
+from st_moe.train import optimizer, sizes, step
+from st_moe.train.state import parameter_axes, starting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +71,8 @@ def compile_step(config: Config, topology: str) -> Compiled:
       num_experts=config.model.num_experts,
       devices=slice_,
     )
-    step.check_sizes(config, mesh)
-    step.check_padding(config, mesh)
+    sizes.check(config, mesh)
+    sizes.check_padding(config, mesh)
     with sharding.use(mesh):
       lowered = lower(config, mesh)
       try:
@@ -81,7 +82,7 @@ def compile_step(config: Config, topology: str) -> Compiled:
   return Compiled(
     **figures(compiled, mesh),
     expected=cost.cost(config, dict(mesh.shape)),
-    warnings=[*step.astride(config, mesh), *_warnings(said)],
+    warnings=[*sizes.straddling(config, mesh), *_warnings(said)],
     seconds=time.monotonic() - began,
   )
 
@@ -111,8 +112,8 @@ def resolved(config: Config) -> Config:
 def lower(config: Config, mesh):
   """The train step of `config` on `mesh`, lowered; nothing is allocated."""
   model, data = Transformer(config.model), config.data
-  tx = optimizer.make(config.optimizer, step.parameter_axes(model))
-  plan = step.plan_init(model, tx, mesh)
+  tx = optimizer.make(config.optimizer, parameter_axes(model))
+  plan = starting(model, tx, mesh)
   split = sharding.batch_sharding(mesh)
 
   def array(stack, dtype=jnp.int32):

@@ -17,6 +17,7 @@ from st_moe import (
   config_file,
   counts,
   hosts,
+  paths,
   sharding,
   signals,
   stdio,
@@ -31,7 +32,8 @@ from st_moe.run import owner
 from st_moe.run import profile as profiles
 from st_moe.run import workdir as workdirs
 from st_moe.run.report import Clock, Report, Silence
-from st_moe.train import loss, optimizer, step
+from st_moe.train import optimizer, sizes, step, terms
+from st_moe.train.state import parameter_axes, starting
 
 # A run may go on with other values of these: they change none of its numbers.
 _FREE = (
@@ -111,9 +113,9 @@ def _train(
   mesh = sharding.make_mesh(
     **dataclasses.asdict(config.mesh), num_experts=config.model.num_experts
   )
-  step.check_sizes(config, mesh)
-  step.check_padding(config, mesh)
-  loss.check_names(config.loss)
+  sizes.check(config, mesh)
+  sizes.check_padding(config, mesh)
+  terms.check_names(config.loss)
   if config.init and config.init_take != 'architecture':
     rules.named(config.init_take, config.init_rules)
   pipeline.check(config.data, ('train', config.evaluate.split))
@@ -121,9 +123,9 @@ def _train(
   config = with_vocabulary_size(config, vocab)
   model = Transformer(config.model)
   with sharding.use(mesh):
-    tx = optimizer.make(config.optimizer, step.parameter_axes(model))
-    plan = step.plan_init(model, tx, mesh)  # Shapes, before any memory.
-    step.check_room(plan, config, mesh)
+    tx = optimizer.make(config.optimizer, parameter_axes(model))
+    plan = starting(model, tx, mesh)  # Shapes, before any memory.
+    sizes.check_room(plan, config, mesh)
   if hosts.first():
     workdirs.explain(workdir, asked, config_path)
 
@@ -177,7 +179,7 @@ def _train(
     report = (
       Report(workdir, config, start=start) if hosts.first() else Silence(start)
     )
-    _announce(report, config, workdir, start, mesh)
+    _announce(report, config, workdir, start, mesh, plan.shapes.params)
     for line in [
       *data.notes,
       *(n for each in evaluations for n in each.notes()),
@@ -478,8 +480,8 @@ def _check_data(config: Config, digests: dict[str, str], run: dict) -> None:
   hosts.tell(f'Going on with other training data of {named}.')
 
 
-def _announce(report, config: Config, workdir, start, mesh):
-  roles = counts.params(config.model)
+def _announce(report, config: Config, workdir, start, mesh, shapes):
+  roles = paths.count(shapes)
   parts = ', '.join(f'{k} {v:,}' for k, v in roles.items())
   data = config.data
   flops = counts.forward_flops(
@@ -492,7 +494,7 @@ def _announce(report, config: Config, workdir, start, mesh):
   per_step = 3 * flops * config.data.batch_size
   shape = ' x '.join(f'{k} {v}' for k, v in mesh.shape.items())
   report.note(f'{per_step:.3g} FLOPs a step; mesh {shape}')
-  for line in step.astride(config, mesh):
+  for line in sizes.straddling(config, mesh):
     report.note(line)
 
 

@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 
 import st_moe
-from st_moe import cli
+from st_moe import cli, paths
 from st_moe.config import Config, Part, StackConfig
 from st_moe.data import pieces, vocabulary
 from st_moe.interop import convert, huggingface, links, ours, t5x
-from st_moe.model import layout
 from st_moe.model.transformer import Transformer
-from st_moe.train import step
+from st_moe.train.state import abstract_params
 from tests.helpers import random_params, tiny
 from tests.interop.test_hf_tokenizer import MODEL
 
@@ -63,7 +62,7 @@ def _model(kind, part):
 
 @functools.cache
 def _shapes(kind, part):
-  return step.abstract_params(Transformer(_model(kind, part)))
+  return abstract_params(Transformer(_model(kind, part)))
 
 
 # How a refusal begins.
@@ -231,7 +230,7 @@ def test_bytes_of_a_foreign_model_are_those_of_byt5(tmp_path):
 
 
 def _equal(a, b):
-  a, b = layout.by_path(a), layout.by_path(b)
+  a, b = paths.by_path(a), paths.by_path(b)
   assert a.keys() == b.keys()
   for path, leaf in a.items():
     np.testing.assert_array_equal(leaf, b[path], path)

@@ -12,9 +12,9 @@ import pytest
 from flax import serialization
 
 import st_moe
+from st_moe import paths
 from st_moe.config import Config, Part, StackConfig
 from st_moe.interop import convert, ours, t5x, t5x_orbax
-from st_moe.model import layout
 from st_moe.model.transformer import Transformer
 from tests.helpers import random_params, tiny
 from tests.interop.make_golden import GOLDEN, batch
@@ -51,7 +51,7 @@ def _params(config):
 
 
 def _equal(a, b):
-  a, b = layout.by_path(a), layout.by_path(b)
+  a, b = paths.by_path(a), paths.by_path(b)
   assert a.keys() == b.keys()
   for path, leaf in a.items():
     np.testing.assert_array_equal(leaf, b[path], path)

@@ -17,13 +17,12 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from st_moe import sharding
+from st_moe import paths, sharding
 from st_moe.config import Capacity, Part, StackConfig
-from st_moe.model import layout
 from st_moe.model.moe import MoE
 from st_moe.model.transformer import Transformer
 from st_moe.routing.types import RouteContext
-from st_moe.train import step
+from st_moe.train.state import abstract_params
 from tests.helpers import (
   assert_trees_close,
   boxed_shapes,
@@ -305,7 +304,7 @@ def test_every_axis_has_a_rule_and_a_use():
     'unmodeled', 'relpos_buckets',
   }  # fmt: skip
   # Every leaf is boxed, with a name for every axis.
-  shapes = layout.by_path(sharding.unbox(boxed))
+  shapes = paths.by_path(sharding.unbox(boxed))
   axes = _leaves(sharding.axis_names(boxed))
   assert len(axes) == len(shapes)
   assert [len(a) for a in axes] == [s.ndim for s in shapes.values()]
@@ -390,7 +389,7 @@ def test_a_dimension_that_does_not_divide(sizes, change, message):
   model = Transformer(dataclasses.replace(MODEL, **change))
   mesh = sharding.make_mesh(**sizes)
   with sharding.use(mesh), pytest.raises(ValueError, match=message):
-    step.abstract_params(model, mesh)
+    abstract_params(model, mesh)
 
 
 def test_shards_counts_the_devices_of_an_axis():

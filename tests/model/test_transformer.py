@@ -10,9 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from st_moe import counts, sharding
+from st_moe import counts, paths, sharding
 from st_moe.config import Capacity, ModelConfig, MoEConfig, Part, StackConfig
-from st_moe.model import layout
 from st_moe.model.attention import relative_bucket
 from st_moe.model.moe import MoE
 from st_moe.model.transformer import Layer, Transformer
@@ -25,6 +24,7 @@ from tests.helpers import (
   jit,
   packed_batch,
   padded_batch,
+  params_by_hand,
   random_params,
   tiny,
   with_moe,
@@ -106,25 +106,7 @@ def _step(config):
   ],
 )
 def test_parameters_are_counted_right(config):
-  shapes, roles = _shapes(config), counts.params(config)
-  assert count_params(shapes) == sum(roles.values())
-  # And each role by the paths of its own.
-  roles = dict.fromkeys(roles, 0)
-  for path, leaf in layout.by_path(shapes).items():
-    role = next(
-      role
-      for role, marks in {
-        'router': ('/router/',),
-        'experts': ('/experts/',),
-        'norms': ('norm/scale',),
-        'attention': ('attention/', 'relpos_bias/'),
-        'mlp': ('mlp/',),
-        'embedding': ('token_embedder/', 'logits_dense/'),
-      }.items()
-      if any(mark in path for mark in marks)
-    )
-    roles[role] += math.prod(leaf.shape)
-  assert roles == roles
+  assert paths.count(_shapes(config)) == params_by_hand(config)
 
 
 def _paper(d, mlp, heads, head, experts):
@@ -149,7 +131,7 @@ ST_MOE_32B = _paper(5120, 20480, 64, 128, 64)
 )
 def test_parameters_of_the_paper(config, billions):
   assert round(count_params(_shapes(config)) / 1e9, 3) == billions
-  assert round(sum(counts.params(config).values()) / 1e9, 3) == billions
+  assert round(sum(params_by_hand(config).values()) / 1e9, 3) == billions
 
 
 def test_flops_of_the_paper():
@@ -293,7 +275,7 @@ ODD = tiny(
 def test_scanned_and_unrolled_models_are_equal():
   flat = dataclasses.replace(ODD, scan_layers=False)
   params, batch = _params(ODD), _batch(ODD)
-  unrolled = layout.unroll(params, ODD)
+  unrolled = paths.unroll(params, ODD)
   # Two periods of two layers, and a fifth layer behind the scan.
   assert sorted(params['decoder']) == [
     'decoder_norm', 'layers', 'layers_4', 'relpos_bias',
@@ -304,7 +286,7 @@ def test_scanned_and_unrolled_models_are_equal():
   loss, grads = _step(ODD)(params, batch)
   loss_flat, grads_flat = _step(flat)(unrolled, batch)
   np.testing.assert_allclose(loss, loss_flat, rtol=1e-6)
-  assert_trees_close(grads_flat, layout.unroll(grads, ODD))
+  assert_trees_close(grads_flat, paths.unroll(grads, ODD))
 
 
 def test_layers_with_equal_tables_are_a_stack_with_one():
@@ -324,7 +306,7 @@ def test_layers_with_equal_tables_are_a_stack_with_one():
     _forward(each)(copied, batch), want, rtol=1e-5, atol=1e-5
   )
   flat = dataclasses.replace(each, scan_layers=False)
-  own = layout.unroll(copied, each)
+  own = paths.unroll(copied, each)
   np.testing.assert_allclose(
     _forward(flat)(own, batch), want, rtol=1e-5, atol=1e-5
   )
@@ -336,13 +318,13 @@ def test_layers_with_equal_tables_are_a_stack_with_one():
 @pytest.mark.parametrize('config', [tiny(), ODD], ids=['both stacks', 'odd'])
 def test_roll_is_the_inverse_of_unroll(config):
   params = _params(config)
-  before = layout.by_path(params)
-  after = layout.by_path(layout.roll(layout.unroll(params, config), config))
+  before = paths.by_path(params)
+  after = paths.by_path(paths.roll(paths.unroll(params, config), config))
   assert before.keys() == after.keys()
   for path in before:
     np.testing.assert_array_equal(before[path], after[path])
   # Layer i of the unrolled model is repetition i // 2 of place i % 2.
-  flat = layout.by_path(layout.unroll(params, config))
+  flat = paths.by_path(paths.unroll(params, config))
   place = 'decoder/layers/layer_0/self_attention/query/kernel'
   for i, row in enumerate(before[place]):
     name = place.replace('layers/layer_0', f'layers_{2 * i}')
@@ -392,7 +374,7 @@ def test_decoding_one_token_at_a_time_is_teacher_forcing():
   _, shapes = jax.eval_shape(decode, params, {}, whole)
   cache = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
   keys = [
-    a for p, a in layout.by_path(cache).items() if p.endswith('cached_key')
+    a for p, a in paths.by_path(cache).items() if p.endswith('cached_key')
   ]
   assert {a.shape for a in keys} == {(1, 4, 2, length, 8)}  # Scanned.
   step = jit(decode)
@@ -422,7 +404,7 @@ def test_bfloat16_is_never_promoted():
   assert logits.dtype == jnp.float32
   stream = {
     path: leaf.dtype
-    for path, leaf in layout.by_path(seen).items()
+    for path, leaf in paths.by_path(seen).items()
     if '__call__' in path
   }
   assert len(stream) == 2 * 3  # Two layers and a sparse sublayer a stack.
@@ -461,7 +443,7 @@ def test_one_step_lowers_the_loss(config):
   loss, grads = _step(config)(params, batch)
   assert math.isfinite(loss)
   still = [
-    p for p, g in layout.by_path(grads).items() if not np.asarray(g).any()
+    p for p, g in paths.by_path(grads).items() if not np.asarray(g).any()
   ]
   assert still == []
   params = jax.tree.map(lambda p, g: p - 0.02 * g, params, grads)
@@ -477,7 +459,7 @@ def test_a_tied_model_has_one_table():
 def test_names_of_submodules():
   """They are an API: checkpoints, maps to other codes and masks use them."""
   config = tiny(moe={'selector': Part.of('top_k', k=1)})
-  names = set(layout.by_path(_shapes(config)))
+  names = set(paths.by_path(_shapes(config)))
   first, second = (f'decoder/layers/layer_{i}' for i in (0, 1))
   for name in [
     'token_embedder/embedding',

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from st_moe import paths
 from st_moe.config import Part, StackConfig
-from st_moe.model import layout
 from st_moe.model.transformer import Transformer
 from st_moe.routing import steering
 from st_moe.routing.types import RouteOverride, Scores
@@ -59,9 +59,9 @@ def _run(overrides, config=CONFIG, params=None):
   biases = {s: np.asarray(o.bias) for s, o in overrides.items()}
   logits, sown = _compiled(config, ks)(params or _params(), biases)
   load = {}
-  for path, leaf in layout.by_path(sown).items():
+  for path, leaf in paths.by_path(sown).items():
     if path.endswith('seats/load'):
-      for piece, i in layout.unrolled_paths(path, config):
+      for piece, i in paths.unrolled_paths(path, config):
         stack, layer = piece.split('/')[:2]
         number = layer.removeprefix('layers_')
         load[f'{stack}.{number}'] = np.asarray(
@@ -117,7 +117,7 @@ def test_rows_find_their_layers_scanned_or_not():
     encoder=CONFIG.encoder, decoder=CONFIG.decoder, moe=CONFIG.moe,
     scan_layers=False,
   )  # fmt: skip
-  params = layout.unroll(_params(), CONFIG)
+  params = paths.unroll(_params(), CONFIG)
   a, b = _run(found), _run(found, unrolled, params)
   np.testing.assert_allclose(a[0], b[0], atol=1e-4)
   jax.tree.map(np.testing.assert_array_equal, a[1], b[1])

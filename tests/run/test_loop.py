@@ -19,16 +19,16 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
 import st_moe
-from st_moe import checkpoint, config_file, sharding
+from st_moe import checkpoint, config_file, paths, sharding
 from st_moe.data import pipeline, vocabulary
 from st_moe.history import read_rows
 from st_moe.infer import evaluate
 from st_moe.interop import convert
-from st_moe.model import layout
 from st_moe.model.transformer import Transformer
 from st_moe.run import loop, owner, workdir
 from st_moe.run.report import Clock
-from st_moe.train import optimizer, step
+from st_moe.train import optimizer
+from st_moe.train.state import init_state, parameter_axes
 from tests.store import Store
 
 _WORDS = {
@@ -894,7 +894,7 @@ def test_frozen_parameters_keep_their_bits_after_a_resume(
       loop.train(config, tmp_path)
   assert checkpoint.last_step(tmp_path) == 2
   loop.train(config, tmp_path)
-  before, after = (layout.by_path(_params(p)) for p in (run, tmp_path))
+  before, after = (paths.by_path(_params(p)) for p in (run, tmp_path))
   moved = {k for k in before if not np.array_equal(before[k], after[k])}
   assert moved == {k for k in before if '/router/' in k} and len(moved) == 2
 
@@ -935,12 +935,10 @@ def _slots(path):
   """The optimizer's second moments in the newest checkpoint of a run."""
   own = config_file.from_dict(checkpoint.read_run(path)['config'])
   model = Transformer(own.model)
-  made = optimizer.make(own.optimizer, step.parameter_axes(model))
-  boxed = jax.eval_shape(
-    lambda: step.init_state(model, made, jax.random.key(0))
-  )
+  made = optimizer.make(own.optimizer, parameter_axes(model))
+  boxed = jax.eval_shape(lambda: init_state(model, made, jax.random.key(0)))
   state = checkpoint.load_rest(path, sharding.unbox(boxed))
-  return layout.by_path(state['opt_state'][0])
+  return paths.by_path(state['opt_state'][0])
 
 
 @pytest.mark.parametrize(

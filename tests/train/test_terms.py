@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from st_moe.config import LossConfig, StackConfig
-from st_moe.model.layout import unroll
 from st_moe.model.transformer import Transformer
-from st_moe.train import loss
+from st_moe.paths import unroll
+from st_moe.train import terms as terms_lib
 from tests.helpers import examples, padded_batch, random_params, tiny
 
 # Softmaxes of these are 1/8, 2/8, 5/8: logsumexp is log 8.
@@ -22,7 +22,7 @@ _LOGITS = np.log(np.array([1, 2, 5], np.float32))
 
 def _terms(targets, weights, **options):
   logits = jnp.broadcast_to(_LOGITS, (*np.shape(targets), 3))
-  terms = loss.token_terms(
+  terms = terms_lib.token_terms(
     logits, jnp.array(targets), jnp.array(weights, jnp.float32), **options
   )
   return {k: (float(s), float(w)) for k, (s, w) in terms.items()}
@@ -67,7 +67,7 @@ def test_logits_of_a_few_positions_at_a_time_lose_as_much(positions):
   weights = jnp.asarray(rng.random((2, 7)), jnp.float32)
 
   def summed(positions, x, kernel):
-    terms = loss.token_terms_of(
+    terms = terms_lib.token_terms_of(
       lambda x: x @ kernel,
       x,
       targets,
@@ -92,15 +92,15 @@ def test_logits_of_a_few_positions_at_a_time_lose_as_much(positions):
 
 def test_z_loss_sees_a_shift_that_cross_entropy_does_not():
   logits, targets = jnp.asarray(_LOGITS), jnp.array(1)
-  here, z = loss.cross_entropy(logits, targets)
-  there, shifted = loss.cross_entropy(logits + 10, targets)
+  here, z = terms_lib.cross_entropy(logits, targets)
+  there, shifted = terms_lib.cross_entropy(logits + 10, targets)
   assert float(there) == pytest.approx(float(here), abs=1e-5)
   assert float(shifted) == pytest.approx((math.log(8) + 10) ** 2, rel=1e-6)
   assert float(z) == pytest.approx(math.log(8) ** 2, rel=1e-6)
 
 
 def test_large_logits_stay_finite():
-  found, z = loss.cross_entropy(jnp.array([2000.0, 0.0]), jnp.array(1))
+  found, z = terms_lib.cross_entropy(jnp.array([2000.0, 0.0]), jnp.array(1))
   assert float(found) == 2000 and float(z) == 4e6
 
 
@@ -115,7 +115,7 @@ _WEIGHTS = {name: weight for name, (_, weight) in _TERMS.items()}
 
 
 def _total(terms=_TERMS, weights=_WEIGHTS, **changes):
-  return float(loss.total(terms, weights, LossConfig(**changes)))
+  return float(terms_lib.total(terms, weights, LossConfig(**changes)))
 
 
 def test_total_by_hand():
@@ -154,17 +154,20 @@ def test_a_batch_of_padding_costs_nothing():
 
 
 def test_a_dense_model_has_no_router_terms():
-  assert loss.records({}) == {} and loss.router_terms({}, ['router_z']) == {}
+  assert (
+    terms_lib.records({}) == {}
+    and terms_lib.router_terms({}, ['router_z']) == {}
+  )
   terms = {k: _TERMS[k] for k in ('cross_entropy', 'z_loss')}
   weights = {k: _WEIGHTS[k] for k in terms}
   assert _total(terms, weights) == pytest.approx(2 + 5e-4)
 
 
 def test_a_router_loss_that_nothing_computes_is_named():
-  loss.check_names(LossConfig())
+  terms_lib.check_names(LossConfig())
   message = "Unknown router loss 'router_zz'. Did you mean 'router_z'?"
   with pytest.raises(ValueError, match=re.escape(message)):
-    loss.check_names(LossConfig(router={'router_zz': 1.0}))
+    terms_lib.check_names(LossConfig(router={'router_zz': 1.0}))
 
 
 def _record(layer):
@@ -190,11 +193,13 @@ def test_records_stand_in_the_order_of_the_layers():
   }
   decoder = {'layers_0': {'moe': {'record': _record(50)}}}
   for encoder in (scanned, unrolled):
-    found = loss.records({'encoder': encoder, 'decoder': decoder})
+    found = terms_lib.records({'encoder': encoder, 'decoder': decoder})
     assert list(found) == ['encoder', 'decoder']
     load = found['encoder']['load']
     assert load.tolist() == [[2, 102], [6, 106], [10, 110]]
-    sums, weights = loss.router_terms(found, ['load_balance'])['load_balance']
+    sums, weights = terms_lib.router_terms(found, ['load_balance'])[
+      'load_balance'
+    ]
     # Stacks by name, whatever the order they ran in.
     assert sums.tolist() == [50, 2, 6, 10]
     assert weights.tolist() == [500, 20, 60, 100]
@@ -206,7 +211,7 @@ def test_a_remainder_comes_after_the_scanned_layers():
     'layers_4': {'moe': {'record': _record(4)}},
     'layers': {'layer_0': {'moe': {'record': stacked}}},
   }
-  load = loss.records({'encoder': encoder})['encoder']['load']
+  load = terms_lib.records({'encoder': encoder})['encoder']['load']
   assert load[:, 0].tolist() == [0, 2, 4]
 
 
@@ -220,7 +225,7 @@ def test_scanned_and_unrolled_models_record_the_same():
     _, sown = Transformer(config).apply(
       {'params': params}, **batch, enable_dropout=False, mutable='intermediates'
     )
-    return loss.records(sown['intermediates'])['encoder']
+    return terms_lib.records(sown['intermediates'])['encoder']
 
   scanned = jax.jit(lambda p: rows(config, p))(params)
   apart = dataclasses.replace(config, scan_layers=False)
