@@ -15,7 +15,7 @@ import jax
 
 from st_moe import config_file, paths, sharding
 from st_moe.model.transformer import Transformer
-from st_moe.run import loop
+from st_moe.run import begin
 from st_moe.train import optimizer, step
 from st_moe.train.state import parameter_axes, starting
 
@@ -61,7 +61,7 @@ def main():
   parser.add_argument('--optimizer', default='adafactor')
   flags = parser.parse_args()
   config = config_file.load(flags.config, {'optimizer.name': flags.optimizer})
-  config = loop.with_vocabulary_size(config, None)
+  config = begin.with_vocabulary_size(config, None)
   rows = []
   print(f'{"train":12}{"trained":>12}{"slots":>12}{"step":>12}{"GFLOP":>9}')
   for train in paths.TRAINED:

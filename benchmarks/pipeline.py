@@ -25,7 +25,7 @@ from rich.table import Table
 from st_moe import config_file, sharding
 from st_moe.data import pipeline, vocabulary
 from st_moe.model.transformer import Transformer
-from st_moe.run import loop
+from st_moe.run import begin
 from st_moe.train import optimizer, step
 from st_moe.train.state import parameter_axes, starting
 
@@ -108,7 +108,7 @@ def main():
     even = dict.fromkeys([*data.mixture, *TASKS], 1.0)
     mixed = dataclasses.replace(data, mixture=even)
     found['mixture'] = read(pipeline.TrainData(mixed, vocab), flags.batches)
-    config = loop.with_vocabulary_size(config, vocab)
+    config = begin.with_vocabulary_size(config, vocab)
     found['step'] = trained(config, stream.batch(0), flags.steps)
 
   table = Table('', 'examples/s', 'tokens/s', 'over the step')

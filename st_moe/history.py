@@ -110,6 +110,11 @@ def read_rows(workdir) -> list[dict]:
   return rows
 
 
+def measured(workdir) -> dict[int, dict]:
+  """Step -> what its evaluation found, of those there were."""
+  return {r['step']: r for r in read_rows(workdir) if 'loss' not in r}
+
+
 def _read(workdir) -> tuple[list[dict], list[tuple[epath.Path, int, bytes]]]:
   """Rows, and (file, number, line) of all other lines."""
   rows, broken = [], []

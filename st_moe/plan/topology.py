@@ -15,7 +15,7 @@ from st_moe import sharding
 from st_moe.config import Config
 from st_moe.model.transformer import Transformer
 from st_moe.plan import chips, cost, hlo
-from st_moe.run import loop
+from st_moe.run import begin
 from st_moe.train import optimizer, sizes, step
 from st_moe.train.state import parameter_axes, starting
 
@@ -102,7 +102,7 @@ def figures(compiled, mesh) -> dict:
 
 def resolved(config: Config) -> Config:
   """`config` as accelerators would train it: vocabulary and dtype settled."""
-  config = loop.with_vocabulary_size(config, None)
+  config = begin.with_vocabulary_size(config, None)
   if config.model.dtype != 'auto':
     return config
   model = dataclasses.replace(config.model, dtype='bfloat16')

@@ -21,7 +21,7 @@ from st_moe.data import pieces
 from st_moe.decode import decoding, methods
 from st_moe.interop import convert, huggingface, links
 from st_moe.model.transformer import Transformer
-from st_moe.run import loop
+from st_moe.run import begin
 from st_moe.train import terms as terms_lib
 from tests.helpers import jit, random_params, tiny
 from tests.interop.make_golden import (
@@ -706,14 +706,17 @@ def test_what_a_config_continues(tmp_path):
   assert config.model.encoder == StackConfig(2, 0, 0, group_size=512)
   assert config.model.tie_embeddings and config.model.activation == 'relu'
   assert config.model.dropout == 0.3
+  found_vocabulary = lambda: begin.find_vocabulary(
+    config, tmp_path / 'run', None, convert.open_source(config.init)
+  )
   with pytest.raises(ValueError, match='without a vocabulary: set data.vocab'):
-    loop.find_vocabulary(config, tmp_path / 'run')
+    found_vocabulary()
   # A vocabulary that is none is no vocabulary.
   (tmp_path / 'spiece.model').write_bytes(b'pieces')
   with pytest.raises(ValueError, match='is not a SentencePiece model'):
-    loop.find_vocabulary(config, tmp_path / 'run')
+    found_vocabulary()
   (tmp_path / 'spiece.model').write_bytes(MODEL)
-  found = loop.find_vocabulary(config, tmp_path / 'run')
+  found = found_vocabulary()
   assert found.model == MODEL
 
 
