@@ -67,15 +67,15 @@ class Loaded:
     Warns if the model's logits are no numbers, as of weights that hold NaN.
 
     Args:
-      options: fields of `infer.generate.Asked` and `decode.methods.Method`:
+      options: fields of `infer.generate.Options` and `decode.methods.Method`:
         max_length, temperature, top_k, top_p, seed, num_beams, stop, ...
 
     Raises:
       ValueError: an option that breaks its rule, a prompt that is no text.
     """
-    from st_moe.infer.generate import asked
+    from st_moe.infer.generate import Options
 
-    wanted = asked(**options)
+    wanted = Options.of(**options)
     found = [
       [answer.text for answer in answers]
       for answers in self.generator.answers(prompts, wanted)
@@ -93,10 +93,10 @@ class Loaded:
 
   def fill(self, texts: list[str], **options) -> list[str]:
     """Texts with <extra_id_0>, <extra_id_1>, ... replaced by what belongs."""
-    from st_moe.infer.generate import asked, texts_of
+    from st_moe.infer.generate import Options, texts_of
 
     texts = texts_of('texts', texts)
-    answers = self.generator.answers(texts, asked(**options))
+    answers = self.generator.answers(texts, Options.of(**options))
     return [
       self.generator.fill(text, found[0])
       for text, found in zip(texts, answers, strict=True)
