@@ -13,9 +13,11 @@ import json
 
 import jax
 
-from st_moe import config_file, sharding
+from st_moe import config_file, paths, sharding
 from st_moe.model.transformer import Transformer
-from st_moe.train import loop, optimizer, roles, step
+from st_moe.run import begin
+from st_moe.train import optimizer, step
+from st_moe.train.state import parameter_axes, starting
 
 
 def measure(config, train: str) -> dict:
@@ -24,8 +26,8 @@ def measure(config, train: str) -> dict:
   model = Transformer(config.model)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   with sharding.use(mesh):
-    tx = optimizer.make(config.optimizer, step.parameter_axes(model))
-    plan = step.plan_init(model, tx, mesh)
+    tx = optimizer.make(config.optimizer, parameter_axes(model))
+    plan = starting(model, tx, mesh)
     size, int32, float32 = config.data.batch_size, 'int32', 'float32'
     lengths = config.data.inputs_length, config.data.targets_length
     shape = lambda kind, n, dtype: {
@@ -42,7 +44,7 @@ def measure(config, train: str) -> dict:
   size_of = lambda tree: sum(
     leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
   )
-  trained, _ = roles.part(plan.shapes.params, train)
+  trained, _ = paths.split(plan.shapes.params, train)
   cost = compiled.cost_analysis()
   return {
     'train': train,
@@ -59,10 +61,10 @@ def main():
   parser.add_argument('--optimizer', default='adafactor')
   flags = parser.parse_args()
   config = config_file.load(flags.config, {'optimizer.name': flags.optimizer})
-  config = loop.with_vocabulary_size(config, None)
+  config = begin.with_vocabulary_size(config, None)
   rows = []
   print(f'{"train":12}{"trained":>12}{"slots":>12}{"step":>12}{"GFLOP":>9}')
-  for train in roles.ROLES:
+  for train in paths.TRAINED:
     row = measure(config, train)
     rows.append(row)
     print(

@@ -19,7 +19,7 @@ import time
 import jax
 import numpy as np
 
-from st_moe import sharding
+from st_moe import paths, sharding
 from st_moe.config import (
   Capacity,
   Config,
@@ -28,10 +28,10 @@ from st_moe.config import (
   Part,
   StackConfig,
 )
-from st_moe.infer import decoding, methods
+from st_moe.decode import decoding, methods
 from st_moe.interop import huggingface
-from st_moe.model import layout
 from st_moe.model.transformer import Transformer
+from st_moe.routing.selectors import dropless  # noqa: E402
 
 PROMPT = 64
 
@@ -106,8 +106,8 @@ def compare(experts: int, batch: int, length: int, repeats: int) -> dict:
   ]
   theirs = _theirs(config, params)
 
-  config = dataclasses.replace(config.dropless(), scan_layers=False)
-  params = layout.unroll(params, scanned.config)
+  config = dataclasses.replace(dropless(config), scan_layers=False)
+  params = paths.unroll(params, scanned.config)
   # A minimum length forbids the EOS.
   method = methods.Method(max_length=length, forbidden=(1,))
   run = functools.partial(decoding.generate, Transformer(config), method=method)

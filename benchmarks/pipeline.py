@@ -25,7 +25,9 @@ from rich.table import Table
 from st_moe import config_file, sharding
 from st_moe.data import pipeline, vocabulary
 from st_moe.model.transformer import Transformer
-from st_moe.train import loop, optimizer, step
+from st_moe.run import begin
+from st_moe.train import optimizer, step
+from st_moe.train.state import parameter_axes, starting
 
 TASKS = 'tiny_boolq', 'tiny_cb', 'tiny_copa'
 
@@ -61,8 +63,8 @@ def trained(config, batch, steps: int) -> dict[str, float]:
   batch = {k: v for k, v in batch.items() if k != 'source'}
   times = []
   with sharding.use(mesh):
-    tx = optimizer.make(config.optimizer, step.parameter_axes(model))
-    plan = step.plan_init(model, tx, mesh)
+    tx = optimizer.make(config.optimizer, parameter_axes(model))
+    plan = starting(model, tx, mesh)
     state = plan.begin(plan.random_params(jax.random.key(0)))
     run = jax.jit(step.make_train_step(model, tx, config), donate_argnums=0)
     for _ in range(steps + 2):
@@ -106,7 +108,7 @@ def main():
     even = dict.fromkeys([*data.mixture, *TASKS], 1.0)
     mixed = dataclasses.replace(data, mixture=even)
     found['mixture'] = read(pipeline.TrainData(mixed, vocab), flags.batches)
-    config = loop.with_vocabulary_size(config, vocab)
+    config = begin.with_vocabulary_size(config, vocab)
     found['step'] = trained(config, stream.batch(0), flags.steps)
 
   table = Table('', 'examples/s', 'tokens/s', 'over the step')

@@ -20,6 +20,7 @@ from rich.table import Table
 from st_moe import config_file, sharding
 from st_moe.model.transformer import Transformer
 from st_moe.train import optimizer, step
+from st_moe.train.state import parameter_axes, starting
 
 
 def random_batch(config, seed=0):
@@ -40,8 +41,8 @@ def random_batch(config, seed=0):
 def compiled_step(config, mesh, batch):
   """The train step of `config` and a first state."""
   model = Transformer(config.model)
-  tx = optimizer.make(config.optimizer, step.parameter_axes(model))
-  plan = step.plan_init(model, tx, mesh)
+  tx = optimizer.make(config.optimizer, parameter_axes(model))
+  plan = starting(model, tx, mesh)
   state = plan.begin(plan.random_params(jax.random.key(0)))
   train_step = jax.jit(
     step.make_train_step(model, tx, config), donate_argnums=0

@@ -28,6 +28,7 @@ import tempfile
 import time
 
 from st_moe import backend
+from st_moe.train.state import parameter_axes, starting
 
 VOCABULARY, BATCH, LENGTHS = 4096, 16, (256, 64)
 RATE, WEIGHTS = 1e-3, {'router_z': 1e-3, 'load_balance': 1e-2}
@@ -64,16 +65,18 @@ def our_config(experts: int):
       group_by='sequence',
       padding='routed',
       extra_ffn='none',
+      # Their two stacks have losses of their own, the means over their layers.
+      losses=tuple(
+        c.Part.of(name, weight=2 * weight) for name, weight in WEIGHTS.items()
+      ),
     ),
     dense=not experts,
     dtype='float32',
   )
-  # Their two stacks have losses of their own, the means over their layers.
-  router = {name: 2 * weight for name, weight in WEIGHTS.items()}
   return c.Config(
     model=model,
     data=c.DataConfig(batch_size=BATCH),
-    loss=c.LossConfig(z_loss=0.0, router=router, layers='mean', positions=32),
+    loss=c.LossConfig(z_loss=0.0, layers='mean', positions=32),
     optimizer=c.OptimizerConfig(
       name='adamw', learning_rate=RATE, decay='none', weight_decay=0.0
     ),
@@ -107,8 +110,8 @@ def our_steps(flags):
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   with sharding.use(mesh):
     model = Transformer(config.model)
-    tx = optimizer.make(config.optimizer, step.parameter_axes(model))
-    plan = step.plan_init(model, tx, mesh)
+    tx = optimizer.make(config.optimizer, parameter_axes(model))
+    plan = starting(model, tx, mesh)
     params = plan.random_params(jax.random.key(0))
     if flags.parameters:
       huggingface.save(flags.parameters, params, config, None)

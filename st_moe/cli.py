@@ -356,11 +356,11 @@ def _load(flags, overrides):
 
   config = config_file.load(flags.config, overrides, base=base)
   # What stands in tables of mechanisms, which a config does not know.
-  from st_moe.model import moe
-  from st_moe.train import loss
+  from st_moe.model import parts
+  from st_moe.train import terms
 
-  moe.check(config.model.moe)
-  loss.check_names(config.loss)
+  parts.check(config.model)
+  terms.check(config)
   return config
 
 
@@ -369,7 +369,7 @@ def _train(flags, overrides):
   _start(flags)
   with _hosts(flags, preemptible=True):
     config = _load(flags, overrides)
-    from st_moe.train import loop
+    from st_moe.run import loop
 
     loop.train(
       config,
@@ -384,7 +384,7 @@ def _train(flags, overrides):
 def _grid(flags, overrides):
   _start(flags)
   with _hosts(flags, preemptible=True):
-    from st_moe.train import grid
+    from st_moe.run import grid
 
     def make(cell):
       for field in overrides.keys() & cell:
@@ -482,7 +482,7 @@ def _plan(flags, overrides):
 
 
 def _report(flags, overrides):
-  from st_moe.train import compare
+  from st_moe.run import compare
 
   compare.compare(flags.workdirs, baseline=flags.baseline)
   if flags.curves:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Annotated, Literal
 
-from st_moe import fields
+from st_moe import fields, layer_plan
 from st_moe.fields import (
   Above0,
   AtLeast0,
@@ -26,19 +26,17 @@ from st_moe.fields import (
   Size,
   SizeOr0,
   Text,
+  shown,
   unknown,
 )
+from st_moe.layer_plan import LayerPlan
 
 # Numbers in one array: beyond lies a slip of a digit, and beyond 2 ** 63 the
 # compiler ends the whole process.
 _MOST = 2**52
 
-# Parameters of gates, selectors and dispatchers that the sparse layer fills.
-_NOT_OPTIONS = (
-  *('scores', 'ctx', 'rng', 'capacity'),  # Of a selector.
-  *('num_experts', 'name', 'parent'),  # Of a gate.
-  *('x', 'seats', 'experts', 'transport'),  # Of a dispatcher.
-)
+# Keywords that every module of Linen has.
+_OF_LINEN = ('name', 'parent')
 _MISSING = inspect.Parameter.empty
 _ROUND = {'floor': math.floor, 'round': round, 'ceil': math.ceil}
 
@@ -54,11 +52,14 @@ def _check_room(arrays: Mapping[str, int]) -> None:
 
 
 def options(mechanism: Callable) -> dict[str, object]:
-  """The options of a function or module, and what each may be."""
+  """The options of a function or module, and what each may be.
+
+  They are its keywords; what stands before these the layer gives.
+  """
   return {
     name: fields.hint(parameter)
     for name, parameter in inspect.signature(mechanism).parameters.items()
-    if name not in _NOT_OPTIONS
+    if parameter.kind is parameter.KEYWORD_ONLY and name not in _OF_LINEN
   }
 
 
@@ -67,23 +68,28 @@ class Part:
   """A mechanism chosen by name from a table, with its options."""
 
   name: str
+  # Numbers, words, Parts (a schedule, an inner mechanism), tuples of these.
   options: tuple[tuple[str, object], ...] = ()
 
   @classmethod
   def of(cls, name: str, **options) -> 'Part':
-    return cls(name, tuple(sorted(options.items())))
+    """Options as config files have them: a dict with a `name` is a Part."""
+    return cls(name, tuple(sorted((k, option(v)) for k, v in options.items())))
 
   @property
   def kwargs(self) -> dict:
     return dict(self.options)
 
-  def choose(self, what: str, table: Mapping[str, Callable]) -> Callable:
+  def choose(
+    self, what: str, table: Mapping[str, Callable], also: tuple[str, ...] = ()
+  ) -> Callable:
     """The entry of `table` with this name, its options bound.
 
     What an option may be says its annotation, or else its default.
 
     Args:
       what: the field that chooses, for errors: 'config.model.moe.selector'.
+      also: options that are for who chooses, and not handed on.
 
     Raises:
       ValueError: an unknown name or option, with the known ones; one that is
@@ -91,14 +97,15 @@ class Part:
     """
     if self.name not in table:
       raise unknown(what, self.name, table)
+    given = {k: v for k, v in self.options if k not in also}
     known = options(table[self.name])
-    for option in self.kwargs:
-      if option not in known:
+    for name in given:
+      if name not in known:
         kind = what.rpartition('.')[2]
-        raise unknown(f'option of {kind} {self.name!r}', option, known)
+        raise unknown(f'option of {kind} {self.name!r}', name, [*known, *also])
     bound = {
-      name: fields.check(value, known[name], f'{what}.{name}')
-      for name, value in self.kwargs.items()
+      name: checked_option(value, known[name], f'{what}.{name}')
+      for name, value in given.items()
     }
     parameters = inspect.signature(table[self.name]).parameters
     for name, hint in known.items():
@@ -108,6 +115,46 @@ class Part:
           f' {fields.described(hint)}.'
         )
     return functools.partial(table[self.name], **bound)
+
+
+Parts = tuple[Part, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class From:
+  """The rule of an option that is a Part: one of a table."""
+
+  table: Mapping[str, Callable]
+
+  def __contains__(self, part: Part) -> bool:
+    return part.name in self.table
+
+  def __str__(self) -> str:
+    return 'one of ' + ', '.join(self.table)
+
+
+def option(value):
+  """An option as values that compare and hash: Parts and tuples."""
+  if isinstance(value, Mapping):
+    if not isinstance(value.get('name'), str):
+      raise ValueError(f'The option {shown(dict(value))} needs a name.')
+    return Part.of(**{str(k): v for k, v in value.items()})
+  if isinstance(value, list | tuple):
+    return tuple(option(each) for each in value)
+  return value
+
+
+def checked_option(value, hint, where: str):
+  """`fields.check` of an option; a Part also finds its own options fit."""
+  tables = [
+    rule.table
+    for each in fields.alternatives(hint)
+    for rule in fields.base(each)[1]
+    if isinstance(rule, From)
+  ]
+  if isinstance(value, Part) and tables:
+    value.choose(where, tables[0])
+  return fields.check(value, hint, where)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,17 +191,31 @@ class Capacity(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig(Checked):
-  """One sparse feed-forward layer. Defaults: ST-MoE (arXiv:2202.08906)."""
+  """One sparse feed-forward layer. Defaults: ST-MoE (arXiv:2202.08906).
+
+  Routing is a chain: the gate scores, shapings change scores, the selector
+  seats, weighings change weights, the dispatcher asks the experts, and what
+  stands beside them answers too.
+  """
 
   num_experts: Size = 32
   hidden_dim: SizeOr0 = 0  # 0: as wide as the dense FFN.
   train_capacity: Capacity = Capacity(1.25)
   eval_capacity: Capacity = Capacity(2.0)
   gate: Part = Part.of('linear')
+  shaping: Parts = ()
   selector: Part = Part.of('top_k', k=2)
+  weighing: Parts = ()
+  # Each with its `weight`: coefficients of Eq. 6 of arXiv:2202.08906.
+  losses: Parts = (
+    Part.of('load_balance', weight=1e-2),
+    Part.of('router_z', weight=1e-3),
+  )
+  experts: Part = Part.of('ffn')
+  beside: Part = Part.of('nothing')  # What else answers.
   # 'auto': `index` where places are limited; where nothing drops, `grouped`,
   # or what suits few tokens (see `MoE`).
-  dispatcher: Text = 'auto'
+  dispatcher: Part = Part.of('auto')
   # How tokens reach the devices of their experts: 'gspmd', as the compiler
   # finds best, or 'shard_map', to the letter: by all-to-alls, or for `grouped`
   # gathered by all who share the experts. 'auto': the latter for `grouped`
@@ -171,25 +232,41 @@ class MoEConfig(Checked):
   # whose activations are 0.
   padding: Literal['ignored', 'routed', 'zeroed'] = 'ignored'
 
+  def __post_init__(self):
+    for name in ('gate', 'selector', 'experts', 'beside', 'dispatcher'):
+      if isinstance(word := getattr(self, name), str):  # As in config files.
+        object.__setattr__(self, name, Part(word))
+    super().__post_init__()
+
+  @property
+  def k(self) -> int:
+    """Experts that a token may ask at most."""
+    return self.selector.kwargs.get('k') or self.num_experts
+
+  @property
+  def expected_k(self) -> float:
+    """Experts that a token asks, on the average."""
+    return self.selector.kwargs.get('expected') or self.k
+
   def capacity(self, deterministic: bool) -> Capacity:
     return self.eval_capacity if deterministic else self.train_capacity
 
   def slots(self, group_size: int, deterministic: bool) -> int:
     return self.capacity(deterministic).slots(
-      group_size, self.num_experts, self.selector.kwargs.get('k', 1)
+      group_size, self.num_experts, self.k
     )
 
   @property
   def computes_places(self) -> bool:
     """Whether training computes empty places too, and not just what sits."""
-    sitting = self.dispatcher in ('grouped', 'per_token')
-    dropless = self.dispatcher == 'auto' and self.train_capacity.dropless
+    sitting = self.dispatcher.name in ('grouped', 'per_token')
+    dropless = self.dispatcher.name == 'auto' and self.train_capacity.dropless
     return not (sitting or dropless)
 
   def executed_experts(self, group_size: int) -> float:
     """Experts computed per token in training, filled places or not."""
     if self.train_capacity.dropless:
-      return self.selector.kwargs.get('k', 1)
+      return self.expected_k
     slots = self.slots(group_size, deterministic=False)
     return self.num_experts * slots / group_size
 
@@ -206,6 +283,7 @@ class StackConfig(Checked):
   sparse_every: CountOr0 = 4
   sparse_offset: CountOr0 = 3
   group_size: Count = 2048  # Tokens that compete for places.
+  moe: MoEConfig | None = None  # Of its sparse layers; None: the model's.
 
   def __post_init__(self):
     super().__post_init__()
@@ -215,46 +293,6 @@ class StackConfig(Checked):
         f' sparse_every {self.sparse_every}; it must be 0 to'
         f' {self.sparse_every - 1}.'
       )
-
-
-@dataclasses.dataclass(frozen=True)
-class Sublayer:
-  """One residual step: norm, `kind`, dropout, add."""
-
-  kind: str  # 'self_attention', 'cross_attention', 'mlp' or 'moe'.
-  name: str  # Of its module; part of every checkpoint.
-  norm: str
-  mlp_dim: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerPlan:
-  """What each layer of a stack is: its sublayers in order."""
-
-  layers: tuple[tuple[Sublayer, ...], ...]
-
-  @property
-  def period(self) -> int:
-    """The shortest run of layers whose repetition gives the stack."""
-    for p in range(1, len(self.layers)):
-      if all(
-        a == b for a, b in zip(self.layers, self.layers[p:], strict=False)
-      ):
-        return p
-    return max(len(self.layers), 1)
-
-  @property
-  def sparse(self) -> tuple[int, ...]:
-    """Numbers of the layers that have a sparse sublayer."""
-    return tuple(
-      i
-      for i, layer in enumerate(self.layers)
-      if any(s.kind == 'moe' for s in layer)
-    )
-
-  @property
-  def num_sparse(self) -> int:
-    return len(self.sparse)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,7 +357,7 @@ class ModelConfig(Checked):
         f' {self.relpos_buckets}.'
       )
     layers = max(self.stack(stack).num_layers for stack in self.stacks)
-    joined, expert = self.num_heads * self.head_dim, self.expert_dim
+    joined = self.num_heads * self.head_dim
     _check_room(
       {
         'embed_dim x vocab_size': self.embed_dim * self.vocab_size,
@@ -330,28 +368,55 @@ class ModelConfig(Checked):
           self.embed_dim * self.mlp_dim * layers
         ),
         'embed_dim x moe.hidden_dim x moe.num_experts x num_layers': (
-          self.embed_dim * expert * self.moe.num_experts * layers
+          self.embed_dim
+          * layers
+          * max(
+            self.expert_dim(moe) * moe.num_experts
+            for moe in map(self.moe_of, self.stacks)
+          )
         ),
       }
     )
-    k, experts = self.moe.selector.kwargs.get('k'), self.num_experts
-    if experts and isinstance(k, int) and not 1 <= k <= experts:
-      raise ValueError(
-        f'moe.selector.k={k} experts per token; it must be 1 to {experts}.'
-      )
+    for stack in self.stacks:
+      moe = self.moe_of(stack)
+      k, sparse = moe.selector.kwargs.get('k'), self.plan(stack).num_sparse
+      if sparse and isinstance(k, int) and not 1 <= k <= moe.num_experts:
+        raise ValueError(
+          f'moe.selector.k={k} experts per token; it must be 1 to'
+          f' {moe.num_experts}.'
+        )
 
-  @property
-  def expert_dim(self) -> int:
-    return self.moe.hidden_dim or self.mlp_dim
+  def moe_of(self, stack: str) -> MoEConfig:
+    """How the sparse layers of 'encoder' or 'decoder' are made."""
+    return self.stack(stack).moe or self.moe
+
+  def with_moe(self, **changes) -> 'ModelConfig':
+    """The same model with fields of every `MoEConfig` changed."""
+    own = lambda stack: (
+      stack
+      and dataclasses.replace(
+        stack, moe=stack.moe and dataclasses.replace(stack.moe, **changes)
+      )
+    )
+    return dataclasses.replace(
+      self,
+      moe=dataclasses.replace(self.moe, **changes),
+      encoder=own(self.encoder),
+      decoder=own(self.decoder),
+    )
+
+  def expert_dim(self, moe: MoEConfig) -> int:
+    """Hidden units of each expert."""
+    return moe.hidden_dim or self.mlp_dim
 
   def executed_dim(self, stack: str) -> int:
     """Hidden units a sparse layer computes per token in training."""
-    experts = self.moe.executed_experts(self.stack(stack).group_size)
-    return round(experts * self.expert_dim)
+    moe = self.moe_of(stack)
+    experts = moe.executed_experts(self.stack(stack).group_size)
+    return round(experts * self.expert_dim(moe))
 
-  @property
-  def expert_dropout(self) -> float:
-    rate = self.moe.expert_dropout
+  def expert_dropout(self, moe: MoEConfig) -> float:
+    rate = moe.expert_dropout
     return self.dropout if rate is None else rate
 
   @property
@@ -369,50 +434,13 @@ class ModelConfig(Checked):
 
   def plan(self, stack: str) -> LayerPlan:
     """The layers of 'encoder' or 'decoder'."""
-    cfg, moe = self.stack(stack), self.moe
-    mlp = Sublayer('mlp', 'mlp', 'pre_mlp_layer_norm', self.mlp_dim)
-    sparse = Sublayer('moe', 'moe', 'pre_mlp_layer_norm', self.expert_dim)
-    if self.dense:
-      sparse = dataclasses.replace(mlp, mlp_dim=self.executed_dim(stack))
-    extra = dataclasses.replace(
-      mlp, name='extra_mlp', norm='pre_extra_mlp_layer_norm'
-    )
-    beside = {
-      'none': (sparse,),
-      'before': (extra, sparse),
-      'after': (sparse, extra),
-    }[moe.extra_ffn]
-    mix = [
-      Sublayer('self_attention', 'self_attention', 'pre_attention_layer_norm')
-    ]
-    if stack == 'decoder' and self.encoder:
-      mix.append(
-        Sublayer(
-          'cross_attention',
-          'encoder_decoder_attention',
-          'pre_cross_attention_layer_norm',
-        )
-      )
-    every, offset = cfg.sparse_every, cfg.sparse_offset
-    return LayerPlan(
-      tuple(
-        (*mix, *(beside if every and i % every == offset else (mlp,)))
-        for i in range(cfg.num_layers)
-      )
-    )
+    return layer_plan.of(self, stack)
 
   @property
   def num_experts(self) -> int:
-    """Of each sparse layer; 0 where there is none."""
-    sparse = any(self.plan(s).num_sparse for s in self.stacks)
-    return self.moe.num_experts if sparse else 0
-
-  def dropless(self) -> 'ModelConfig':
-    """The same model, evaluated without dropping anyone."""
-    moe = dataclasses.replace(
-      self.moe, eval_capacity=Capacity(dropless=True), dispatcher='auto'
-    )
-    return dataclasses.replace(self, moe=moe)
+    """What every sparse layer's experts are a multiple of; 0: there is none."""
+    sparse = [s for s in self.stacks if self.plan(s).num_sparse]
+    return math.gcd(*(self.moe_of(stack).num_experts for stack in sparse))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -483,15 +511,12 @@ class DataConfig(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig(Checked):
-  """What is minimised: cross-entropy per target token plus these."""
+  """What is minimised: cross-entropy per target token, and more."""
 
   z_loss: AtLeast0 = 1e-4  # On the output softmax.
   label_smoothing: Rate = 0.0
-  # Router losses by name; coefficients of Eq. 6 of arXiv:2202.08906.
-  router: Mapping[Text, AtLeast0] = dataclasses.field(
-    default_factory=lambda: {'load_balance': 1e-2, 'router_z': 1e-3}
-  )
-  # Over sparse layers: 'sum' (Mesh-TF) or 'mean' (T5X).
+  # Router losses (`model.moe.losses`) over sparse layers: 'sum' (Mesh-TF) or
+  # 'mean' (T5X).
   layers: Literal['sum', 'mean'] = 'sum'
   # Targets of a row whose logits are there at once; 0: all. With few of them a
   # large vocabulary takes little memory, and one more product with the output
@@ -579,54 +604,13 @@ class LogConfig(Checked):
   wandb_project: Text = 'st_moe'
 
 
-# How other codes route, as fields that differ from the defaults; a checkpoint
-# means what it meant only under the routing it was trained with.
-#
-#                        paper           flaxformer           huggingface
-#   weights of top-2     renormalised    probabilities        (top-1 only)
-#   second choices       random 0.2      all                  (top-1 only)
-#   capacity             floor           round                64 a sequence
-#   a group              tokens          tokens               a sequence
-#   padding              asks nothing    goes to expert 0     as any token
-#   balance counts       first choices   all choices          first choices
-#   losses over layers   sum             mean                 mean
-#   first sparse layer   the last of     the last of          the second
-#                        each period     each period
-#
-# 'paper' is that of Mesh-TensorFlow too. HuggingFace takes the balance loss
-# over all layers of a stack joined, as if they were one, which we do not.
-ROUTINGS = {
-  'paper': {},
-  'flaxformer': {
-    'model.moe.selector.k': 2,
-    'model.moe.selector.normalize': False,
-    'model.moe.selector.train_policy': 'all',
-    'model.moe.train_capacity.rounding': 'round',
-    'model.moe.eval_capacity.rounding': 'round',
-    'model.moe.padding': 'zeroed',
-    'loss.router': {'load_balance_all': 1e-2, 'router_z': 1e-3},
-    'loss.layers': 'mean',
-  },
-  'huggingface': {
-    'model.encoder.sparse_offset': 1,
-    'model.decoder.sparse_offset': 1,
-    'model.moe.selector.k': 1,
-    'model.moe.train_capacity.count': 64,
-    'model.moe.eval_capacity.count': 64,
-    'model.moe.group_by': 'sequence',
-    'model.moe.padding': 'routed',
-    'model.moe.extra_ffn': 'none',
-    'loss.layers': 'mean',
-  },
-}
-
-
 @dataclasses.dataclass(frozen=True)
 class Config(Checked):
   """One run."""
 
   name: str = ''
-  routing: Literal[tuple(ROUTINGS)] = 'paper'  # What the file leaves open.
+  # How what the file leaves open is routed: as this code does it.
+  routing: Literal['paper', 'flaxformer', 'huggingface'] = 'paper'
   seed: Seed = 0
   total_steps: CountOr0 = 0
   init: str = ''  # A checkpoint or workdir to start from; '': random.

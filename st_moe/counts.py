@@ -1,4 +1,4 @@
-"""What a model holds and computes, by arithmetic alone: parameters, FLOPs."""
+"""What a model computes, by arithmetic alone: FLOPs and what they move."""
 
 import collections
 import dataclasses
@@ -6,41 +6,8 @@ import functools
 import types
 from collections.abc import Iterator, Mapping
 
-from st_moe.config import ModelConfig, Sublayer
-
-
-def params(model: ModelConfig) -> dict[str, int]:
-  """Parameters by role; `sum(...values())` is the model."""
-  d, joined = model.embed_dim, model.num_heads * model.head_dim
-  e, f = model.moe.num_experts, model.expert_dim
-  matrices = _matrices(model)
-  roles = dict.fromkeys(
-    ('embedding', 'attention', 'mlp', 'experts', 'router', 'norms'), 0
-  )
-  roles['embedding'] = model.vocab_size * d * (1 if model.tie_embeddings else 2)
-  for stack in model.stacks:
-    tables = model.stack(stack).num_layers if model.relpos_per_layer else 1
-    roles['attention'] += tables * model.relpos_buckets * model.num_heads
-    roles['norms'] += d
-    for sublayer in (s for layer in model.plan(stack).layers for s in layer):
-      roles['norms'] += d
-      if sublayer.kind == 'moe':
-        bias = e * f if model.moe.multiplicative_bias else 0
-        roles['experts'] += e * matrices * d * f + bias
-        roles['router'] += d * e
-      elif sublayer.kind == 'mlp':
-        roles['mlp'] += matrices * d * sublayer.mlp_dim
-      else:
-        roles['attention'] += 4 * d * joined
-  return roles
-
-
-def active_params(model: ModelConfig) -> int:
-  """Parameters that one token meets: all but the experts not chosen."""
-  roles = params(model)
-  k = model.moe.selector.kwargs.get('k', 1)
-  unseen = roles['experts'] * (model.moe.num_experts - k)
-  return sum(roles.values()) - unseen // model.moe.num_experts
+from st_moe.config import ModelConfig
+from st_moe.layer_plan import Sublayer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +39,7 @@ def products(
 
   Args:
     padding: (stack, how many times its tokens go through a sparse layer), where
-      groups are filled up with nothing (`step.padding`).
+      groups are filled up with nothing (`sizes.padding`).
   """
   lengths = {'encoder': inputs_length, 'decoder': targets_length}
   padded = {s: n * dict(padding).get(s, 1) for s, n in lengths.items()}
@@ -124,15 +91,15 @@ def _attention(model, stack, sublayer: Sublayer, n: int, keys: int):
 
 
 def _mlp(model, stack, sublayer: Sublayer, n: int, keys: int):
-  d, f, into = model.embed_dim, sublayer.mlp_dim, _matrices(model) - 1
+  d, f, into = model.embed_dim, sublayer.dim, _matrices(model) - 1
   yield Product('mlp', 2 * n * d * f * into, n * d + into * n * f)
   yield Product('mlp', 2 * n * d * f, n * f + n * d)
 
 
 def _moe(model, stack, sublayer: Sublayer, n: int, keys: int):
-  d, moe, into = model.embed_dim, model.moe, _matrices(model) - 1
+  d, moe, into = model.embed_dim, sublayer.moe, _matrices(model) - 1
   size = n if moe.group_by == 'sequence' else model.stack(stack).group_size
-  hidden = n * round(moe.executed_experts(size) * model.expert_dim)
+  hidden = n * round(moe.executed_experts(size) * sublayer.dim)
   router = n * moe.num_experts
   yield Product('router', 2 * router * d, 2 * (n * d + router))
   places = round(n * moe.executed_experts(size))  # Filled by the n tokens.
@@ -143,7 +110,7 @@ def _moe(model, stack, sublayer: Sublayer, n: int, keys: int):
   yield Product('experts', one, moved[1], plain=False, again=False)
   # To the experts and back; `mask` by products with an entry for every place.
   masks = n * moe.num_experts * moe.slots(size, deterministic=False)
-  masks *= moe.dispatcher == 'mask'
+  masks *= moe.dispatcher.name == 'mask'
   moved = n * d + places * d + 2 * masks
   kind = dict(flops=2 * masks * d, moved=moved, plain=False)
   # Nobody asks for the slope of who goes where.

@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from st_moe import sharding
+from st_moe import paths, sharding
 from st_moe.config import (
   Capacity,
   Config,
@@ -44,9 +44,9 @@ from st_moe.config import (
   Part,
   StackConfig,
 )
-from st_moe.model import layout
 from st_moe.model.transformer import Transformer
-from st_moe.train import optimizer, step
+from st_moe.train import optimizer, sizes, step
+from st_moe.train.state import parameter_axes, starting
 from tests.helpers import (
   distance,
   examples,
@@ -214,7 +214,7 @@ def _params(model: Transformer, inputs: dict, seed: int) -> dict:
     bold = {'token_embedder': 3, 'router': 2}
     return leaf * next((n for part, n in bold.items() if part in path), 0.5)
 
-  return layout.map_by_path(calm, random_params(model, **inputs, seed=seed))
+  return paths.map_by_path(calm, random_params(model, **inputs, seed=seed))
 
 
 def _sgd_beside(adafactor) -> optax.GradientTransformation:
@@ -241,11 +241,11 @@ def _stepper(config: Config, mesh):
   Parameters come, and trees go, in the layout of the unrolled model.
   """
   model, scanned = Transformer(config.model), config.model.scan_layers
-  step.check_sizes(config, mesh)
+  sizes.check(config, mesh)
   with sharding.use(mesh):
-    adafactor = optimizer.make(config.optimizer, step.parameter_axes(model))
+    adafactor = optimizer.make(config.optimizer, parameter_axes(model))
     tx = _sgd_beside(adafactor)
-    plan = step.plan_init(model, tx, mesh)
+    plan = starting(model, tx, mesh)
   train_step = jit(
     step.make_train_step(model, tx, config),
     donate_argnums=0,
@@ -256,11 +256,11 @@ def _stepper(config: Config, mesh):
     gradients, updates, slots, *_ = state.opt_state
     found = (gradients, state.params, updates, slots.moments)
     if scanned:
-      found = (layout.unroll(tree, config.model) for tree in found)
+      found = (paths.unroll(tree, config.model) for tree in found)
     return dict(zip(KINDS, (metrics, *found), strict=True))
 
   def run(params, batches):
-    params = layout.roll(params, config.model) if scanned else params
+    params = paths.roll(params, config.model) if scanned else params
     with sharding.use(mesh):
       params = jax.device_put(params, plan.shardings.params)
       state, found = plan.begin(params), []
@@ -336,7 +336,7 @@ def _route_margin(routing) -> float:
 
   Between the first and the second too: first choices are seated first.
   """
-  flat = layout.by_path(jax.device_get(routing))
+  flat = paths.by_path(jax.device_get(routing))
   least = np.inf
   for path in flat:
     if path.endswith('scores/select'):
@@ -354,8 +354,8 @@ def _sign_margin(found) -> float:
 
   Where it keeps a second moment per weight, Adafactor's first step is the sign.
   """
-  gradients, least = layout.by_path(found['gradients']), np.inf
-  for path in layout.by_path(found['slots']):
+  gradients, least = paths.by_path(found['gradients']), np.inf
+  for path in paths.by_path(found['slots']):
     name, _, moment = path.rpartition('/')
     if moment == 'full':
       g = np.abs(gradients[name])
@@ -371,7 +371,7 @@ def differences(found, expected) -> dict[str, tuple[float, str]]:
 
   Whole numbers, the loads of experts among them, differ by 0 or infinity.
   """
-  found, expected = layout.by_path(found), layout.by_path(expected)
+  found, expected = paths.by_path(found), paths.by_path(expected)
   assert found.keys() == expected.keys()
   worst = dict.fromkeys(KINDS, (0.0, ''))
   for name, b in expected.items():

@@ -49,9 +49,9 @@ PREPARE = r"""
 import dataclasses, gzip, json, pathlib, shutil
 import jax
 from pydoc_data import topics
-from st_moe import Transformer, config_file
+from st_moe import Transformer, config_file, sharding
 from st_moe.interop import huggingface
-from st_moe.train import step
+from st_moe.train.state import init_params
 from tests.first_hour import superglue
 
 texts = pathlib.Path('texts')
@@ -85,10 +85,8 @@ for place, spec, more in (
   ('made/t5', 't5_1_1.py', {}),
 ):
   config = config_file.load(f'configs/{spec}', {**small, **more})
-  params = step.init_params(
-    Transformer(config.model), jax.random.key(0), step.dummy_batch(config.model)
-  )
-  params = jax.tree.map(lambda a: a, step.sharding.unbox(params))
+  params = init_params(Transformer(config.model), jax.random.key(0))
+  params = sharding.unbox(params)
   huggingface.save(place, params, config, pieces)
 """
 

@@ -37,6 +37,7 @@ WRONG = {
   str: '\udce9',  # A byte that is no UTF-8, as the shell hands it on.
   typing.Literal: 'nonsense|3|NONE|[1]',
   Mapping: '3|word|[1]|true',
+  tuple: "3|word|[1]|true|{'x': 'y'}|{3: {}}",
   object: '3|word|[1]|true',
 }
 # What the kind would allow and the meaning does not.
@@ -50,7 +51,7 @@ ALSO_WRONG = {
   'model.moe.gate': 'lineer|{}|{"name": 3}',
   'model.moe.gate.jitter': '-0.1|1.5|nan|word|none',
   'model.moe.gate.jittter': '0.1',
-  'model.moe.selector': 'top_k|top_kk|{"k": 2}|{"name": "top_k", "kk": 2}',
+  'model.moe.selector': 'top_k|top_kk|{"kk": 2}|{"name": "top_k", "kk": 2}',
   'model.moe.selector.k': '0|-1|9|two|1.5|true|none|nan',
   'model.moe.selector.threshold': '-1|nan|word|[0.2]|1e400',
   'model.moe.selector.train_policy': 'most|3|none_',
@@ -87,8 +88,13 @@ ALSO_WRONG = {
   'data.targets_length': '0|100000000',
   'data.batch_size': '0|100000000',
   'data.workers': '0|100000000',
-  'loss.router': "{'load_balance': -1}|{'load_balanse': 1}|{3: 1}",
-  'loss.router.load_balance': '-1|nan|word|true',
+  'model.moe.losses': "{'load_balance': -1}|{'load_balanse': 1}|{3: 1}|7",
+  'model.moe.losses.load_balance': '-1|nan|word|true',
+  'model.moe.losses.load_balance.weight': '-1|nan|word|true',
+  'model.moe.shaping': "{'noize': {}}|noise|[1]",
+  'model.moe.weighing': "{'eom': 0.1}|x",
+  'model.moe.experts': 'ffm',
+  'model.moe.beside': 'nothin',
   'loss.label_smoothing': '1|2',
   'optimizer.train': '|',
   'optimizer.learning_rate': '-0.1',

@@ -8,9 +8,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from st_moe import sharding
+from st_moe import paths, sharding
 from st_moe.config import ModelConfig, MoEConfig, StackConfig
-from st_moe.model import layout
 from st_moe.model.transformer import Transformer
 
 # Programs this small are compiled once and run once: compile in haste.
@@ -133,7 +132,7 @@ def distance(a, b) -> float:
 
 def assert_trees_close(a, b, tolerance: float = 2e-5):
   """Every leaf of `a` within `tolerance` of `b`, in relative norm."""
-  a, b = layout.by_path(a), layout.by_path(b)
+  a, b = paths.by_path(a), paths.by_path(b)
   assert a.keys() == b.keys()
   off = {k: distance(a[k], b[k]) for k in a}
   worst = max(off, key=off.get)
@@ -235,3 +234,37 @@ def with_moe(config: ModelConfig, **changes) -> ModelConfig:
   """`config` with other numbers in its sparse layers."""
   moe = dataclasses.replace(config.moe, **changes)
   return dataclasses.replace(config, moe=moe)
+
+
+def params_by_hand(model: ModelConfig) -> dict[str, int]:
+  """Parameters by role, by the formulas of the papers."""
+  d, joined = model.embed_dim, model.num_heads * model.head_dim
+  e, f = model.moe.num_experts, model.expert_dim(model.moe)
+  matrices = 3 if model.activation == 'geglu' else 2
+  roles = dict.fromkeys(
+    ('embedding', 'attention', 'mlp', 'experts', 'router', 'norms'), 0
+  )
+  roles['embedding'] = model.vocab_size * d * (1 if model.tie_embeddings else 2)
+  for stack in model.stacks:
+    tables = model.stack(stack).num_layers if model.relpos_per_layer else 1
+    roles['attention'] += tables * model.relpos_buckets * model.num_heads
+    roles['norms'] += d
+    for sublayer in (s for layer in model.plan(stack).layers for s in layer):
+      roles['norms'] += d
+      if sublayer.kind == 'moe':
+        bias = e * f if model.moe.multiplicative_bias else 0
+        roles['experts'] += e * matrices * d * f + bias
+        roles['router'] += d * e
+      elif sublayer.kind == 'mlp':
+        roles['mlp'] += matrices * d * sublayer.dim
+      else:
+        roles['attention'] += 4 * d * joined
+  return {role: n for role, n in roles.items() if n}
+
+
+def layers(model: ModelConfig, stack: str) -> list:
+  """(kind, name, norm, hidden units) of every sublayer: what a file holds."""
+  return [
+    [(s.kind, s.name, s.norm, s.dim) for s in layer]
+    for layer in model.plan(stack).layers
+  ]

@@ -148,13 +148,13 @@ def convert(source: str, folder: pathlib.Path, base: str) -> Attempt:
 
 
 def digest_of_checkpoint(path: pathlib.Path) -> str:
+  from st_moe import paths
   from st_moe.infer.load import load
-  from st_moe.model import layout
 
   loaded = load(path)
   digest = hashlib.sha256(repr(loaded.config.model).encode())
   digest.update(loaded.vocabulary.model if loaded.vocabulary else b'none')
-  for name, leaf in sorted(layout.by_path(loaded.params).items()):
+  for name, leaf in sorted(paths.by_path(loaded.params).items()):
     digest.update(name.encode() + np.asarray(leaf).tobytes())
   return digest.hexdigest()
 

@@ -800,7 +800,7 @@ def _saved(change: Callable) -> Callable:
   """A whole checkpoint of ours, whose run says what it likes."""
 
   def make(bases, folder, rng):
-    from st_moe.train import checkpoint
+    from st_moe import checkpoint
 
     params, run = _own(bases)
     run = json.loads(json.dumps(run))
@@ -813,8 +813,8 @@ def _saved(change: Callable) -> Callable:
 
 @functools.cache
 def _own(bases: given.Bases):
+  from st_moe import checkpoint
   from st_moe.infer.load import load
-  from st_moe.train import checkpoint
 
   return load(bases['own']).params, checkpoint.read_run(bases['own'])
 

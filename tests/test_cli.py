@@ -20,7 +20,7 @@ from st_moe.config import Config
 from st_moe.data import files
 from st_moe.interop import convert, ours
 from st_moe.model.transformer import Transformer
-from st_moe.train import step
+from st_moe.train.state import abstract_params
 from tests.helpers import random_params, tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -278,7 +278,7 @@ def train(tmp_path, capsys):
       "config.optimizer.name 'adam'. Did you mean 'adamw",
     ),
     ('optimizer.decay=cosine', "Known: ['none', 'rsqrt']."),
-    ('loss.router.load_balanse=1', "Did you mean 'load_balance'?"),
+    ('model.moe.losses.load_balanse=1', "Did you mean 'load_balance'?"),
     ('model.moe.selector=top_kk', "selector 'top_kk'. Did you mean 'top_k'?"),
     ('model.moe.selector.kk=2', "option of selector 'top_k' 'kk'"),
     ('model.moe.dispatcher=indexx', "Did you mean 'index'?"),
@@ -521,7 +521,7 @@ def test_what_generate_refuses(capsys, tiny_model, flags, message):
 
 def test_a_model_without_a_vocabulary(capsys, tiny_model, tmp_path):
   found = ours.open_source(str(tiny_model))
-  shapes = step.abstract_params(Transformer(found.config.model))
+  shapes = abstract_params(Transformer(found.config.model))
   bare = tmp_path / 'bare'
   ours.save(str(bare), found.load(shapes), found.config, None)
   for verb in ('generate', 'evaluate'):

@@ -12,7 +12,8 @@ import pytest
 from st_moe import cli, config_file
 from st_moe.config import DataConfig
 from st_moe.data import pipeline, vocabulary
-from st_moe.train import grid
+from st_moe.run import grid
+from tests import experiments
 
 PAGE = (pathlib.Path(__file__).parents[1] / 'docs' / 'tasks.md').read_text()
 
@@ -71,3 +72,14 @@ def test_the_grids_of_the_page_are_those_of_the_paper(number):
   del overrides['init']
   for cell in cells:
     config_file.load(flags.config, {**overrides, **cell})
+
+
+def test_every_experiment_has_its_verdict_in_the_table():
+  assert len(experiments.entries()) > 40
+  assert [e for e in experiments.entries() if not e[3]] == []
+  said = experiments.PAGE.read_text()
+  assert said == experiments.page(), 'python -m tests.experiments writes it'
+  # A link leads to a heading that there is.
+  assert experiments.anchor("2026-11-22 `a_b` of c's: 0.5, d") == (
+    '2026-11-22-a_b-of-cs-05-d'
+  )

@@ -59,8 +59,10 @@ def test_what_is_wrong_is_named_with_its_rule(value, hint, message):
 def test_configs_made_in_python_are_looked_at():
   with pytest.raises(ValueError, match='MoEConfig.num_experts = 0 should be'):
     MoEConfig(num_experts=0)
-  with pytest.raises(ValueError, match="gate = 'linear' should be a Part"):
-    MoEConfig(gate='linear')
+  with pytest.raises(ValueError, match='gate = 3 should be a Part'):
+    MoEConfig(gate=3)
+  # A word is what it is in a config file.
+  assert MoEConfig(dispatcher='mask').dispatcher == Part('mask')
   with pytest.raises(ValueError, match='ModelConfig.dropout = 10 should be'):
     ModelConfig(dropout=10)
   with pytest.raises(ValueError, match="mixture.a = 'sise' should be a float"):

@@ -15,7 +15,7 @@ import pytest
 
 import st_moe
 from st_moe import backend, hosts, sharding
-from st_moe.train.report import read_rows
+from st_moe.history import read_rows
 
 # Half of each expert's copies, and of each batch, on either of two processes.
 _CONFIG = """

@@ -10,18 +10,17 @@ import time
 
 from etils import epath
 
-from st_moe import config_file, hosts, sharding, terminal
+from st_moe import checkpoint, config_file, hosts, sharding, terminal
 from st_moe.config import Config
 from st_moe.data import files, pipeline, trust
 from st_moe.data import mixture as mixtures
+from st_moe.history import best_steps
 from st_moe.infer import results
 from st_moe.infer import submission as submissions
 from st_moe.infer.evaluator import Evaluator, flat
 from st_moe.infer.load import check_answers, load, no_vocabulary
 from st_moe.interop import convert
-from st_moe.model import moe
-from st_moe.train import checkpoint
-from st_moe.train.report import best_steps
+from st_moe.model import parts
 
 # What may be asked of a model that is trained: what to measure and how, and
 # what leaves its function as it is but for who gets a place, and the dtype.
@@ -168,7 +167,7 @@ def _set(config: Config, fields: dict) -> Config:
   for field, value in fields.items():
     values = config_file.set_field(values, field, value)
   config = config_file.from_dict(values)
-  moe.check(config.model.moe)
+  parts.check(config.model)
   return config
 
 

@@ -10,15 +10,15 @@ from collections.abc import Iterable, Iterator, Sequence
 import jax
 import numpy as np
 
-from st_moe import sharding
+from st_moe import paths, sharding
 from st_moe.config import ModelConfig, unknown
 from st_moe.data.vocabulary import Vocabulary
-from st_moe.infer import decoding, methods
-from st_moe.infer.batching import bucket, padded
-from st_moe.infer.methods import Method
-from st_moe.model import layout
+from st_moe.decode import decoding, methods
+from st_moe.decode.batching import bucket, padded
+from st_moe.decode.methods import Method
 from st_moe.model.transformer import Transformer
 from st_moe.routing import steering
+from st_moe.routing.selectors import dropless
 
 _SENTINEL = re.compile(r'<extra_id_\d+>')
 HALF = re.compile('[\ud800-\udfff]')  # Of a surrogate pair: no character.
@@ -35,8 +35,8 @@ class Answer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-  """What is asked of a model besides prompts."""
+class Options:
+  """How prompts are answered."""
 
   method: Method = Method()
   seed: int = 0  # Of samples; prompt n draws from (seed, n).
@@ -75,6 +75,22 @@ class Asked:
       ),
     )
 
+  @classmethod
+  def of(cls, **options) -> 'Options':
+    """Fields of its own and of its `Method`, told apart by name."""
+    own = {f.name for f in dataclasses.fields(cls)} - {'method'}
+    mine = {k: v for k, v in options.items() if k in own}
+    of_method = {k: v for k, v in options.items() if k not in own}
+    known = {f.name for f in dataclasses.fields(Method)}
+    for name in set(of_method) - known:
+      raise unknown('option', name, sorted(own | known))
+    for name in ('stop', 'forbid', 'off', 'on'):
+      if name in mine:
+        value = mine[name]
+        several = isinstance(value, Iterable) and not isinstance(value, str)
+        mine[name] = tuple(value) if several else (value,)
+    return cls(method=Method(**of_method), **mine)
+
 
 def _is_text(value) -> bool:
   return isinstance(value, str) and not HALF.search(value)
@@ -86,24 +102,8 @@ def _each(rule: str, follows) -> tuple:
   return methods.ANY, rule, several
 
 
-_GREEDY = Asked()
+_GREEDY = Options()
 _PLAIN = dataclasses.asdict(_GREEDY)
-
-
-def asked(**options) -> Asked:
-  """Fields of `Asked` and of its `Method`, told apart by name."""
-  own = {f.name for f in dataclasses.fields(Asked)} - {'method'}
-  mine = {k: v for k, v in options.items() if k in own}
-  of_method = {k: v for k, v in options.items() if k not in own}
-  known = {f.name for f in dataclasses.fields(Method)}
-  for name in set(of_method) - known:
-    raise unknown('option', name, sorted(own | known))
-  for name in ('stop', 'forbid', 'off', 'on'):
-    if name in mine:
-      value = mine[name]
-      several = isinstance(value, Iterable) and not isinstance(value, str)
-      mine[name] = tuple(value) if several else (value,)
-  return Asked(method=Method(**of_method), **mine)
 
 
 class Generator:
@@ -140,9 +140,9 @@ class Generator:
         ' at least 2: a token and the EOS.'
       )
     if config.scan_layers:
-      params = layout.unroll(params, config)
+      params = paths.unroll(params, config)
       config = dataclasses.replace(config, scan_layers=False)
-    self.config = dataclasses.replace(config.dropless(), remat='none')
+    self.config = dataclasses.replace(dropless(config), remat='none')
     self.vocabulary, self.max_inputs = vocabulary, max_inputs
     self._model, self._params = Transformer(self.config), params
     self._mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
@@ -156,7 +156,7 @@ class Generator:
   # What people ask.
 
   def answers(
-    self, prompts: Sequence[str], asked: Asked = _GREEDY, *, numbers=None
+    self, prompts: Sequence[str], options: Options = _GREEDY, *, numbers=None
   ) -> Iterator[list[Answer]]:
     """The answers to each prompt, in order, as they come.
 
@@ -168,12 +168,12 @@ class Generator:
       ValueError: an empty prompt, one that is too long, an option that this
         model cannot follow.
     """
-    method, given, overrides = self.understood(asked)
+    method, given, overrides = self.understood(options)
     prompts = texts_of('prompts', prompts)
     numbers = np.arange(len(prompts)) if numbers is None else np.array(numbers)
-    rows = self._prompts(prompts, numbers, asked.long)
+    rows = self._prompts(prompts, numbers, options.long)
     answer = self._answer(method)
-    root = jax.random.key(asked.seed)
+    root = jax.random.key(options.seed)
 
     def run(batch, at):
       prefix = np.tile(np.array(given, np.int32), (len(batch), 1))
@@ -188,28 +188,30 @@ class Generator:
       for found, row in self._in_order(rows, run):
         parts = (found.tokens[row], found.logprobs[row], found.scores[row])
         yield [
-          self._as_answer(*one, asked.stop) for one in zip(*parts, strict=True)
+          self._as_answer(*one, options.stop)
+          for one in zip(*parts, strict=True)
         ]
 
     return each()
 
-  def understood(self, asked: Asked) -> tuple:
+  def understood(self, options: Options) -> tuple:
     """The method, ids of the prefix and RouteOverrides that are asked for.
 
     Raises:
       ValueError: what this model cannot follow.
     """
-    method = dataclasses.replace(asked.method, forbidden=self._forbidden(asked))
-    given = self.ids(asked.prefix)
+    forbidden = self._forbidden(options)
+    method = dataclasses.replace(options.method, forbidden=forbidden)
+    given = self.ids(options.prefix)
     if given and len(given) >= method.max_length:
       raise ValueError(
-        f'The prefix {asked.prefix!r} has {len(given)} tokens: an answer of'
+        f'The prefix {options.prefix!r} has {len(given)} tokens: an answer of'
         f' {method.max_length} (max_length) has no room for more.'
       )
     if method.contrast:
       decoding.weakened(self.config, None, method.contrast.rank)
     overrides = steering.overrides(
-      self.config, off=asked.off, on=asked.on, k=asked.k
+      self.config, off=options.off, on=options.on, k=options.k
     )
     return method, given, overrides
 
@@ -217,7 +219,7 @@ class Generator:
     self,
     prompts: Sequence[str],
     targets: Sequence[str],
-    asked: Asked = _GREEDY,
+    options: Options = _GREEDY,
     *,
     numbers=None,
   ) -> Iterator[list[Answer]]:
@@ -230,15 +232,15 @@ class Generator:
       raise ValueError(
         f'{len(prompts)} prompts and {len(targets)} targets: each needs one.'
       )
-    told = dataclasses.asdict(asked)
+    told = dataclasses.asdict(options)
     for name in ('method', 'prefix', 'stop', 'forbid'):
       if told[name] != _PLAIN[name]:
         raise ValueError(
           f'A score depends on no {name}: leave the options of answering out.'
         )
-    _, _, overrides = self.understood(asked)
+    _, _, overrides = self.understood(options)
     numbers = range(len(prompts)) if numbers is None else numbers
-    rows = self._prompts(prompts, numbers, asked.long)
+    rows = self._prompts(prompts, numbers, options.long)
     eos = self.vocabulary.eos
     wanted = [[*self.ids(text), eos] for text in targets]
 
@@ -359,9 +361,9 @@ class Generator:
       )
     return rows
 
-  def _forbidden(self, asked: Asked) -> tuple[int, ...]:
-    found = list(asked.method.forbidden)
-    for each in asked.forbid:
+  def _forbidden(self, options: Options) -> tuple[int, ...]:
+    found = list(options.method.forbidden)
+    for each in options.forbid:
       ids = [each] if isinstance(each, int) else self.ids(each)
       if len(ids) != 1:
         raise ValueError(

@@ -13,7 +13,7 @@ _Few = Annotated[int, Range(1, 2**16)]
 _Share = Annotated[float, Range(0, 1, above=True)]
 
 # Flag -> rule, default, help. Those of decoding have the names they have in
-# `infer.methods.Method` and `infer.generate.Asked`.
+# `decode.methods.Method` and `infer.generate.Options`.
 _ANSWER_FLAGS = {
   'max_length': (Size, 64, 'tokens of an answer at most'),
   'temperature': (AtLeast0, 0.0, 'of sampling; 0 is greedy'),
@@ -103,18 +103,19 @@ def check(flags) -> None:
 def run(flags) -> None:
   import warnings
 
-  from st_moe.infer import generate, load, methods, output, stream
+  from st_moe.decode import methods
+  from st_moe.infer import generate, load, output, stream
 
   words = {'true': True, 'false': False}
-  options = {n: getattr(flags, n) for n in (*_ANSWER_FLAGS, *_ANSWER_LISTS)}
-  options['early_stopping'] = words.get(
+  given = {n: getattr(flags, n) for n in (*_ANSWER_FLAGS, *_ANSWER_LISTS)}
+  given['early_stopping'] = words.get(
     flags.early_stopping, flags.early_stopping
   )
   if flags.contrast is not None:
-    options['contrast'] = methods.Contrast(
+    given['contrast'] = methods.Contrast(
       flags.contrast, flags.contrast_alpha, flags.contrast_rank
     )
-  asked = generate.asked(**options)
+  options = generate.Options.of(**given)
   warnings.formatwarning = lambda message, *_, **__: f'st-moe: {message}\n'
   form = stream.Format(flags.jsonl, flags.field, flags.targets, flags.fill)
   if flags.input:
@@ -129,7 +130,7 @@ def run(flags) -> None:
   )
   stream.run(
     generator,
-    asked,
+    options,
     form,
     source=flags.input,
     prompts=flags.prompts,

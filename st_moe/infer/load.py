@@ -6,14 +6,13 @@ import functools
 import jax
 from jax.sharding import Mesh
 
-from st_moe import sharding
+from st_moe import paths, sharding
 from st_moe.config import Config, ModelConfig
 from st_moe.data import vocabulary as vocabulary_lib
 from st_moe.interop import convert
-from st_moe.model import layout
 from st_moe.model.layers import activation_dtype
 from st_moe.model.transformer import Transformer
-from st_moe.train import step
+from st_moe.train.state import abstract_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,15 +67,15 @@ class Loaded:
     Warns if the model's logits are no numbers, as of weights that hold NaN.
 
     Args:
-      options: fields of `infer.generate.Asked` and `infer.methods.Method`:
+      options: fields of `infer.generate.Options` and `decode.methods.Method`:
         max_length, temperature, top_k, top_p, seed, num_beams, stop, ...
 
     Raises:
       ValueError: an option that breaks its rule, a prompt that is no text.
     """
-    from st_moe.infer.generate import asked
+    from st_moe.infer.generate import Options
 
-    wanted = asked(**options)
+    wanted = Options.of(**options)
     found = [
       [answer.text for answer in answers]
       for answers in self.generator.answers(prompts, wanted)
@@ -94,10 +93,10 @@ class Loaded:
 
   def fill(self, texts: list[str], **options) -> list[str]:
     """Texts with <extra_id_0>, <extra_id_1>, ... replaced by what belongs."""
-    from st_moe.infer.generate import asked, texts_of
+    from st_moe.infer.generate import Options, texts_of
 
     texts = texts_of('texts', texts)
-    answers = self.generator.answers(texts, asked(**options))
+    answers = self.generator.answers(texts, Options.of(**options))
     return [
       self.generator.fill(text, found[0])
       for text, found in zip(texts, answers, strict=True)
@@ -110,13 +109,9 @@ def _as_used(model):
   Routers, norms, position biases and logits are float32 whatever the rest is.
   """
   dtype = activation_dtype(model.dtype)
-  roles = ('attention', 'mlp', 'experts')
-
-  def used(path, leaf):
-    kernel = path.endswith('/kernel') and layout.role(path) in roles
-    return leaf.update(dtype=dtype) if kernel else leaf
-
-  return used
+  return lambda path, leaf: (
+    leaf.update(dtype=dtype) if paths.is_cast(path) else leaf
+  )
 
 
 def check_answers(path: str, config: ModelConfig) -> None:
@@ -168,9 +163,9 @@ def load(
   mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
   model = Transformer(config.model)
   with sharding.use(mesh):
-    abstract = step.abstract_params(model, mesh)
+    abstract = abstract_params(model, mesh)
     if for_answers:
-      abstract = layout.map_by_path(_as_used(config.model), abstract)
+      abstract = paths.map_by_path(_as_used(config.model), abstract)
     params = source.load(abstract)
   own = None
   if vocabulary == 'bytes' and name == 'hf' and source.vocabulary != b'':

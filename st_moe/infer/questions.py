@@ -18,9 +18,9 @@ import jax
 import numpy as np
 
 from st_moe import hosts, sharding
-from st_moe.infer import decoding
-from st_moe.infer.batching import bucket, chunks, padded
-from st_moe.infer.methods import Method
+from st_moe.decode import decoding
+from st_moe.decode.batching import bucket, chunks, padded
+from st_moe.decode.methods import Method
 
 _MOST_ROWS = 8  # Answers a question in a batch of full size.
 _FEW = 4  # Batches that are not worth a compilation.

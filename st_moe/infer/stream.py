@@ -19,7 +19,7 @@ from etils import epath
 
 from st_moe import terminal
 from st_moe.data import files
-from st_moe.infer.generate import HALF, Answer, Asked, Generator
+from st_moe.infer.generate import HALF, Answer, Generator, Options
 from st_moe.infer.output import Output, check_output
 
 _PATIENCE = 30  # Seconds for a pipe.
@@ -123,7 +123,7 @@ def _too_deep(where: str) -> ValueError:
 def results(
   generator: Generator,
   rows: Iterable[Row],
-  asked: Asked,
+  options: Options,
   form: Format,
   *,
   first: int = 0,
@@ -148,9 +148,9 @@ def results(
     prompts = [row.prompt for row in real.values()]
     if form.targets:
       targets = [row.target for row in real.values()]
-      found = generator.scored(prompts, targets, asked, numbers=list(real))
+      found = generator.scored(prompts, targets, options, numbers=list(real))
     else:
-      found = generator.answers(prompts, asked, numbers=list(real))
+      found = generator.answers(prompts, options, numbers=list(real))
     for n, row in enumerate(window, number):
       answers = next(found) if n in real else []
       told = sum(len(a.tokens) for a in answers)
@@ -177,7 +177,7 @@ def _line(
 
 def run(
   generator: Generator,
-  asked: Asked,
+  options: Options,
   form: Format,
   *,
   source: str = '',
@@ -189,7 +189,7 @@ def run(
 
   Args:
     output: a file; '': standard output.
-    about: what makes answers what they are, besides `asked`.
+    about: what makes answers what they are, besides `options`.
   """
   if output:
     check_output(output, source)
@@ -207,18 +207,18 @@ def run(
     elif sys.stdin.isatty():
       if output or form.targets:
         raise ValueError('A conversation has no --output and no --targets.')
-      return converse(generator, asked, form)
+      return converse(generator, options, form)
     else:
       name = 'standard input'
       lines = files.lines(sys.stdin.buffer, name)
-    generator.understood(asked)  # Or nothing is written.
+    generator.understood(options)  # Or nothing is written.
     rows = parse(lines, name, form)
     answer = functools.partial(
-      results, generator, asked=asked, form=form, window_size=window
+      results, generator, options=options, form=form, window_size=window
     )
     if not output:
       return _print(answer(rows))
-    about = {**(about or {}), **_jsonable(asked), **dataclasses.asdict(form)}
+    about = {**(about or {}), **_jsonable(options), **dataclasses.asdict(form)}
     to = opened.enter_context(Output(output, {**about, 'source': stamp}))
     if to.done and stamp is None:
       raise ValueError(
@@ -251,8 +251,8 @@ def _print(found) -> None:
         progress.advance(1, tokens)
 
 
-def _jsonable(asked: Asked) -> dict:
-  return json.loads(files.as_json(dataclasses.asdict(asked)))
+def _jsonable(options: Options) -> dict:
+  return json.loads(files.as_json(dataclasses.asdict(options)))
 
 
 def check(source: str, form: Format) -> None:
@@ -302,7 +302,7 @@ def _is_file(source: str) -> bool:
   return files.is_remote(source) or os.path.isfile(_path(source))
 
 
-def converse(generator: Generator, asked: Asked, form: Format) -> None:
+def converse(generator: Generator, options: Options, form: Format) -> None:
   """A prompt at a time, until the end of input."""
   print('One prompt a line; end with Ctrl-D.', file=sys.stderr)
   for number in itertools.count():
@@ -313,7 +313,7 @@ def converse(generator: Generator, asked: Asked, form: Format) -> None:
       return
     try:
       row = [Row(text)] if text.strip() else []
-      for line, _ in results(generator, row, asked, form, first=number):
+      for line, _ in results(generator, row, options, form, first=number):
         terminal.say(line)
     except ValueError as e:
       terminal.say(e, file=sys.stderr)

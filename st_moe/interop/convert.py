@@ -8,13 +8,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from st_moe import config_file, sharding
+from st_moe import config_file, paths, sharding
 from st_moe.config import Config, ModelConfig, unknown
 from st_moe.data import files, vocabulary
 from st_moe.interop import links
-from st_moe.model import layout
 from st_moe.model.transformer import Transformer
-from st_moe.train import step
+from st_moe.train.state import abstract_params
 
 FORMATS = {
   'hf': 'st_moe.interop.huggingface',
@@ -89,7 +88,7 @@ def load(uri: str, *, mesh=None) -> tuple[dict, ModelConfig]:
   mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
   with sharding.use(mesh):
     model = Transformer(source.config.model)
-    return source.load(step.abstract_params(model, mesh)), source.config.model
+    return source.load(abstract_params(model, mesh)), source.config.model
 
 
 def convert(
@@ -131,7 +130,7 @@ def convert(
   # Arrays of JAX, which Orbax writes without a copy.
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   with sharding.use(mesh):
-    abstract = step.abstract_params(Transformer(config.model), mesh)
+    abstract = abstract_params(Transformer(config.model), mesh)
   check_export(name, config, abstract)
   params = opened.load(abstract)
   lines = report(opened, abstract)
@@ -157,7 +156,7 @@ def check_export(format: str, config: Config, abstract) -> None:
 
 def report(opened, abstract) -> list[str]:
   """What became of every tensor of a source."""
-  leaves = layout.by_path(abstract).values()
+  leaves = paths.by_path(abstract).values()
   total = sum(int(np.prod(leaf.shape)) for leaf in leaves)
   lines = [f'{total:,} parameters filled, in {len(leaves)} arrays']
   if not hasattr(opened, 'links'):

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from st_moe.config import Config, ModelConfig
-from st_moe.model import layout
+from st_moe import paths
+from st_moe.config import Config, ModelConfig, Part
 from st_moe.model.transformer import Transformer
-from st_moe.train import step
+from st_moe.train.state import abstract_params
 
 same = lambda a: a
 
@@ -95,6 +95,31 @@ def has_extra_ffn(config: ModelConfig) -> bool:
   )
 
 
+# What formats of other codes have names for, by field of `MoEConfig`.
+_PLAIN = {
+  'gate': ('linear',),
+  'shaping': (),
+  'selector': ('top_k',),
+  'weighing': (),
+  'experts': ('ffn',),
+  'beside': ('nothing',),
+}
+
+
+def unknown_parts(config: ModelConfig) -> list[str]:
+  """Parts of sparse layers that no other code has, as 'gate hash'."""
+  sparse = [s for s in config.stacks if config.plan(s).num_sparse]
+  found = []
+  for moe in map(config.moe_of, sparse):
+    for field, plain in _PLAIN.items():
+      parts = getattr(moe, field)
+      parts = (parts,) if isinstance(parts, Part) else parts
+      found += [f'{field} {p.name!r}' for p in parts if p.name not in plain]
+  if len({config.moe_of(stack).num_experts for stack in sparse}) > 1:
+    found.append('stacks with other numbers of experts')
+  return sorted(set(found))
+
+
 def stack_of(
   stack: str, count: int, sparse: Collection[int], group_size: int
 ) -> dict:
@@ -119,8 +144,8 @@ def check_named(
   abstract, config: ModelConfig, links: Mapping[str, Link], format: str
 ) -> None:
   """Raises a ValueError for a parameter that a format has no name for."""
-  for path in layout.by_path(abstract):
-    for piece, _ in layout.unrolled_paths(path, config):
+  for path in paths.by_path(abstract):
+    for piece, _ in paths.unrolled_paths(path, config):
       if piece not in links:
         raise ValueError(
           f'{format} has no name for {piece}: a part of this model is unknown'
@@ -158,8 +183,8 @@ class Source:
 
   def check(self, abstract) -> None:
     """Raises a ValueError that names the first tensor missing or misshapen."""
-    for path, leaf in layout.by_path(abstract).items():
-      for piece, i in layout.unrolled_paths(path, self.config.model):
+    for path, leaf in paths.by_path(abstract).items():
+      for piece, i in paths.unrolled_paths(path, self.config.model):
         shape = leaf.shape if i is None else leaf.shape[1:]
         ours = jax.ShapeDtypeStruct(shape, np.float32)
         self._check_piece(piece, ours)
@@ -205,7 +230,7 @@ class Source:
 
     def make(path, leaf):
       out = np.empty(leaf.shape, leaf.dtype)
-      for piece, i in layout.unrolled_paths(path, self.config.model):
+      for piece, i in paths.unrolled_paths(path, self.config.model):
         ours = out if i is None else out[i]
         link = self.links[piece]
         for j, name in enumerate(link.names):
@@ -214,7 +239,7 @@ class Source:
       sharding = getattr(leaf, 'sharding', None)
       return jax.device_put(out, sharding) if sharding else out
 
-    return layout.map_by_path(make, abstract)
+    return paths.map_by_path(make, abstract)
 
   def _fill(self, target: np.ndarray, name: str, link: Link) -> None:
     """Writes a tensor, which must be numbers, to its place in ours."""
@@ -242,13 +267,13 @@ def unrolled(source) -> dict:
   model = dataclasses.replace(source.config.model, scan_layers=False)
   config = dataclasses.replace(source.config, model=model)
   source = dataclasses.replace(source, config=config)
-  return layout.by_path(source.load(step.abstract_params(Transformer(model))))
+  return paths.by_path(source.load(abstract_params(Transformer(model))))
 
 
 def tensors(params, config: ModelConfig, links: Mapping[str, Link]):
   """(name, shape, dtype, call that makes it) of everything a target holds."""
-  for path, leaf in layout.by_path(params).items():
-    for piece, i in layout.unrolled_paths(path, config):
+  for path, leaf in paths.by_path(params).items():
+    for piece, i in paths.unrolled_paths(path, config):
       link = links[piece]
       shape = leaf.shape if i is None else leaf.shape[1:]
       shape = shape[1:] if link.stacked else shape

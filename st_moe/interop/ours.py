@@ -6,11 +6,11 @@ import functools
 import jax
 from etils import epath
 
-from st_moe import config_file, sharding
+from st_moe import checkpoint, config_file, paths, sharding
 from st_moe.config import Config
-from st_moe.model import layout
 from st_moe.model.transformer import Transformer
-from st_moe.train import checkpoint, optimizer, step
+from st_moe.train import optimizer
+from st_moe.train.state import abstract_params, init_state, parameter_axes
 
 
 @dataclasses.dataclass
@@ -28,9 +28,9 @@ class Source:
     model = self.config.model
     if own.scan_layers == model.scan_layers:
       return checkpoint.load_params(self.where, abstract)
-    saved = step.abstract_params(Transformer(own))
+    saved = abstract_params(Transformer(own))
     params = checkpoint.load_params(self.where, saved)
-    turn = layout.roll if model.scan_layers else layout.unroll
+    turn = paths.roll if model.scan_layers else paths.unroll
     return jax.tree.map(_as_asked, turn(params, model), abstract)
 
   def slots(self, config: Config, like):
@@ -46,12 +46,12 @@ class Source:
         f" {config.optimizer.name}: set init_slots='reset'."
       )
     model = Transformer(own.model)
-    made = optimizer.make(own.optimizer, step.parameter_axes(model))
+    made = optimizer.make(own.optimizer, parameter_axes(model))
     boxed = jax.eval_shape(
-      functools.partial(step.init_state, model, made), jax.random.key(0)
+      functools.partial(init_state, model, made), jax.random.key(0)
     )
     state = checkpoint.load_rest(self.where, sharding.unbox(boxed))
-    found = layout.by_path(state['opt_state'][0])
+    found = paths.by_path(state['opt_state'][0])
 
     def take(path, leaf):
       if path not in found or found[path].shape != leaf.shape:
@@ -61,7 +61,7 @@ class Source:
         )
       return _as_asked(found[path], leaf)
 
-    return layout.map_by_path(take, like)
+    return paths.map_by_path(take, like)
 
 
 def _as_asked(array, abstract):

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from st_moe import paths
 from st_moe.config import ModelConfig, unknown
-from st_moe.model import layout
 
 # What `config.init_take` may say besides 'architecture'.
 RULES = {
@@ -24,6 +24,7 @@ RULES = {
   'upcycle': {
     r'(.*)/moe/experts/(.*)': r'\1/mlp/\2',
     r'.*/moe/router/.*': '',
+    r'.*/kept_.*': '',
     r'.*/(pre_)?extra_mlp(_layer_norm)?/.*': '',
   },
 }
@@ -58,7 +59,7 @@ def initialize(
 
   def fill(path, leaf):
     found, out = [], None
-    for piece, i in layout.unrolled_paths(path, model):
+    for piece, i in paths.unrolled_paths(path, model):
       rule, source = _match(piece, rules)
       fitted.add(rule)
       if not source:
@@ -89,16 +90,16 @@ def initialize(
     sharding = getattr(leaf, 'sharding', None)
     return jax.device_put(out, sharding) if sharding else out
 
-  params = layout.map_by_path(fill, params)
+  params = paths.map_by_path(fill, params)
   idle = [rule for rule in rules if rule not in fitted]
   own = [rule for rule in idle if not any(rule in r for r in RULES.values())]
   if own:
     raise ValueError(f'No parameter fits the rule {own[0]!r} of init_rules.')
   done['left behind'] = sorted(set(there) - used)
   return params, [
-    f'{what}: {len(paths)} arrays, as {paths[0]}'
-    for what, paths in done.items()
-    if paths
+    f'{what}: {len(pieces)} arrays, as {pieces[0]}'
+    for what, pieces in done.items()
+    if pieces
   ]
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from flax import serialization, traverse_util
 
-from st_moe import config_file
+from st_moe import checkpoint, config_file, paths
 from st_moe.config import Config, ModelConfig
 from st_moe.data import files
 from st_moe.interop.links import (
@@ -31,9 +31,8 @@ from st_moe.interop.links import (
   stack_of,
   tensors,
   two_sizes,
+  unknown_parts,
 )
-from st_moe.model import layout
-from st_moe.train import checkpoint
 
 _STACKS = ('encoder', 'decoder')
 
@@ -200,7 +199,7 @@ def _open_orbax(path: epath.Path):
     ) from None
   leaves = {
     name.removeprefix('target/'): leaf
-    for name, leaf in layout.by_path(getattr(tree, 'tree', tree)).items()
+    for name, leaf in paths.by_path(getattr(tree, 'tree', tree)).items()
     if name.startswith('target/')
   }
   ocdbt = (state / 'manifest.ocdbt').exists()
@@ -394,14 +393,17 @@ def check_export(config: Config) -> None:
   if model.stacks != _STACKS:
     raise ValueError('T5X has names for encoder-decoders only.')
   sparse = any(model.plan(s).num_sparse for s in model.stacks)
-  if sparse and model.moe.extra_ffn == 'before':
+  if wrong := unknown_parts(model):
+    raise ValueError(f'Flaxformer has no such parts: {"; ".join(wrong)}.')
+  moe = model.moe_of(model.stacks[-1])
+  if sparse and moe.extra_ffn == 'before':
     raise ValueError('Flaxformer has the extra FFN after the sparse one only.')
-  if sparse and model.moe.multiplicative_bias:
+  if sparse and moe.multiplicative_bias:
     raise ValueError('Flaxformer has no multiplicative bias in its experts.')
   if not sparse and has_extra_ffn(model):
     raise ValueError('T5X has one FFN in each layer; here some have an extra.')
   widths = {
-    s.mlp_dim
+    s.dim
     for stack in model.stacks
     for layer in model.plan(stack).layers
     for s in layer

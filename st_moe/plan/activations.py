@@ -7,9 +7,12 @@ import math
 import jax
 import jax.numpy as jnp
 
+from st_moe import paths
 from st_moe.config import Config, ModelConfig
 from st_moe.model.transformer import Transformer
-from st_moe.train import roles, step
+from st_moe.train import sizes as sizes_lib
+from st_moe.train import step
+from st_moe.train.state import abstract_params
 
 
 def kept(config: Config, sizes: dict[str, int]) -> float:
@@ -65,18 +68,26 @@ def of_a_layer(config: Config, sizes: dict[str, int]) -> float:
 def _part(config: Config, parts: int):
   """`config` with what one of `parts` has of heads, units and vocabulary."""
   model = config.model
-  moe = dataclasses.replace(model.moe, hidden_dim=model.expert_dim // parts)
+  share = lambda moe: (
+    moe and dataclasses.replace(moe, hidden_dim=model.expert_dim(moe) // parts)
+  )
+  own = {
+    name: dataclasses.replace(stack, moe=share(stack.moe))
+    for name in model.stacks
+    if (stack := model.stack(name))
+  }
   model = dataclasses.replace(
     model,
+    **own,
     vocab_size=model.vocab_size // parts,
     num_heads=model.num_heads // parts,
     mlp_dim=model.mlp_dim // parts,
-    moe=moe,
+    moe=share(model.moe),
   )
   # The fewest rows that are whole groups: what is kept grows in these.
   whole = [
     size // math.gcd(size, config.data.length(stack))
-    for stack, size, _ in step.groups(config)
+    for stack, size, _ in sizes_lib.groups(config)
   ]
   lengths = tuple((s, config.data.length(s)) for s in model.stacks)
   return model, config.optimizer.train, lengths, math.lcm(*whole)
@@ -101,7 +112,7 @@ def _residuals(config: Config, train: str, lengths, rows: int):
   batch[f'{stack}_target_tokens'] = batch[f'{stack}_loss_weights'] = tokens(n)
 
   def backward(params, batch):
-    trained, frozen = roles.part(params, train)
+    trained, frozen = paths.split(params, train)
     objective = lambda p: step.objective(
       model,
       config,
@@ -113,4 +124,4 @@ def _residuals(config: Config, train: str, lengths, rows: int):
     )
     return jax.vjp(objective, trained, has_aux=True)[1]
 
-  return jax.eval_shape(backward, step.abstract_params(model), batch)
+  return jax.eval_shape(backward, abstract_params(model), batch)

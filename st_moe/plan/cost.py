@@ -4,24 +4,33 @@ import collections
 import dataclasses
 import math
 
-from st_moe import counts, sharding
+from st_moe import counts, paths, sharding
 from st_moe.config import Config
-from st_moe.model import layout
 from st_moe.model.transformer import Transformer
 from st_moe.plan import memory
 from st_moe.plan.chips import Chip
 from st_moe.plan.exchanges import exchanges
 from st_moe.plan.hlo import Exchange
-from st_moe.train import step
+from st_moe.train import sizes as sizes_lib
+from st_moe.train.state import abstract_params
 
 
 def count_params(config: Config) -> dict[str, int]:
   """Parameters by role, of the model as it would be initialised."""
-  abstract = step.abstract_params(Transformer(config.model))
-  found = collections.Counter()
-  for path, leaf in layout.by_path(abstract).items():
-    found[layout.role(path)] += math.prod(leaf.shape)
-  return {role: found[role] for role, _ in layout.ROLES if found[role]}
+  return paths.count(abstract_params(Transformer(config.model)))
+
+
+def active_params(config: Config) -> int:
+  """Parameters that one token meets: all but the experts not chosen."""
+  abstract = abstract_params(Transformer(config.model))
+  found = 0
+  for path, leaf in paths.by_path(abstract).items():
+    share = 1
+    if paths.role(path) == 'experts':
+      moe = config.model.moe_of(path.partition('/')[0])
+      share = moe.expected_k / moe.num_experts
+    found += math.prod(leaf.shape) * share
+  return round(found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +55,7 @@ def work(config: Config, sizes: dict[str, int]) -> Work:
     ValueError: a dimension does not divide.
   """
   mesh = sharding.abstract_mesh(sizes)
-  step.check_sizes(config, mesh)
+  sizes_lib.check(config, mesh)
   data, model = config.data, config.model
   share = data.batch_size / math.prod(sizes.values())
   lengths = data.inputs_length, data.targets_length
@@ -57,7 +66,7 @@ def work(config: Config, sizes: dict[str, int]) -> Work:
     p.size * math.prod(sizes[a] for a in p.gathered)
     for p in memory.parameters(config, mesh)
   )
-  padding = tuple(step.padding(config, mesh).items())
+  padding = tuple(sizes_lib.padding(config, mesh).items())
   flops = dict(counts.train_flops(model, *lengths))
   padded = counts.train_flops(model, *lengths, padding)
   flops['padded groups'] = sum(padded.values()) - sum(flops.values())

@@ -4,11 +4,11 @@ import collections
 import functools
 import math
 
-from st_moe import sharding
+from st_moe import paths, sharding
 from st_moe.config import Config, DataConfig
 from st_moe.plan import memory
 from st_moe.plan.hlo import Exchange, sent_per_byte
-from st_moe.train import roles, step
+from st_moe.train import sizes as sizes_lib
 
 _FLOAT32 = 4
 
@@ -80,7 +80,7 @@ def _weight(found: _Sum, config: Config, p: memory.Parameter) -> None:
   mesh, model, times = found.mesh, config.model, config.microbatches
   used = {a for axes in p.axes.values() for a in axes}
   summed = [a for a in sharding.AXES if a != 'model' and a not in used]
-  trained = roles.trains(config.optimizer.train, p.path)
+  trained = paths.trains(config.optimizer.train, p.path)
   if 'relpos_buckets' in p.axes:
     # Each layer's gradient is summed as a bias, before it is a table again.
     stack = p.path.partition('/')[0]
@@ -118,8 +118,8 @@ def _to_experts(found: _Sum, config: Config) -> None:
 
 def _places(found: _Sum, config: Config):
   """(stack, bytes of all places that a device fills in one layer)."""
-  moe = config.model.moe
-  for stack, size, tokens in step.groups(config):
+  for stack, size, tokens in sizes_lib.groups(config):
+    moe = config.model.moe_of(stack)
     shards = sharding.batch_shards(found.mesh)
     groups = sharding.whole_groups(tokens, size, shards) // shards
     places = moe.num_experts * moe.slots(size, deterministic=False)

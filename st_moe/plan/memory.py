@@ -9,12 +9,12 @@ import re
 import flax.linen as nn
 import jax
 
-from st_moe import sharding
-from st_moe.config import Config
-from st_moe.model import layout
+from st_moe import paths, sharding
+from st_moe.config import Config, Part
 from st_moe.model.transformer import Transformer
 from st_moe.plan import activations
-from st_moe.train import optimizer, roles, step
+from st_moe.train import optimizer
+from st_moe.train.state import init_state, parameter_axes
 
 ITEM = {'bfloat16': 2, 'float32': 4}  # Bytes of an activation.
 # As the TPU compiler leaves them, and its code: see EXPERIMENTS.md.
@@ -84,7 +84,7 @@ def _cast(config: Config, mesh) -> int:
 def _gradients(config: Config, mesh) -> int:
   """As they arise; beside those of a microbatch, the sum so far in float32."""
   item, train = ITEM[config.model.dtype], config.optimizer.train
-  mine = [p for p in parameters(config, mesh) if roles.trains(train, p.path)]
+  mine = [p for p in parameters(config, mesh) if paths.trains(train, p.path)]
   arise = sum(p.size * (item if p.cast else 4) for p in mine)
   return arise + 4 * sum(p.size for p in mine) * (config.microbatches > 1)
 
@@ -101,7 +101,7 @@ class Parameter:
   @property
   def cast(self) -> bool:
     """Whether layers read it in the dtype of activations."""
-    return layout.is_cast(self.path)
+    return paths.is_cast(self.path)
 
   @property
   def gathered(self) -> tuple[str, ...]:
@@ -141,21 +141,20 @@ def _state(config: Config):
 
 def same_parameters(config: Config) -> Config:
   """`config` without what changes no parameter: to trace it takes seconds."""
-  model = config.model
+  model = config.model.with_moe(dispatcher=Part('auto'), transport='auto')
   ungrouped = {
     name: dataclasses.replace(model.stack(name), group_size=1)
     for name in model.stacks
   }
-  moe = dataclasses.replace(model.moe, dispatcher='auto', transport='auto')
-  model = dataclasses.replace(model, remat='none', moe=moe, **ungrouped)
+  model = dataclasses.replace(model, remat='none', **ungrouped)
   return dataclasses.replace(config, model=model)
 
 
 @functools.lru_cache(maxsize=8)
 def _first_state(model, optimizer_config):
   module = Transformer(model)
-  tx = optimizer.make(optimizer_config, step.parameter_axes(module))
-  return jax.eval_shape(lambda: step.init_state(module, tx, jax.random.key(0)))
+  tx = optimizer.make(optimizer_config, parameter_axes(module))
+  return jax.eval_shape(lambda: init_state(module, tx, jax.random.key(0)))
 
 
 def _is_box(x) -> bool:

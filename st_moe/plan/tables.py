@@ -23,7 +23,7 @@ def count(config: Config) -> dict:
     table.add_row(role, f'{n:,}', f'{n / total:.1%}')
   table.add_section()
   table.add_row('all', f'{total:,}', f'{total / 1e9:,.3f}B')
-  active = counts.active_params(config.model)
+  active = cost.active_params(config)
   table.add_row('met by a token', f'{active:,}', f'{active / total:.1%}')
   if config.paper_params:
     paper = config.paper_params
@@ -117,7 +117,7 @@ def ranked(
     ways.add_row(
       str(n),
       mesh_name(candidate.sizes),
-      model.moe.dispatcher,
+      model.moe.dispatcher.name,
       ' '.join(str(model.stack(s).group_size) for s in model.stacks),
       str(config.microbatches),
       model.remat,

@@ -15,7 +15,10 @@ from st_moe import sharding
 from st_moe.config import Config
 from st_moe.model.transformer import Transformer
 from st_moe.plan import chips, cost, hlo
-from st_moe.train import loop, optimizer, step
+from st_moe.run import begin
+from st_moe.train import optimizer, step
+from st_moe.train import sizes as sizes_lib
+from st_moe.train.state import parameter_axes, starting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +72,8 @@ def compile_step(config: Config, topology: str) -> Compiled:
       num_experts=config.model.num_experts,
       devices=slice_,
     )
-    step.check_sizes(config, mesh)
-    step.check_padding(config, mesh)
+    sizes_lib.check(config, mesh)
+    sizes_lib.check_padding(config, mesh)
     with sharding.use(mesh):
       lowered = lower(config, mesh)
       try:
@@ -80,7 +83,7 @@ def compile_step(config: Config, topology: str) -> Compiled:
   return Compiled(
     **figures(compiled, mesh),
     expected=cost.cost(config, dict(mesh.shape)),
-    warnings=[*step.astride(config, mesh), *_warnings(said)],
+    warnings=[*sizes_lib.straddling(config, mesh), *_warnings(said)],
     seconds=time.monotonic() - began,
   )
 
@@ -100,7 +103,7 @@ def figures(compiled, mesh) -> dict:
 
 def resolved(config: Config) -> Config:
   """`config` as accelerators would train it: vocabulary and dtype settled."""
-  config = loop.with_vocabulary_size(config, None)
+  config = begin.with_vocabulary_size(config, None)
   if config.model.dtype != 'auto':
     return config
   model = dataclasses.replace(config.model, dtype='bfloat16')
@@ -110,8 +113,8 @@ def resolved(config: Config) -> Config:
 def lower(config: Config, mesh):
   """The train step of `config` on `mesh`, lowered; nothing is allocated."""
   model, data = Transformer(config.model), config.data
-  tx = optimizer.make(config.optimizer, step.parameter_axes(model))
-  plan = step.plan_init(model, tx, mesh)
+  tx = optimizer.make(config.optimizer, parameter_axes(model))
+  plan = starting(model, tx, mesh)
   split = sharding.batch_sharding(mesh)
 
   def array(stack, dtype=jnp.int32):

@@ -10,8 +10,8 @@ import types
 
 class _Train(types.ModuleType):
   def __call__(self, config, workdir, **options) -> dict:
-    """See `st_moe.train.loop.train`."""
-    from st_moe.train import loop
+    """See `st_moe.run.loop.train`."""
+    from st_moe.run import loop
 
     return loop.train(config, workdir, **options)
 

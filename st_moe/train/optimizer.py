@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from st_moe import schedules
+from st_moe import paths, schedules
 from st_moe.config import OptimizerConfig
-from st_moe.train import roles
 
 # Never averaged over: each expert and each layer is a parameter of its own.
 _SEPARATE = ('expert', 'layers')
@@ -24,14 +23,14 @@ def make(config: OptimizerConfig, axes) -> optax.GradientTransformation:
   The first part of its state are the slots: what may be kept when training goes
   on with another schedule.
   """
-  axes, _ = roles.part(axes, config.train, lambda x: isinstance(x, tuple))
+  axes, _ = paths.split(axes, config.train, lambda x: isinstance(x, tuple))
   decay = optax.add_decayed_weights(config.weight_decay)
   inner = optax.chain(
     _SLOTS[config.name](config, axes),
     *([decay] if config.weight_decay else []),
     optax.scale_by_learning_rate(schedules.learning_rate(config)),
   )
-  mine = lambda boxed: roles.part(boxed, config.train, _is_box)[0]
+  mine = lambda boxed: paths.split(boxed, config.train, _is_box)[0]
   return optax.GradientTransformation(
     lambda boxed: inner.init(mine(boxed)), inner.update
   )

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from st_moe import config_file, sharding
+from st_moe import checkpoint, config_file, sharding
 from st_moe.config import Config, DataConfig, EvalConfig, StackConfig
 from st_moe.data import (
   files,
@@ -26,11 +26,10 @@ from st_moe.data import (
   vocabulary,
 )
 from st_moe.data.metrics import accuracy
+from st_moe.history import best_steps
 from st_moe.infer import evaluate, submission
 from st_moe.interop import ours
 from st_moe.model.transformer import Transformer
-from st_moe.train import checkpoint
-from st_moe.train.report import best_steps
 from tests.helpers import random_params, tiny
 from tests.infer.test_evaluator import CONFIG, ROWS, Source, Table, table
 

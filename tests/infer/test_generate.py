@@ -10,11 +10,13 @@ import pytest
 from st_moe import sharding
 from st_moe.config import Capacity, Config, DataConfig, StackConfig
 from st_moe.data import vocabulary
-from st_moe.infer import decoding, generate
-from st_moe.infer.generate import Generator, asked
+from st_moe.decode import decoding
+from st_moe.decode.methods import Contrast, Method
+from st_moe.infer import generate
+from st_moe.infer.generate import Generator, Options
 from st_moe.infer.load import Loaded
-from st_moe.infer.methods import Contrast, Method
 from st_moe.model.transformer import Transformer
+from st_moe.routing.selectors import dropless
 from tests.helpers import random_params, tiny
 
 BYTES = vocabulary.load('bytes')
@@ -47,7 +49,7 @@ def _generator(batch_size=4, devices=1, max_inputs=64):
 
 def _ask(generator, prompts=PROMPTS, numbers=None, **options):
   options = {'max_length': 8, **options}
-  found = generator.answers(prompts, asked(**options), numbers=numbers)
+  found = generator.answers(prompts, Options.of(**options), numbers=numbers)
   return list(found)
 
 
@@ -83,7 +85,7 @@ def test_it_is_what_decoding_says():
   # Scanned, not padded, compiled for itself.
   run = functools.partial(
     decoding.generate,
-    Transformer(CONFIG.dropless()),
+    Transformer(dropless(CONFIG)),
     method=Method(max_length=8),
   )
   found = jax.jit(run)(_params(), ids)
@@ -98,7 +100,7 @@ def test_few_shapes_are_compiled():
   lengths = [3, 17, 30, 47, 46, 5, 9, 2, 1]
   _ask(generator, ['x' * n for n in lengths])
   # Of 4, 4 and 1 prompts, by length: 16, 32 (of 10 to 31 tokens) and 48.
-  run = generator._answer(asked(max_length=8).method)
+  run = generator._answer(Options.of(max_length=8).method)
   assert run._cache_size() == 3
   _ask(generator, ['y' * n for n in lengths])
   assert run._cache_size() == 3
@@ -112,7 +114,7 @@ def test_scores_are_those_of_each_alone():
     ids = np.array([[*BYTES.encode(PROMPTS[n]), 1]], np.int32)
     want = [*BYTES.encode(targets[n]), 1]
     run = functools.partial(
-      decoding.token_logprobs, Transformer(CONFIG.dropless())
+      decoding.token_logprobs, Transformer(dropless(CONFIG))
     )
     alone = jax.jit(run)(_params(), ids, np.array([want], np.int32))[0]
     (answer,) = found[n]
@@ -245,7 +247,8 @@ def test_a_contrast_that_breaks_its_rule(fields, message):
 
 
 def test_numbers_may_be_those_of_numpy():
-  method = asked(max_length=np.int64(4), temperature=np.float32(0.5)).method
+  given = {'max_length': np.int64(4), 'temperature': np.float32(0.5)}
+  method = Options.of(**given).method
   assert (method.max_length, method.temperature) == (4, 0.5)
 
 
@@ -297,7 +300,7 @@ def test_weights_that_are_no_numbers_are_told():
 def test_scores_follow_no_options_of_answering():
   generator = _generator()
   with pytest.raises(ValueError, match='A score depends on no method'):
-    generator.scored(['a'], ['b'], asked(num_beams=2))
+    generator.scored(['a'], ['b'], Options.of(num_beams=2))
   with pytest.raises(ValueError, match='1 prompts and 2 targets'):
     generator.scored(['a'], ['b', 'c'])
   with pytest.raises(ValueError, match='batch_size 0 must be at least 1'):

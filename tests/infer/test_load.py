@@ -5,11 +5,10 @@ import numpy as np
 import pytest
 
 import st_moe
-from st_moe import sharding
+from st_moe import paths, sharding
 from st_moe.config import Config
 from st_moe.data import vocabulary
 from st_moe.interop import ours
-from st_moe.model import layout
 from st_moe.model.transformer import Transformer
 from tests.helpers import random_params, tiny
 
@@ -39,15 +38,15 @@ def test_weights_are_held_as_they_are_multiplied(place):
   whole, served = st_moe.load(place), st_moe.load(place, for_answers=True)
   assert whole.model.config.scan_layers and not served.model.config.scan_layers
   dtypes = {}
-  for path, leaf in layout.by_path(served.params).items():
-    dtypes.setdefault(layout.role(path), set()).add(leaf.dtype.name)
+  for path, leaf in paths.by_path(served.params).items():
+    dtypes.setdefault(paths.role(path), set()).add(leaf.dtype.name)
   half, single = {'bfloat16'}, {'float32'}
   assert dtypes['experts'] == dtypes['mlp'] == half
   assert dtypes['router'] == dtypes['norms'] == dtypes['embedding'] == single
   # Position biases are added to float32 logits.
   assert dtypes['attention'] == half | single
   assert {a.dtype.name for a in jax.tree.leaves(whole.params)} == single
-  unrolled = layout.unroll(whole.params, whole.model.config)
+  unrolled = paths.unroll(whole.params, whole.model.config)
   np.testing.assert_array_equal(
     _logits(served.model, served.params), _logits(served.model, unrolled)
   )

@@ -11,11 +11,11 @@ import pytest
 
 from st_moe.data import files
 from st_moe.infer import stream
-from st_moe.infer.generate import Answer, Asked, asked
+from st_moe.infer.generate import Answer, Options
 from st_moe.infer.stream import Format, Row
 
 LINES, JSONL = Format(), Format(jsonl=True)
-PLAIN = Asked()
+PLAIN = Options()
 
 
 class Echo:
@@ -145,7 +145,8 @@ def test_what_is_not_finite_is_written_as_text():
 
 
 def _lines(rows, form=LINES, **options):
-  found = stream.results(Echo(), rows, asked(**options), form, window_size=2)
+  wanted = Options.of(**options)
+  found = stream.results(Echo(), rows, wanted, form, window_size=2)
   return [line for line, _ in found]
 
 
@@ -194,11 +195,11 @@ def source(tmp_path):
 WANT = [f'{n}:p{n}' for n in range(100)]
 
 
-def _run(source, output, echo=None, asked=PLAIN):
+def _run(source, output, echo=None, options=PLAIN):
   echo = echo or Echo()
   about = {'checkpoint': 'c'}
   stream.check(source, LINES)
-  stream.run(echo, asked, Format(), source=source, output=output, about=about)
+  stream.run(echo, options, Format(), source=source, output=output, about=about)
   return echo.answered
 
 
@@ -313,7 +314,7 @@ def test_what_another_command_wrote_is_left_alone(source, tmp_path):
   with pytest.raises(
     ValueError, match='(?s)begun by another.*seed: 0 then, 1 now'
   ):
-    _run(source, str(output), asked=Asked(seed=1))
+    _run(source, str(output), options=Options(seed=1))
   other = tmp_path / 'other.txt'
   other.write_text('precious\n')
   with pytest.raises(
@@ -354,7 +355,7 @@ def test_standard_input_and_a_conversation(monkeypatch, capsys):
   read = io.BytesIO(b'a\nb\n')
   piped = types.SimpleNamespace(buffer=read, isatty=lambda: False)
   monkeypatch.setattr(stream.sys, 'stdin', piped)
-  stream.run(Echo(), Asked(), Format())
+  stream.run(Echo(), Options(), Format())
   assert capsys.readouterr().out == '0:a\n1:b\n'
   typed = iter(['hello', ' ', 'again'])
 
@@ -366,7 +367,7 @@ def test_standard_input_and_a_conversation(monkeypatch, capsys):
 
   monkeypatch.setattr('builtins.input', type_in)
   monkeypatch.setattr(piped, 'isatty', lambda: True)
-  stream.run(Echo(), Asked(), Format())
+  stream.run(Echo(), Options(), Format())
   assert capsys.readouterr().out == '0:hello\n2:again\n\n'
   with pytest.raises(ValueError, match='conversation has no --output'):
     stream.run(Echo(), PLAIN, LINES, output='x')
@@ -404,21 +405,21 @@ def test_other_prompts_are_another_command(tmp_path):
 def test_a_first_try_that_fails_leaves_nothing(source, tmp_path):
   output = tmp_path / 'out.txt'
   with pytest.raises(ValueError, match='no such expert'):
-    _run(source, str(output), asked=asked(off='decoder.9.9'))
+    _run(source, str(output), options=Options.of(off='decoder.9.9'))
   assert not output.exists()
   _run(source, str(output))
   assert _read(output) == WANT
   output.unlink()  # As the message says, it can be removed.
-  assert _run(source, str(output), asked=asked(seed=3)) == 100
+  assert _run(source, str(output), options=Options.of(seed=3)) == 100
 
 
 def test_the_order_of_options_is_no_difference(source, tmp_path):
   output = str(tmp_path / 'out.txt')
-  _run(source, output, asked=asked(stop=['x'], num_beams=2))
-  assert _run(source, output, asked=asked(num_beams=2, stop='x')) == 0
+  _run(source, output, options=Options.of(stop=['x'], num_beams=2))
+  assert _run(source, output, options=Options.of(num_beams=2, stop='x')) == 0
   about = json.loads((tmp_path / 'out.txt.about.json').read_text())
   assert about['method']['num_beams'] == 2
-  assert dataclasses.asdict(asked(stop='x'))['stop'] == ('x',)
+  assert dataclasses.asdict(Options.of(stop='x'))['stop'] == ('x',)
 
 
 def test_input_without_end(monkeypatch, tmp_path):
@@ -435,10 +436,10 @@ def test_input_without_end(monkeypatch, tmp_path):
 def test_a_terminal_is_shown_what_a_file_holds(monkeypatch, capsys, tmp_path):
   """An answer cannot move the cursor, name a window or paste."""
   said = 'a\x1b]0;owned\x07 b\tc \x9b2J \u202egpj'
-  stream.run(Echo(), Asked(), Format(), prompts=[said])
+  stream.run(Echo(), Options(), Format(), prompts=[said])
   assert capsys.readouterr().out == f'0:{said}\n'
   monkeypatch.setattr(stream.sys.stdout, 'isatty', lambda: True)
-  stream.run(Echo(), Asked(), Format(), prompts=[said])
+  stream.run(Echo(), Options(), Format(), prompts=[said])
   assert capsys.readouterr().out == (
     '0:a\\x1b]0;owned\\x07 b\tc \\x9b2J \\u202egpj\n'
   )

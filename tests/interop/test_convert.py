@@ -13,14 +13,17 @@ import numpy as np
 import pytest
 
 import st_moe
-from st_moe import cli
+from st_moe import cli, paths
 from st_moe.config import Config, Part, StackConfig
 from st_moe.data import pieces, vocabulary
 from st_moe.interop import convert, huggingface, links, ours, t5x
-from st_moe.model import layout
 from st_moe.model.transformer import Transformer
-from st_moe.train import step
-from tests.helpers import random_params, tiny
+from st_moe.train.state import abstract_params
+from tests.helpers import (
+  layers,
+  random_params,
+  tiny,
+)
 from tests.interop.test_hf_tokenizer import MODEL
 
 DENSE = {'encoder': StackConfig(2, 0, 0), 'decoder': StackConfig(2, 0, 0)}
@@ -63,7 +66,7 @@ def _model(kind, part):
 
 @functools.cache
 def _shapes(kind, part):
-  return step.abstract_params(Transformer(_model(kind, part)))
+  return abstract_params(Transformer(_model(kind, part)))
 
 
 # How a refusal begins.
@@ -98,7 +101,7 @@ def test_it_is_written_so_that_it_comes_back_or_refused(kind, part, tmp_path):
     for stack in ('encoder', 'decoder'):
       assert bool(model.stack(stack)) == bool(found.model.stack(stack))
       if model.stack(stack):
-        assert found.model.plan(stack) == model.plan(stack), format
+        assert layers(found.model, stack) == layers(model, stack), format
     assert found.model.relpos_per_layer == model.relpos_per_layer
     if format == 'hf':
       assert found.model.activation == model.activation
@@ -231,7 +234,7 @@ def test_bytes_of_a_foreign_model_are_those_of_byt5(tmp_path):
 
 
 def _equal(a, b):
-  a, b = layout.by_path(a), layout.by_path(b)
+  a, b = paths.by_path(a), paths.by_path(b)
   assert a.keys() == b.keys()
   for path, leaf in a.items():
     np.testing.assert_array_equal(leaf, b[path], path)

@@ -15,14 +15,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import st_moe
-from st_moe import cli, config_file
+from st_moe import cli, config_file, paths
 from st_moe.config import Capacity, Config, MoEConfig, Part, StackConfig
 from st_moe.data import pieces
-from st_moe.infer import decoding, methods
+from st_moe.decode import decoding, methods
 from st_moe.interop import convert, huggingface, links
-from st_moe.model import layout
 from st_moe.model.transformer import Transformer
-from st_moe.train import loop, loss
+from st_moe.run import begin
+from st_moe.train import terms as terms_lib
 from tests.helpers import jit, random_params, tiny
 from tests.interop.make_golden import (
   CASES,
@@ -96,7 +96,7 @@ def test_loss_and_gradients(case, directory, loaded):
 
   def objective(params):
     weights = (targets > 0).astype(jnp.float32)
-    terms = loss.token_terms(_forward(config, params), targets, weights)
+    terms = terms_lib.token_terms(_forward(config, params), targets, weights)
     total, count = terms['cross_entropy']
     return total / count
 
@@ -121,10 +121,10 @@ def test_expert_choices(case, loaded):
   data, want = batch(), golden(case)['experts']
   valid = {'encoder': data['inputs'] > 0, 'decoder': data['targets'] > 0}
   found = {}
-  for path, leaf in layout.by_path(sown.get('routing', {})).items():
+  for path, leaf in paths.by_path(sown.get('routing', {})).items():
     if not path.endswith('moe/seats/expert'):
       continue
-    for piece, i in layout.unrolled_paths(path, config):
+    for piece, i in paths.unrolled_paths(path, config):
       stack, layer = piece.split('/')[:2]
       n = 2 if stack == 'decoder' else 1
       name = (
@@ -598,7 +598,7 @@ def test_untied_its_embedding_has_three_names(switch):
       found[f'{name}.weight'], params['token_embedder']['embedding']
     )
   again, _ = st_moe.interop.load(f'hf:{where}')
-  assert layout.by_path(again).keys() == layout.by_path(params).keys()
+  assert paths.by_path(again).keys() == paths.by_path(params).keys()
 
 
 def test_untied_it_says_there_what_it_says_here(switch):
@@ -706,14 +706,17 @@ def test_what_a_config_continues(tmp_path):
   assert config.model.encoder == StackConfig(2, 0, 0, group_size=512)
   assert config.model.tie_embeddings and config.model.activation == 'relu'
   assert config.model.dropout == 0.3
+  found_vocabulary = lambda: begin.find_vocabulary(
+    config, tmp_path / 'run', None, convert.open_source(config.init)
+  )
   with pytest.raises(ValueError, match='without a vocabulary: set data.vocab'):
-    loop.find_vocabulary(config, tmp_path / 'run')
+    found_vocabulary()
   # A vocabulary that is none is no vocabulary.
   (tmp_path / 'spiece.model').write_bytes(b'pieces')
   with pytest.raises(ValueError, match='is not a SentencePiece model'):
-    loop.find_vocabulary(config, tmp_path / 'run')
+    found_vocabulary()
   (tmp_path / 'spiece.model').write_bytes(MODEL)
-  found = loop.find_vocabulary(config, tmp_path / 'run')
+  found = found_vocabulary()
   assert found.model == MODEL
 
 

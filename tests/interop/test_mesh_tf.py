@@ -5,9 +5,9 @@ import pathlib
 import numpy as np
 import pytest
 
+from st_moe import paths
 from st_moe.config import Part
 from st_moe.interop import convert, mesh_tf
-from st_moe.model import layout
 
 D, F, H, KV, E, V = 8, 12, 2, 3, 4, 16  # Sizes of everything here.
 
@@ -92,7 +92,7 @@ def test_every_variable_finds_its_place(case, tmp_path):
     assert model.moe.selector == Part.of('top_k', k=k)
     assert model.moe.extra_ffn == ('after' if asked['extra'] else 'none')
   params, _ = convert.load(f'mtf:{prefix}')
-  unrolled = layout.by_path(layout.unroll(params, model))
+  unrolled = paths.by_path(paths.unroll(params, model))
   first = 'encoder/block_000/layer_000'
   np.testing.assert_array_equal(
     unrolled['encoder/layers_0/self_attention/key/kernel'],
@@ -134,7 +134,7 @@ def test_tables_of_layers(tmp_path):
   source = mesh_tf.open_source(prefix)
   assert source.config.model.relpos_per_layer and source.unused == []
   params, model = convert.load(f'mtf:{prefix}')
-  unrolled = layout.by_path(layout.unroll(params, model))
+  unrolled = paths.by_path(paths.unroll(params, model))
   name = 'SelfAttention/relative_attention_bias'
   for stack in ('encoder', 'decoder'):
     np.testing.assert_array_equal(

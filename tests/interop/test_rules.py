@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from st_moe import paths
 from st_moe.config import Capacity, Part, StackConfig
 from st_moe.interop import rules
-from st_moe.model import layout
 from st_moe.model.layers import Mlp
 from st_moe.model.moe import MoE
 from st_moe.model.transformer import Transformer
@@ -35,7 +35,7 @@ def _params(config, seed=0):
 
 
 def _there(config=DENSE):
-  return layout.by_path(layout.unroll(_params(config), config))
+  return paths.by_path(paths.unroll(_params(config), config))
 
 
 def _logits(config, params):
@@ -63,7 +63,7 @@ def test_an_upcycled_model_says_what_its_parent_says(scan):
   assert lines[2].startswith('new: 4 arrays, as decoder/layers_1/moe/router')
   assert len(lines) == 3  # Nothing was left behind.
   routers = lambda p: {
-    k: v for k, v in layout.by_path(p).items() if '/router/' in k
+    k: v for k, v in paths.by_path(p).items() if '/router/' in k
   }
   for path, kernel in routers(params).items():
     np.testing.assert_array_equal(kernel, routers(fresh)[path])
@@ -75,14 +75,14 @@ def test_tokens_with_both_experts_are_those_of_the_dense_layer():
   rng = np.random.default_rng(0)
   x = jnp.asarray(rng.standard_normal((2, 8, 16)), jnp.float32)
   ctx = RouteContext(valid=jnp.full((2, 8), True))
-  params = random_params(MoE(config, 8), x, ctx)
+  params = random_params(MoE(config, config.moe, 8), x, ctx)
   dense = {
     w: {'kernel': kernel['kernel'][0]}
     for w, kernel in params['experts'].items()
   }
   copy = lambda kernel: np.broadcast_to(kernel[:1], kernel.shape)
   params['experts'] = jax.tree.map(copy, params['experts'])
-  y, sown = MoE(config, 8).apply(
+  y, sown = MoE(config, config.moe, 8).apply(
     {'params': params}, x, ctx, mutable=['routing']
   )
   mlp = Mlp(24, 'geglu', 0.0, 1.0, jnp.float32)
@@ -102,8 +102,8 @@ def test_the_first_rule_that_fits_wins():
   }
   there, fresh = _there(), _params(DENSE, seed=1)
   params, lines = rules.initialize(fresh, DENSE, there, asked)
-  got = layout.by_path(layout.unroll(params, DENSE))
-  new = layout.by_path(layout.unroll(fresh, DENSE))
+  got = paths.by_path(paths.unroll(params, DENSE))
+  new = paths.by_path(paths.unroll(fresh, DENSE))
   for path, array in got.items():
     if path == 'decoder/layers_1/mlp/wo/kernel':
       want = there['decoder/layers_0/mlp/wo/kernel']

@@ -12,11 +12,15 @@ import pytest
 from flax import serialization
 
 import st_moe
+from st_moe import paths
 from st_moe.config import Config, Part, StackConfig
 from st_moe.interop import convert, ours, t5x, t5x_orbax
-from st_moe.model import layout
 from st_moe.model.transformer import Transformer
-from tests.helpers import random_params, tiny
+from tests.helpers import (
+  layers,
+  random_params,
+  tiny,
+)
 from tests.interop.make_golden import GOLDEN, batch
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -51,7 +55,7 @@ def _params(config):
 
 
 def _equal(a, b):
-  a, b = layout.by_path(a), layout.by_path(b)
+  a, b = paths.by_path(a), paths.by_path(b)
   assert a.keys() == b.keys()
   for path, leaf in a.items():
     np.testing.assert_array_equal(leaf, b[path], path)
@@ -77,7 +81,7 @@ def test_there_and_back(config, format, tmp_path, monkeypatch):
                 'tie_embeddings', 'vocab_size'):  # fmt: skip
     assert getattr(back.config.model, field) == getattr(config.model, field)
   for stack in config.model.stacks:
-    assert back.config.model.plan(stack) == config.model.plan(stack)
+    assert layers(back.config.model, stack) == layers(config.model, stack)
   if any(config.model.plan(s).num_sparse for s in config.model.stacks):
     k = config.model.moe.selector.kwargs['k']
     assert back.config.model.moe.selector.kwargs['k'] == k

@@ -17,13 +17,12 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from st_moe import sharding
+from st_moe import paths, sharding
 from st_moe.config import Capacity, Part, StackConfig
-from st_moe.model import layout
 from st_moe.model.moe import MoE
 from st_moe.model.transformer import Transformer
 from st_moe.routing.types import RouteContext
-from st_moe.train import step
+from st_moe.train.state import abstract_params
 from tests.helpers import (
   assert_trees_close,
   boxed_shapes,
@@ -74,13 +73,15 @@ def _layer_inputs(rows=16, train=True):
 
 
 def _layer_params(config):
-  params = random_params(MoE(config, 8), *_layer_inputs(train=False))
+  params = random_params(
+    MoE(config, config.moe, 8), *_layer_inputs(train=False)
+  )
   params['router']['kernel'] *= 3
   return params
 
 
 def _answer(config, group_size, params, x, ctx):
-  return MoE(config, group_size).apply(
+  return MoE(config, config.moe, group_size).apply(
     {'params': params}, x, ctx, rngs={'dropout': jax.random.key(3)}
   )
 
@@ -191,7 +192,9 @@ def _lowered(name, function, config=LAYER, rows=16, group_size=8):
     x = jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=sharding.batch_sharding(mesh)
     )
-    boxed = boxed_shapes(MoE(config, 8), *_layer_inputs(train=False))
+    boxed = boxed_shapes(
+      MoE(config, config.moe, 8), *_layer_inputs(train=False)
+    )
     params = jax.tree.map(
       lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s),
       params,
@@ -305,7 +308,7 @@ def test_every_axis_has_a_rule_and_a_use():
     'unmodeled', 'relpos_buckets',
   }  # fmt: skip
   # Every leaf is boxed, with a name for every axis.
-  shapes = layout.by_path(sharding.unbox(boxed))
+  shapes = paths.by_path(sharding.unbox(boxed))
   axes = _leaves(sharding.axis_names(boxed))
   assert len(axes) == len(shapes)
   assert [len(a) for a in axes] == [s.ndim for s in shapes.values()]
@@ -322,7 +325,7 @@ def test_weights_and_activations_share_no_name():
 
 
 def test_what_lies_where():
-  boxed = boxed_shapes(MoE(LAYER, 8), *_layer_inputs(train=False))
+  boxed = boxed_shapes(MoE(LAYER, LAYER.moe, 8), *_layer_inputs(train=False))
   spec = lambda s: tuple(s.spec)
 
   def specs(name):
@@ -390,7 +393,7 @@ def test_a_dimension_that_does_not_divide(sizes, change, message):
   model = Transformer(dataclasses.replace(MODEL, **change))
   mesh = sharding.make_mesh(**sizes)
   with sharding.use(mesh), pytest.raises(ValueError, match=message):
-    step.abstract_params(model, mesh)
+    abstract_params(model, mesh)
 
 
 def test_shards_counts_the_devices_of_an_axis():

@@ -10,12 +10,12 @@ import numpy as np
 import optax
 import pytest
 
-from st_moe import counts, sharding
+from st_moe import counts, paths, sharding
 from st_moe.config import Capacity, ModelConfig, MoEConfig, Part, StackConfig
-from st_moe.model import layout
 from st_moe.model.attention import relative_bucket
 from st_moe.model.moe import MoE
 from st_moe.model.transformer import Layer, Transformer
+from st_moe.routing.selectors import dropless
 from st_moe.routing.types import RouteContext
 from tests.helpers import (
   assert_trees_close,
@@ -25,6 +25,7 @@ from tests.helpers import (
   jit,
   packed_batch,
   padded_batch,
+  params_by_hand,
   random_params,
   tiny,
   with_moe,
@@ -33,9 +34,9 @@ from tests.helpers import (
 # The smallest that do: every layer sparse, twice over, or one a stack.
 DECODER_ONLY = tiny(encoder=None, decoder=StackConfig(2, 1, 0, 8))
 ENCODER_ONLY = tiny(decoder=None)
-SHALLOW = tiny(
-  encoder=StackConfig(1, 1, 0, 16), decoder=StackConfig(1, 1, 0, 8)
-).dropless()
+SHALLOW = dropless(
+  tiny(encoder=StackConfig(1, 1, 0, 16), decoder=StackConfig(1, 1, 0, 8))
+)
 
 
 def _batch(config, **kw):
@@ -106,25 +107,7 @@ def _step(config):
   ],
 )
 def test_parameters_are_counted_right(config):
-  shapes, roles = _shapes(config), counts.params(config)
-  assert count_params(shapes) == sum(roles.values())
-  # And each role by the paths of its own.
-  roles = dict.fromkeys(roles, 0)
-  for path, leaf in layout.by_path(shapes).items():
-    role = next(
-      role
-      for role, marks in {
-        'router': ('/router/',),
-        'experts': ('/experts/',),
-        'norms': ('norm/scale',),
-        'attention': ('attention/', 'relpos_bias/'),
-        'mlp': ('mlp/',),
-        'embedding': ('token_embedder/', 'logits_dense/'),
-      }.items()
-      if any(mark in path for mark in marks)
-    )
-    roles[role] += math.prod(leaf.shape)
-  assert roles == roles
+  assert paths.count(_shapes(config)) == params_by_hand(config)
 
 
 def _paper(d, mlp, heads, head, experts):
@@ -149,7 +132,7 @@ ST_MOE_32B = _paper(5120, 20480, 64, 128, 64)
 )
 def test_parameters_of_the_paper(config, billions):
   assert round(count_params(_shapes(config)) / 1e9, 3) == billions
-  assert round(sum(counts.params(config).values()) / 1e9, 3) == billions
+  assert round(sum(params_by_hand(config).values()) / 1e9, 3) == billions
 
 
 def test_flops_of_the_paper():
@@ -200,8 +183,8 @@ def test_flops_are_those_of_the_traced_products(config):
     {'params': p}, **batch, rngs={'dropout': jax.random.key(0)}
   )
   traced = _dot_flops(jax.make_jaxpr(run)(params).jaxpr)
-  # f and p of two balance losses are four small products, and position biases
-  # are chosen by one: nobody counts those.
+  # f and p of the balance loss are two small products, and position biases are
+  # chosen by one: nobody counts those.
   chosen = 2 * config.num_heads * config.relpos_buckets
   biases = sum(
     chosen * n * n
@@ -210,7 +193,7 @@ def test_flops_are_those_of_the_traced_products(config):
   )
   tokens = {'encoder': 16, 'decoder': 8}
   losses = sum(
-    config.plan(stack).num_sparse * 4 * 2 * tokens[stack] * 4
+    config.plan(stack).num_sparse * 2 * 2 * tokens[stack] * 4
     for stack in config.stacks
   )
   assert traced - losses - biases == 2 * counts.forward_flops(config, 8, 4)
@@ -223,7 +206,7 @@ def test_the_dense_twin_costs_what_the_sparse_model_does():
   )
   # All but the routers: 12 layers of 2 d e FLOPs a token.
   assert sparse - twin == 2 * 5120 * 64 * 6 * (512 + 114)
-  assert config.plan('encoder').layers[3][1].mlp_dim == 20480 * 1.25
+  assert config.plan('encoder').layers[3][1].dim == 20480 * 1.25
 
 
 # What it may see.
@@ -233,7 +216,7 @@ def test_the_dense_twin_costs_what_the_sparse_model_does():
 def test_no_token_hears_of_later_ones(dispatcher):
   """Dropless: with places to run out of, later first choices displace earlier
   second ones (facts 13.8), which `test_selectors` shows."""
-  config = with_moe(DECODER_ONLY.dropless(), dispatcher=dispatcher)
+  config = with_moe(dropless(DECODER_ONLY), dispatcher=dispatcher)
   params = _params(config)['decoder']
   model = Transformer(config)
   ctx = RouteContext(valid=jnp.full((1, 6), True))
@@ -293,7 +276,7 @@ ODD = tiny(
 def test_scanned_and_unrolled_models_are_equal():
   flat = dataclasses.replace(ODD, scan_layers=False)
   params, batch = _params(ODD), _batch(ODD)
-  unrolled = layout.unroll(params, ODD)
+  unrolled = paths.unroll(params, ODD)
   # Two periods of two layers, and a fifth layer behind the scan.
   assert sorted(params['decoder']) == [
     'decoder_norm', 'layers', 'layers_4', 'relpos_bias',
@@ -304,7 +287,7 @@ def test_scanned_and_unrolled_models_are_equal():
   loss, grads = _step(ODD)(params, batch)
   loss_flat, grads_flat = _step(flat)(unrolled, batch)
   np.testing.assert_allclose(loss, loss_flat, rtol=1e-6)
-  assert_trees_close(grads_flat, layout.unroll(grads, ODD))
+  assert_trees_close(grads_flat, paths.unroll(grads, ODD))
 
 
 def test_layers_with_equal_tables_are_a_stack_with_one():
@@ -324,7 +307,7 @@ def test_layers_with_equal_tables_are_a_stack_with_one():
     _forward(each)(copied, batch), want, rtol=1e-5, atol=1e-5
   )
   flat = dataclasses.replace(each, scan_layers=False)
-  own = layout.unroll(copied, each)
+  own = paths.unroll(copied, each)
   np.testing.assert_allclose(
     _forward(flat)(own, batch), want, rtol=1e-5, atol=1e-5
   )
@@ -336,13 +319,13 @@ def test_layers_with_equal_tables_are_a_stack_with_one():
 @pytest.mark.parametrize('config', [tiny(), ODD], ids=['both stacks', 'odd'])
 def test_roll_is_the_inverse_of_unroll(config):
   params = _params(config)
-  before = layout.by_path(params)
-  after = layout.by_path(layout.roll(layout.unroll(params, config), config))
+  before = paths.by_path(params)
+  after = paths.by_path(paths.roll(paths.unroll(params, config), config))
   assert before.keys() == after.keys()
   for path in before:
     np.testing.assert_array_equal(before[path], after[path])
   # Layer i of the unrolled model is repetition i // 2 of place i % 2.
-  flat = layout.by_path(layout.unroll(params, config))
+  flat = paths.by_path(paths.unroll(params, config))
   place = 'decoder/layers/layer_0/self_attention/query/kernel'
   for i, row in enumerate(before[place]):
     name = place.replace('layers/layer_0', f'layers_{2 * i}')
@@ -392,7 +375,7 @@ def test_decoding_one_token_at_a_time_is_teacher_forcing():
   _, shapes = jax.eval_shape(decode, params, {}, whole)
   cache = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
   keys = [
-    a for p, a in layout.by_path(cache).items() if p.endswith('cached_key')
+    a for p, a in paths.by_path(cache).items() if p.endswith('cached_key')
   ]
   assert {a.shape for a in keys} == {(1, 4, 2, length, 8)}  # Scanned.
   step = jit(decode)
@@ -422,7 +405,7 @@ def test_bfloat16_is_never_promoted():
   assert logits.dtype == jnp.float32
   stream = {
     path: leaf.dtype
-    for path, leaf in layout.by_path(seen).items()
+    for path, leaf in paths.by_path(seen).items()
     if '__call__' in path
   }
   assert len(stream) == 2 * 3  # Two layers and a sparse sublayer a stack.
@@ -461,7 +444,7 @@ def test_one_step_lowers_the_loss(config):
   loss, grads = _step(config)(params, batch)
   assert math.isfinite(loss)
   still = [
-    p for p, g in layout.by_path(grads).items() if not np.asarray(g).any()
+    p for p, g in paths.by_path(grads).items() if not np.asarray(g).any()
   ]
   assert still == []
   params = jax.tree.map(lambda p, g: p - 0.02 * g, params, grads)
@@ -477,7 +460,7 @@ def test_a_tied_model_has_one_table():
 def test_names_of_submodules():
   """They are an API: checkpoints, maps to other codes and masks use them."""
   config = tiny(moe={'selector': Part.of('top_k', k=1)})
-  names = set(layout.by_path(_shapes(config)))
+  names = set(paths.by_path(_shapes(config)))
   first, second = (f'decoder/layers/layer_{i}' for i in (0, 1))
   for name in [
     'token_embedder/embedding',

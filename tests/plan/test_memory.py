@@ -9,7 +9,8 @@ from st_moe import sharding
 from st_moe.config import Config, DataConfig, OptimizerConfig, StackConfig
 from st_moe.model.transformer import Transformer
 from st_moe.plan import activations, memory
-from st_moe.train import optimizer, step
+from st_moe.train import optimizer
+from st_moe.train.state import parameter_axes, starting
 from tests.helpers import tiny
 
 ONE = dict.fromkeys(sharding.AXES, 1)
@@ -78,8 +79,8 @@ def test_state_to_the_byte(sizes):
   sparse = config(encoder=StackConfig(2, 1, 0, group_size=8))
   model, mesh = Transformer(sparse.model), sharding.make_mesh(**sizes)
   with sharding.use(mesh):
-    tx = optimizer.make(sparse.optimizer, step.parameter_axes(model))
-    plan = step.plan_init(model, tx, mesh)
+    tx = optimizer.make(sparse.optimizer, parameter_axes(model))
+    plan = starting(model, tx, mesh)
     state = plan.begin(plan.random_params(jax.random.key(0)))
   found = memory.state(sparse, sharding.abstract_mesh(ONE | sizes))
   assert found['parameters'] == held(state.params)

@@ -143,7 +143,7 @@ def test_a_count_is_written_where_asked(tmp_path, capsys):
   assert f'{found["all"]:,}' in capsys.readouterr().out
 
 
-def test_groups_astride_devices_are_told(tmp_path, capsys):
+def test_groups_that_straddle_devices_are_told(tmp_path, capsys):
   # Two groups of 1024 tokens on eight devices.
   _, found = run(tmp_path, '--chip=v5e', '--devices=8')
   said = ' '.join(capsys.readouterr().out.split())

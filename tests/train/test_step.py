@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from st_moe import config_file, sharding
+from st_moe import config_file, paths, sharding
 from st_moe.config import (
   Capacity,
   Config,
@@ -22,11 +22,16 @@ from st_moe.config import (
   Part,
   StackConfig,
 )
-from st_moe.model import layout
 from st_moe.model.layers import Embed
 from st_moe.model.moe import into_groups
 from st_moe.model.transformer import Transformer
-from st_moe.train import optimizer, step
+from st_moe.train import optimizer, sizes, step
+from st_moe.train.state import (
+  Start,
+  init_state,
+  parameter_axes,
+  smallest_inputs,
+)
 from tests.helpers import (
   assert_trees_close,
   examples,
@@ -72,9 +77,9 @@ def _batch(model=MODEL, seed=0):
 def _parts(model=MODEL, microbatches=1):
   """(model, optimizer, config) and a numpy state to start from."""
   module, config = Transformer(model), _config(model, microbatches)
-  made = optimizer.make(config.optimizer, step.parameter_axes(module))
+  made = optimizer.make(config.optimizer, parameter_axes(module))
   boxed = jax.eval_shape(
-    functools.partial(step.init_state, module, made), jax.random.key(0)
+    functools.partial(init_state, module, made), jax.random.key(0)
   )
   zeros = jax.tree.map(
     lambda a: np.zeros(a.shape, a.dtype), sharding.unbox(boxed)
@@ -202,8 +207,8 @@ def test_gradients_stay_as_they_arise():
     state.params
   )
   roles = {jnp.dtype(d): set() for d in ('bfloat16', 'float32')}
-  for path, leaf in layout.by_path(early).items():
-    roles[leaf.dtype].add(layout.role(path))
+  for path, leaf in paths.by_path(early).items():
+    roles[leaf.dtype].add(paths.role(path))
   assert [*roles.values()] == [
     {'attention', 'experts'},
     {'embedding', 'norms', 'router', 'attention'},  # Its table of positions.
@@ -322,21 +327,21 @@ def _check(devices=1, model=MODEL, microbatches=1, **data):
     config, data=dataclasses.replace(config.data, **data)
   )
   mesh = sharding.make_mesh(devices=jax.devices()[:devices])
-  step.check_sizes(config, mesh)
+  sizes.check(config, mesh)
 
 
-def test_groups_astride_devices_are_told():
+def test_groups_that_straddle_devices_are_told():
   # 8 x 16 and 8 x 8 tokens in groups of 16 and 8: 16 and 8 a device.
   mesh = sharding.make_mesh()
-  assert step.astride(_config(), mesh) == []
+  assert sizes.straddling(_config(), mesh) == []
   wider = dataclasses.replace(
     MODEL, encoder=dataclasses.replace(MODEL.encoder, group_size=32)
   )
-  (line,) = step.astride(_config(wider), mesh)
-  assert 'encoder groups of 32 tokens lie astride devices of 16' in line
+  (line,) = sizes.straddling(_config(wider), mesh)
+  assert 'encoder groups of 32 tokens straddle devices of 16' in line
   assert 'model.encoder.group_size=16' in line
   one = sharding.make_mesh(devices=jax.devices()[:1])
-  assert step.astride(_config(wider), one) == []
+  assert sizes.straddling(_config(wider), one) == []
 
 
 def _paper(**overrides):
@@ -353,9 +358,9 @@ def _paper(**overrides):
 
 def test_the_fine_tuning_of_the_paper_computes_no_empty_groups():
   config, mesh = _paper()
-  step.check_padding(config, mesh)
-  assert step.padding(config, mesh) == {'encoder': 1, 'decoder': 1}
-  assert step.astride(config, mesh) == []
+  sizes.check_padding(config, mesh)
+  assert sizes.padding(config, mesh) == {'encoder': 1, 'decoder': 1}
+  assert sizes.straddling(config, mesh) == []
 
 
 # With the groups of pre-training: 128 x 512 tokens are 16 groups of 4096 and
@@ -367,7 +372,7 @@ PRETRAINED = dict(
 
 def test_groups_far_larger_than_a_device_are_refused():
   config, mesh = _paper(**PRETRAINED)
-  factors = step.padding(config, mesh)
+  factors = sizes.padding(config, mesh)
   assert factors == {'encoder': 8, 'decoder': 128 * 912 / (128 * 62)}
   message = (
     '512 encoder tokens for groups of 4096 and 62 decoder tokens for groups of'
@@ -375,11 +380,11 @@ def test_groups_far_larger_than_a_device_are_refused():
     ' and model.decoder.group_size=62, .* max_padding=15'
   )
   with pytest.raises(ValueError, match=message):
-    step.check_padding(config, mesh)
+    sizes.check_padding(config, mesh)
   # The advice is good, both ways.
-  step.check_padding(_paper(model__encoder__group_size='512')[0], mesh)
-  step.check_padding(dataclasses.replace(config, max_padding=15.0), mesh)
-  told = ' '.join(step.astride(config, mesh))
+  sizes.check_padding(_paper(model__encoder__group_size='512')[0], mesh)
+  sizes.check_padding(dataclasses.replace(config, max_padding=15.0), mesh)
+  told = ' '.join(sizes.straddling(config, mesh))
   assert 'compute 8.00 times the places' in told
   assert 'compute 14.71 times the places' in told
 
@@ -395,8 +400,10 @@ def test_groups_far_larger_than_a_device_are_refused():
 )
 def test_groups_that_cost_nothing_are_not_refused(changes):
   config, mesh = _paper(**PRETRAINED, **changes)
-  step.check_padding(config, mesh)
-  assert not any('times the places' in s for s in step.astride(config, mesh))
+  sizes.check_padding(config, mesh)
+  assert not any(
+    'times the places' in s for s in sizes.straddling(config, mesh)
+  )
 
 
 def test_up_to_twice_the_places_is_told_and_not_refused():
@@ -407,15 +414,17 @@ def test_up_to_twice_the_places_is_told_and_not_refused():
       MODEL, encoder=dataclasses.replace(MODEL.encoder, group_size=n)
     )
   )
-  step.check_padding(wider(32), mesh)
-  assert 'and compute 2.00 times the places' in step.astride(wider(32), mesh)[0]
+  sizes.check_padding(wider(32), mesh)
+  assert (
+    'and compute 2.00 times the places' in sizes.straddling(wider(32), mesh)[0]
+  )
   with pytest.raises(ValueError, match='8 devices each has 16 encoder tokens'):
-    step.check_padding(wider(40), mesh)
+    sizes.check_padding(wider(40), mesh)
   # As the layer cuts them.
   with sharding.use(mesh):
     for size in (16, 32, 40):
       whole = into_groups(jnp.zeros((8, 16, 1)), size).size
-      assert step.padding(wider(size), mesh)['encoder'] == whole / 128
+      assert sizes.padding(wider(size), mesh)['encoder'] == whole / 128
 
 
 def test_sizes_that_fit():
@@ -469,18 +478,18 @@ def test_an_evaluation_batch_that_does_not_divide():
   config = dataclasses.replace(_config(), evaluate=EvalConfig(batch_size=20))
   message = 'evaluate.batch_size=20 .* 8 devices; .* are 16 and 24'
   with pytest.raises(ValueError, match=message):
-    step.check_sizes(config, sharding.make_mesh())
-  step.check_sizes(config, sharding.make_mesh(devices=jax.devices()[:4]))
+    sizes.check(config, sharding.make_mesh())
+  sizes.check(config, sharding.make_mesh(devices=jax.devices()[:4]))
 
 
 def test_new_parameters_on_eight_devices():
   """A dummy batch as wide as the mesh: 1 row would not split over it."""
   module = Transformer(MODEL)
-  alone = step.parameter_axes(module)
+  alone = parameter_axes(module)
   with sharding.use(sharding.make_mesh(data=2, expert=4)):
-    assert step.dummy_batch(MODEL)['encoder_input_tokens'].shape == (8, 1)
-    assert step.parameter_axes(module) == alone
-  assert step.dummy_batch(MODEL)['encoder_input_tokens'].shape == (1, 1)
+    assert smallest_inputs(MODEL)['encoder_input_tokens'].shape == (8, 1)
+    assert parameter_axes(module) == alone
+  assert smallest_inputs(MODEL)['encoder_input_tokens'].shape == (1, 1)
 
 
 def test_a_plan_forgets_its_programs_and_can_make_them_again():
@@ -490,7 +499,7 @@ def test_a_plan_forgets_its_programs_and_can_make_them_again():
     made.append(x)
     return x + 1
 
-  plan = step.Plan(None, None, jax.jit(program), jax.jit(lambda x: program(x)))
+  plan = Start(None, None, jax.jit(program), jax.jit(lambda x: program(x)))
   for times in 2, 4:
     for _ in range(2):  # The second call finds it compiled.
       assert plan.begin(plan.random_params(1.0)) == 3.0

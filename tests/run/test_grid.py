@@ -7,7 +7,7 @@ import pytest
 
 from st_moe import cli, config_file
 from st_moe.config import Config, OptimizerConfig
-from st_moe.train import grid, owner
+from st_moe.run import grid, owner
 
 
 def test_cells_are_all_combinations():

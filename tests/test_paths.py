@@ -6,15 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from st_moe import sharding
+from st_moe import paths, sharding
 from st_moe.config import Config, OptimizerConfig
-from st_moe.model import layout
 from st_moe.model.transformer import Transformer
-from st_moe.train import optimizer, roles, step
+from st_moe.train import optimizer, step
+from st_moe.train.state import abstract_params, init_state, parameter_axes
 from tests.helpers import tiny
 
 MODEL = Transformer(tiny())
-SHAPES = step.abstract_params(MODEL)
+SHAPES = abstract_params(MODEL)
 BATCH = {
   'encoder_input_tokens': np.full((2, 8), 3, np.int32),
   'decoder_input_tokens': np.full((2, 4), 4, np.int32),
@@ -24,13 +24,13 @@ BATCH = {
 
 
 def _trained(train):
-  mine, _ = roles.part(SHAPES, train)
-  return set(layout.by_path(mine))
+  mine, _ = paths.split(SHAPES, train)
+  return set(paths.by_path(mine))
 
 
 def test_the_sets_of_the_paper():
   everything = _trained('all')
-  assert everything == set(layout.by_path(SHAPES))
+  assert everything == set(paths.by_path(SHAPES))
   # 2 stacks, one sparse layer each: a router and 3 matrices of the experts.
   assert len(_trained('moe')) == 8 and len(_trained('router')) == 2
   assert _trained('router') < _trained('moe')
@@ -58,7 +58,7 @@ def test_a_pattern_names_what_has_it_in_its_path():
 @pytest.mark.parametrize('train', ['all', 'moe', 'attention', 'logits'])
 def test_parts_join_to_the_whole(train):
   tree = jax.tree.map(lambda a: np.zeros(a.shape), SHAPES)
-  joined = roles.join(*roles.part(tree, train))
+  joined = paths.merge(*paths.split(tree, train))
   assert jax.tree.structure(joined) == jax.tree.structure(tree)
   for a, b in zip(jax.tree.leaves(joined), jax.tree.leaves(tree), strict=True):
     assert a is b
@@ -66,9 +66,9 @@ def test_parts_join_to_the_whole(train):
 
 def test_nothing_to_train_is_an_error():
   with pytest.raises(ValueError, match="'expert' trains nothing"):
-    roles.part({'encoder': {'mlp': 1}}, 'expert')
+    paths.split({'encoder': {'mlp': 1}}, 'expert')
   with pytest.raises(ValueError, match='no regular expression: missing'):
-    roles.part(SHAPES, '(')
+    paths.split(SHAPES, '(')
 
 
 def _lowered(train, name):
@@ -76,8 +76,8 @@ def _lowered(train, name):
   config = Config(
     model=MODEL.config, optimizer=OptimizerConfig(name=name, train=train)
   )
-  made = optimizer.make(config.optimizer, step.parameter_axes(MODEL))
-  init = functools.partial(step.init_state, MODEL, made)
+  made = optimizer.make(config.optimizer, parameter_axes(MODEL))
+  init = functools.partial(init_state, MODEL, made)
   state = sharding.unbox(jax.eval_shape(init, jax.random.key(0)))
   run = jax.jit(step.make_train_step(MODEL, made, config))
   return state, run.lower(state, BATCH).cost_analysis()['flops']

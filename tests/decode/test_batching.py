@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from st_moe.infer.batching import bucket, chunks, padded
+from st_moe.decode.batching import bucket, chunks, padded
 
 
 def _series(least):

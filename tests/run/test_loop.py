@@ -19,14 +19,17 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
 import st_moe
-from st_moe import config_file, sharding
+from st_moe import checkpoint, config_file, paths, sharding
 from st_moe.data import pipeline, vocabulary
+from st_moe.history import read_rows
 from st_moe.infer import evaluate
 from st_moe.interop import convert
-from st_moe.model import layout
 from st_moe.model.transformer import Transformer
-from st_moe.train import checkpoint, loop, optimizer, owner, step, workdir
-from st_moe.train.report import Clock, read_rows
+from st_moe.run import begin, loop, owner, workdir
+from st_moe.run import workdir as workdirs
+from st_moe.run.report import Clock
+from st_moe.train import optimizer
+from st_moe.train.state import init_state, parameter_axes
 from tests.store import Store
 
 _WORDS = {
@@ -323,9 +326,9 @@ def test_a_smaller_machine_may_go_on(run, written, capsys):
     'loss__positions': '4',
     'mesh__expert': '1',
   }
-  assert loop._claim(epath.Path(run), _load(written, **fields)) == 6
+  assert workdirs.claim(epath.Path(run), _load(written, **fields)) == 6
   assert capsys.readouterr().out == ''
-  assert loop._claim(epath.Path(run), _load(written, microbatches='2')) == 6
+  assert workdirs.claim(epath.Path(run), _load(written, microbatches='2')) == 6
   assert capsys.readouterr().out == (
     'microbatches: 1 -> 2: each microbatch draws dropout, jitter and second'
     ' experts by a lot of its own, so a run that has these goes on with other'
@@ -333,7 +336,7 @@ def test_a_smaller_machine_may_go_on(run, written, capsys):
   )
   for other in ({'model__scan_layers': 'false'}, {'model__dtype': 'bfloat16'}):
     with pytest.raises(ValueError, match='belongs to another config'):
-      loop._claim(epath.Path(run), _load(written, **other))
+      workdirs.claim(epath.Path(run), _load(written, **other))
 
 
 class _Gone:
@@ -359,7 +362,7 @@ def test_other_data_are_refused_unless_they_may_change(
   known = checkpoint.read_run(copy)['data']
   vocab = vocabulary.load(copy / 'vocabulary.model')
   assert pipeline.TrainData(config.data, vocab).digests == known
-  assert loop._claim(epath.Path(copy), config) == 6
+  assert workdirs.claim(epath.Path(copy), config) == 6
   texts.write_text(f'{text}\n\n{text[:200]}')
   with pytest.raises(ValueError, match="data of 'reds' are not known to be wh"):
     loop.train(config, copy)
@@ -377,16 +380,16 @@ def test_data_of_runs_without_digests(run, written, capsys):
   config = _load(written)
   begun = {'config': config_file.to_dict(config), 'tokens_seen': {}}
   digests = {'reds': 'a', 'blues': ''}
-  loop._check_data(config, digests, begun)
-  loop._check_data(config, digests, {'tokens_seen': {}})
-  loop._check_data(
+  begin._check_data(config, digests, begun)
+  begin._check_data(config, digests, {'tokens_seen': {}})
+  begin._check_data(
     config, digests, {**begun, 'data': {'reds': '', 'blues': 'b'}}
   )
   moved = _load(written, data__files__reds__train='elsewhere.txt')
   with pytest.raises(ValueError, match='--config.data.may_change=true'):
-    loop._check_data(moved, digests, begun)
+    begin._check_data(moved, digests, begun)
   allowed = dataclasses.replace(moved.data, may_change=True)
-  loop._check_data(dataclasses.replace(moved, data=allowed), digests, begun)
+  begin._check_data(dataclasses.replace(moved, data=allowed), digests, begun)
   said = 'Going on with other training data of '
   assert capsys.readouterr().out == f"{said}'reds', 'blues'.\n"
 
@@ -420,7 +423,9 @@ def test_what_stands_where_a_run_keeps_its_own(
 def test_a_vocabulary_that_was_lost_is_in_the_checkpoint(copy, written):
   kept = (copy / 'vocabulary.model').read_bytes()
   (copy / 'vocabulary.model').unlink()
-  assert loop.find_vocabulary(_load(written), copy).model == kept
+  run = checkpoint.last_run(copy)
+  found = begin.find_vocabulary(_load(written), copy, run, None)
+  assert found.model == kept
 
 
 def test_a_workdir_has_a_name(written):
@@ -458,9 +463,9 @@ def test_a_workdir_where_nothing_was_trained_takes_any_config(
   # A vocabulary made for the old config does not stay for the new one.
   own = tmp_path / 'vocabulary.model'
   own.write_bytes(b'old')
-  loop._claim(epath.Path(tmp_path), wrong)
+  workdirs.claim(epath.Path(tmp_path), wrong)
   assert own.exists()
-  loop._claim(epath.Path(tmp_path), _load(written))
+  workdirs.claim(epath.Path(tmp_path), _load(written))
   assert not own.exists()
 
 
@@ -512,7 +517,9 @@ def test_train_is_a_function_and_a_package_at_once(monkeypatch):
   monkeypatch.setattr(loop, 'train', lambda *args, **more: (args, more))
   for _ in range(2):
     assert st_moe.train(1, 'w', profile='') == ((1, 'w'), {'profile': ''})
-    assert st_moe.train.loop is loop
+    from st_moe.train import step
+
+    assert st_moe.train.step is step
 
 
 def test_only_the_architecture_is_taken(run, written, tmp_path):
@@ -690,7 +697,7 @@ def test_processes_that_die_in_the_place_of_a_write(
 @pytest.fixture
 def scored(monkeypatch):
   """Evaluations find what a table says, step -> loss of reds."""
-  table, whole = {}, loop.Evaluator.__call__
+  table, whole = {}, begin.Evaluator.__call__
 
   def evaluate(self, params, sources, **kwargs):
     found = whole(self, params, sources, **kwargs)
@@ -699,7 +706,7 @@ def scored(monkeypatch):
     return found | {'eval/reds/loss': np.float64(table[step])}
 
   table['done'] = []
-  monkeypatch.setattr(loop.Evaluator, '__call__', evaluate)
+  monkeypatch.setattr(begin.Evaluator, '__call__', evaluate)
   return table
 
 
@@ -727,7 +734,7 @@ def test_an_evaluation_is_given_up_when_told_to_stop(
 ):
   """SIGTERM in the first batch of the evaluation of step 4, no save due."""
   config = _load(written, checkpoint__every='100')
-  whole, batches = loop.Evaluator._text_loss, []
+  whole, batches = begin.Evaluator._text_loss, []
 
   def told(self, params, source, *rest):
     batches.append(source.name)
@@ -736,7 +743,7 @@ def test_an_evaluation_is_given_up_when_told_to_stop(
     return whole(self, params, source, *rest)
 
   with monkeypatch.context() as patch:
-    patch.setattr(loop.Evaluator, '_text_loss', told)
+    patch.setattr(begin.Evaluator, '_text_loss', told)
     with pytest.raises(SystemExit) as stopped:
       loop.train(config, tmp_path)
   assert stopped.value.code == 75 and len(batches) == 3
@@ -866,14 +873,14 @@ def test_what_the_data_cannot_train(written, tmp_path):
 
 def test_patterns_name_every_metric_they_fit():
   known = ['eval/a/accuracy', 'eval/a/loss', 'eval/b/accuracy', 'eval/b/f1']
-  assert loop._best('eval/*/accuracy,-eval/a/loss', known) == [
+  assert begin._best('eval/*/accuracy,-eval/a/loss', known) == [
     'eval/a/accuracy', 'eval/b/accuracy', '-eval/a/loss',
   ]  # fmt: skip
-  assert loop._best('', known) == []
+  assert begin._best('', known) == []
   # What fits no task of this run is for another.
-  assert loop._best('eval/*/em,eval/b/f1', known) == ['eval/b/f1']
+  assert begin._best('eval/*/em,eval/b/f1', known) == ['eval/b/f1']
   with pytest.raises(ValueError, match="keep_best 'eval/\\*/em'"):
-    loop._best('eval/*/em', known)
+    begin._best('eval/*/em', known)
 
 
 # Fine-tuning: what is frozen, what the optimizer remembers.
@@ -892,7 +899,7 @@ def test_frozen_parameters_keep_their_bits_after_a_resume(
       loop.train(config, tmp_path)
   assert checkpoint.last_step(tmp_path) == 2
   loop.train(config, tmp_path)
-  before, after = (layout.by_path(_params(p)) for p in (run, tmp_path))
+  before, after = (paths.by_path(_params(p)) for p in (run, tmp_path))
   moved = {k for k in before if not np.array_equal(before[k], after[k])}
   assert moved == {k for k in before if '/router/' in k} and len(moved) == 2
 
@@ -933,12 +940,10 @@ def _slots(path):
   """The optimizer's second moments in the newest checkpoint of a run."""
   own = config_file.from_dict(checkpoint.read_run(path)['config'])
   model = Transformer(own.model)
-  made = optimizer.make(own.optimizer, step.parameter_axes(model))
-  boxed = jax.eval_shape(
-    lambda: step.init_state(model, made, jax.random.key(0))
-  )
+  made = optimizer.make(own.optimizer, parameter_axes(model))
+  boxed = jax.eval_shape(lambda: init_state(model, made, jax.random.key(0)))
   state = checkpoint.load_rest(path, sharding.unbox(boxed))
-  return layout.by_path(state['opt_state'][0])
+  return paths.by_path(state['opt_state'][0])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from st_moe.infer.methods import Decoded, adjusted
+from st_moe.decode.methods import Decoded, adjusted
 
 _NEVER = -1e9  # Finite: sums of it stay ordered.
 

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from st_moe import cli
-from st_moe.train import profile
+from st_moe.run import profile
 
 TINY = '--config=configs/st_moe_tiny.py:runlocal'
 

@@ -1,5 +1,7 @@
-"""Parameters by role and path; scanned ones unrolled and back, without loss."""
+"""Parameters by their paths: what they are for, how read, trained, laid out."""
 
+import collections
+import math
 import re
 
 import jax
@@ -9,6 +11,7 @@ from st_moe.config import ModelConfig
 
 # What a parameter is for, by its path; the first that fits.
 ROLES = (
+  ('kept', r'/kept_'),  # State that no optimizer moves.
   ('router', r'/router/'),
   ('experts', r'/experts/'),
   ('norms', r'norm/scale$'),
@@ -18,24 +21,46 @@ ROLES = (
 )
 
 
+# What `optimizer.train` may name, as patterns of paths; the sets of
+# arXiv:2202.08906, section 4.2.
+TRAINED = {
+  'all': '',
+  'moe': '/moe/',  # Routers and experts.
+  'non_moe': '^(?!.*/moe/)',
+  'attention': 'attention/|relpos_bias/',  # Norms not included.
+  'ffn': '/(extra_)?mlp/',  # Dense ones.
+  'router': '/router/',
+}
+
+
 def role(path: str) -> str:
   """The role of the parameter at 'encoder/layers/...'."""
   return next(role for role, pattern in ROLES if re.search(pattern, path))
 
 
+def count(params) -> dict[str, int]:
+  """How many parameters of each role there are, of arrays or their shapes."""
+  found = collections.Counter()
+  for path, leaf in by_path(params).items():
+    found[role(path)] += math.prod(leaf.shape)
+  return {role: found[role] for role, _ in ROLES if found[role]}
+
+
 def by_path(params) -> dict:
   """'encoder/layers/...' -> leaf."""
   flat, _ = jax.tree_util.tree_flatten_with_path(params)
-  name = jax.tree_util.keystr
-  return {name(p, simple=True, separator='/'): leaf for p, leaf in flat}
+  return {_name(path): leaf for path, leaf in flat}
 
 
 def map_by_path(make, params):
   """`params` with every leaf replaced by make('encoder/layers/...', leaf)."""
-  name = jax.tree_util.keystr
   return jax.tree_util.tree_map_with_path(
-    lambda p, leaf: make(name(p, simple=True, separator='/'), leaf), params
+    lambda path, leaf: make(_name(path), leaf), params
   )
+
+
+def _name(path) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 def as_read(params, dtype):
@@ -52,6 +77,57 @@ def is_cast(path: str) -> bool:
   """
   read = ('/kernel', '/multiplicative_bias')
   return path.endswith(read) and role(path) in ('experts', 'attention', 'mlp')
+
+
+def split(tree, train: str, is_leaf=None):
+  """(what is trained of `tree`, the rest).
+
+  Both have None, which is no leaf, where the other has an array. So what is
+  frozen has neither a gradient nor a place in the optimizer's state.
+
+  Args:
+    train: a role, or a regular expression found in a path such as
+      'encoder/layers/layer_0/mlp/wi_0/kernel'.
+
+  Raises:
+    ValueError: nothing is of this role, or the expression is none.
+  """
+  flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
+  mine = [trains(train, _name(path)) for path, _ in flat]
+  if not any(mine):
+    raise ValueError(
+      f'optimizer.train={train!r} trains nothing: it is none of'
+      f' {", ".join(TRAINED)}, and no parameter has it in its path, as'
+      f' {_name(flat[0][0])} has.'
+    )
+  pick = lambda want: structure.unflatten(
+    [
+      leaf if m == want else None
+      for m, (_, leaf) in zip(mine, flat, strict=True)
+    ]
+  )
+  return pick(True), pick(False)
+
+
+def trains(train: str, path: str) -> bool:
+  """Whether what `split` calls `train` has the parameter at `path`.
+
+  State that is kept from step to step is in no set, 'all' included.
+  """
+  try:
+    found = re.search(TRAINED.get(train, train), path)
+    return bool(found) and not re.search(dict(ROLES)['kept'], path)
+  except re.error as e:
+    raise ValueError(
+      f'optimizer.train={train!r} is none of {", ".join(TRAINED)} and no'
+      f' regular expression: {e}.'
+    ) from None
+
+
+def merge(mine, rest):
+  """The tree that was split."""
+  one = lambda a, b: b if a is None else a
+  return jax.tree.map(one, mine, rest, is_leaf=lambda x: x is None)
 
 
 def unrolled_paths(path: str, config: ModelConfig):

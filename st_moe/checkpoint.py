@@ -28,10 +28,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from st_moe import hosts
+from st_moe import hosts, listing
 from st_moe.config import CheckpointConfig
 from st_moe.data import files
-from st_moe.train import listing
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 

@@ -15,8 +15,8 @@ from etils import epath
 from st_moe import hosts, signals, stdio, terminal
 from st_moe.config import Config, unknown
 from st_moe.data import files
-from st_moe.train import loop, owner
-from st_moe.train.report import best_steps, read_rows
+from st_moe.history import best_steps, read_rows
+from st_moe.run import begin, loop, owner
 
 Cell = dict[str, str]  # Field -> value, as on a command line.
 
@@ -100,7 +100,7 @@ def _check_metrics(metrics, wanted, configs, workdir: epath.Path) -> None:
   for cell, config in zip(wanted, configs, strict=True):
     key = repr((config.data, config.evaluate, config.init))
     if key not in known:
-      known[key] = loop.metric_names(config, workdir / directory(cell))
+      known[key] = begin.metric_names(config, workdir / directory(cell))
     for metric in metrics if known[key] else ():
       if metric not in known[key]:
         raise unknown('metric', metric, known[key])

@@ -8,7 +8,7 @@ from etils import epath
 from st_moe import terminal
 from st_moe.config import unknown
 from st_moe.data import files
-from st_moe.train.report import best_steps, read_rows
+from st_moe.history import best_steps, read_rows
 
 _MARK = 'st-moe report'  # In pictures that may be drawn anew.
 

@@ -8,7 +8,7 @@ import socket
 import pytest
 from etils import epath
 
-from st_moe.train import owner
+from st_moe.run import owner
 
 
 @pytest.fixture

@@ -17,8 +17,9 @@ from tensorboardX import event_file_writer
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from st_moe.config import Config, LogConfig
-from st_moe.train import compare, report
-from st_moe.train.report import Report, Rows, read_rows
+from st_moe.history import Rows, read_rows
+from st_moe.run import compare, report
+from st_moe.run.report import Report
 
 _PLAIN = Config(total_steps=8, log=LogConfig(tensorboard=False))
 

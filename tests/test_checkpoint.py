@@ -19,7 +19,7 @@ from etils import epath
 from etils.epath import backend
 
 import st_moe
-from st_moe import config_file, sharding
+from st_moe import checkpoint, config_file, sharding
 from st_moe.config import (
   CheckpointConfig,
   Config,
@@ -29,9 +29,8 @@ from st_moe.config import (
 )
 from st_moe.data import files, vocabulary
 from st_moe.model.transformer import Transformer
-from st_moe.train import checkpoint, optimizer
-from st_moe.train import step as train_step
-from st_moe.train.step import TrainState
+from st_moe.train import optimizer
+from st_moe.train.state import TrainState, parameter_axes, starting
 from tests.helpers import examples, padded_batch, random_params, tiny
 
 # What a state is made of, and how 8 devices hold it.
@@ -589,8 +588,8 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, there, here):
     axes, devices, _ = _MESHES[name]
     mesh = sharding.make_mesh(**axes, devices=jax.devices()[:devices])
     with sharding.use(mesh):
-      tx = optimizer.make(OptimizerConfig(), train_step.parameter_axes(model))
-      return train_step.plan_init(model, tx, mesh)
+      tx = optimizer.make(OptimizerConfig(), parameter_axes(model))
+      return starting(model, tx, mesh)
 
   old, new = plan(there), plan(here)
   rng = np.random.default_rng(0)

@@ -5,14 +5,37 @@ import subprocess
 
 from etils import epath
 
-from st_moe import config_file
+from st_moe import checkpoint, config_file, hosts
 from st_moe.config import Config
 from st_moe.data import files
-from st_moe.train import checkpoint
-from st_moe.train.report import METRICS
+from st_moe.history import METRICS
 
 _FILES = ('config.json', 'config.py', 'about.json', 'vocabulary.model')
 _FOLDERS = ('checkpoints', 'damaged', 'tensorboard', 'profile')
+
+# A run may go on with other values of these: they change none of its numbers.
+_FREE = (
+  'name',
+  'paper_params',
+  'max_padding',
+  'total_steps',
+  'checkpoint.',
+  'evaluate.',
+  'log.',
+  'mesh.',
+  'model.remat',
+  'model.moe.dispatcher',
+  'model.moe.transport',
+  'loss.positions',
+  'microbatches',  # But see `claim`.
+  'data.workers',
+  'data.allow_cut',
+  'data.cache_dir',
+  'data.may_change',
+  'data.files.',  # Of these two `begin` sees what lies there.
+  'data.data_dir',
+  'optimizer.max_bad_steps',
+)
 
 
 def check(workdir: epath.Path) -> None:
@@ -37,6 +60,50 @@ def check_new(workdir: epath.Path) -> None:
   """Refuses a folder where files that no run wrote have names of a run's."""
   for name in ('config.py', 'about.json', METRICS):
     files.check_free(workdir / name, lambda _: False)
+
+
+def claim(workdir: epath.Path, config: Config, run: dict | None = None) -> int:
+  """The steps done in a workdir; refuses one where another config trained.
+
+  Args:
+    run: what its newest checkpoint says.
+  """
+  path, done = workdir / 'config.json', checkpoint.last_step(workdir)
+  is_ours = lambda p: run or 'total_steps' in files.json_in(p)
+  files.check_free(path, is_ours)
+  if not path.exists():
+    if not done:
+      check_new(workdir)
+    return done
+  free = _FREE
+  # By way of a Config, which knows the fields that have come since.
+  try:
+    theirs = config_file.of_run(path)
+  except ValueError:
+    if not run:
+      raise
+    hosts.tell(f'{path} is damaged, and written anew.')
+    theirs = config_file.from_dict(run['config'], f'a checkpoint of {workdir}')
+    free = (*free, 'model.vocab_size')  # Settled there, and not as asked for.
+  ours = config_file.to_dict(config)
+  changed = config_file.diff(config_file.to_dict(theirs), ours)
+  lines = [line for line in changed if not line.startswith(free)]
+  if lines and not checkpoint.any_steps(workdir):
+    # Nothing is lost, and the advice of an error may be followed on the spot.
+    (workdir / 'vocabulary.model').unlink(missing_ok=True)
+  elif lines:
+    listed = '\n  '.join(lines)
+    raise ValueError(
+      f'{workdir} belongs to another config:\n  {listed}\nUse another workdir,'
+      ' or the config it was started with.'
+    )
+  for line in changed:
+    if line.startswith('microbatches') and done:
+      hosts.tell(
+        f'{line}: each microbatch draws dropout, jitter and second experts by a'
+        ' lot of its own, so a run that has these goes on with other draws.'
+      )
+  return done
 
 
 def explain(workdir: epath.Path, config: Config, path: str) -> None:

@@ -3,17 +3,16 @@
 import dataclasses
 import functools
 import math
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from st_moe.config import LossConfig, StackConfig
-from st_moe.model.layout import unroll
+from st_moe.config import Config, MoEConfig, Part, StackConfig
 from st_moe.model.transformer import Transformer
-from st_moe.train import loss
+from st_moe.paths import unroll
+from st_moe.train import terms as terms_lib
 from tests.helpers import examples, padded_batch, random_params, tiny
 
 # Softmaxes of these are 1/8, 2/8, 5/8: logsumexp is log 8.
@@ -22,7 +21,7 @@ _LOGITS = np.log(np.array([1, 2, 5], np.float32))
 
 def _terms(targets, weights, **options):
   logits = jnp.broadcast_to(_LOGITS, (*np.shape(targets), 3))
-  terms = loss.token_terms(
+  terms = terms_lib.token_terms(
     logits, jnp.array(targets), jnp.array(weights, jnp.float32), **options
   )
   return {k: (float(s), float(w)) for k, (s, w) in terms.items()}
@@ -67,7 +66,7 @@ def test_logits_of_a_few_positions_at_a_time_lose_as_much(positions):
   weights = jnp.asarray(rng.random((2, 7)), jnp.float32)
 
   def summed(positions, x, kernel):
-    terms = loss.token_terms_of(
+    terms = terms_lib.token_terms_of(
       lambda x: x @ kernel,
       x,
       targets,
@@ -92,15 +91,15 @@ def test_logits_of_a_few_positions_at_a_time_lose_as_much(positions):
 
 def test_z_loss_sees_a_shift_that_cross_entropy_does_not():
   logits, targets = jnp.asarray(_LOGITS), jnp.array(1)
-  here, z = loss.cross_entropy(logits, targets)
-  there, shifted = loss.cross_entropy(logits + 10, targets)
+  here, z = terms_lib.cross_entropy(logits, targets)
+  there, shifted = terms_lib.cross_entropy(logits + 10, targets)
   assert float(there) == pytest.approx(float(here), abs=1e-5)
   assert float(shifted) == pytest.approx((math.log(8) + 10) ** 2, rel=1e-6)
   assert float(z) == pytest.approx(math.log(8) ** 2, rel=1e-6)
 
 
 def test_large_logits_stay_finite():
-  found, z = loss.cross_entropy(jnp.array([2000.0, 0.0]), jnp.array(1))
+  found, z = terms_lib.cross_entropy(jnp.array([2000.0, 0.0]), jnp.array(1))
   assert float(found) == 2000 and float(z) == 4e6
 
 
@@ -114,8 +113,10 @@ _TERMS = {
 _WEIGHTS = {name: weight for name, (_, weight) in _TERMS.items()}
 
 
-def _total(terms=_TERMS, weights=_WEIGHTS, **changes):
-  return float(loss.total(terms, weights, LossConfig(**changes)))
+def _total(terms=_TERMS, weights=_WEIGHTS, *, layers='sum', **changes):
+  counts = {'z_loss': 1e-4, 'load_balance': 1e-2, 'router_z': 1e-3, **changes}
+  counts = {'cross_entropy': 1.0, **counts}
+  return float(terms_lib.total(terms, weights, counts, layers))
 
 
 def test_total_by_hand():
@@ -124,7 +125,7 @@ def test_total_by_hand():
   # The mean of two layers is half of their sum.
   expected = 2 + 5e-4 + 1.25e-2 + 0.6e-2
   assert _total(layers='mean') == pytest.approx(expected, rel=1e-6)
-  assert _total(z_loss=0.0, router={'router_z': 1.0}) == pytest.approx(14)
+  assert _total(z_loss=0.0, load_balance=0.0, router_z=1.0) == pytest.approx(14)
 
 
 def test_total_divides_by_the_weights_of_the_whole_batch():
@@ -154,17 +155,27 @@ def test_a_batch_of_padding_costs_nothing():
 
 
 def test_a_dense_model_has_no_router_terms():
-  assert loss.records({}) == {} and loss.router_terms({}, ['router_z']) == {}
+  assert terms_lib.records({}) == {} and terms_lib.router_terms({}) == {}
   terms = {k: _TERMS[k] for k in ('cross_entropy', 'z_loss')}
   weights = {k: _WEIGHTS[k] for k in terms}
   assert _total(terms, weights) == pytest.approx(2 + 5e-4)
 
 
-def test_a_router_loss_that_nothing_computes_is_named():
-  loss.check_names(LossConfig())
-  message = "Unknown router loss 'router_zz'. Did you mean 'router_z'?"
-  with pytest.raises(ValueError, match=re.escape(message)):
-    loss.check_names(LossConfig(router={'router_zz': 1.0}))
+def test_a_weight_may_change_with_the_step_and_from_stack_to_stack():
+  falling = dict(name='linear', start=1.0, end=0.0, steps=10)
+  moe = MoEConfig(4, losses=(Part.of('router_z', weight=falling),))
+  own = MoEConfig(4, losses=(Part.of('router_z', weight=3.0),))
+  model = tiny(
+    moe=moe,
+    encoder=StackConfig(4, 2, 1),
+    decoder=StackConfig(2, 2, 1, moe=own),
+  )
+  found = terms_lib.coefficients(Config(model=model), jnp.int32(5))
+  assert found['cross_entropy'] == 1 and found['z_loss'] == 1e-4
+  # The decoder's one sparse layer, then the encoder's two.
+  np.testing.assert_allclose(found['router_z'], [3, 0.5, 0.5])
+  end = terms_lib.coefficients(Config(model=model), None)
+  np.testing.assert_allclose(end['router_z'], [3, 0, 0])
 
 
 def _record(layer):
@@ -190,11 +201,11 @@ def test_records_stand_in_the_order_of_the_layers():
   }
   decoder = {'layers_0': {'moe': {'record': _record(50)}}}
   for encoder in (scanned, unrolled):
-    found = loss.records({'encoder': encoder, 'decoder': decoder})
+    found = terms_lib.records({'encoder': encoder, 'decoder': decoder})
     assert list(found) == ['encoder', 'decoder']
     load = found['encoder']['load']
     assert load.tolist() == [[2, 102], [6, 106], [10, 110]]
-    sums, weights = loss.router_terms(found, ['load_balance'])['load_balance']
+    sums, weights = terms_lib.router_terms(found)['load_balance']
     # Stacks by name, whatever the order they ran in.
     assert sums.tolist() == [50, 2, 6, 10]
     assert weights.tolist() == [500, 20, 60, 100]
@@ -206,7 +217,7 @@ def test_a_remainder_comes_after_the_scanned_layers():
     'layers_4': {'moe': {'record': _record(4)}},
     'layers': {'layer_0': {'moe': {'record': stacked}}},
   }
-  load = loss.records({'encoder': encoder})['encoder']['load']
+  load = terms_lib.records({'encoder': encoder})['encoder']['load']
   assert load[:, 0].tolist() == [0, 2, 4]
 
 
@@ -220,7 +231,7 @@ def test_scanned_and_unrolled_models_record_the_same():
     _, sown = Transformer(config).apply(
       {'params': params}, **batch, enable_dropout=False, mutable='intermediates'
     )
-    return loss.records(sown['intermediates'])['encoder']
+    return terms_lib.records(sown['intermediates'])['encoder']
 
   scanned = jax.jit(lambda p: rows(config, p))(params)
   apart = dataclasses.replace(config, scan_layers=False)
