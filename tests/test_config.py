@@ -329,6 +329,53 @@ def test_round_trip(config):
   assert config_file.from_dict(json.loads(text)) == config
 
 
+def test_a_run_of_before_reads_as_it_was():
+  """Router losses stood in `loss`, the dispatcher was a word."""
+  config = Config(
+    model=ModelConfig(moe=MoEConfig(losses=(Part.of('router_z', weight=0.5),)))
+  )
+  then = config_file.to_dict(config)
+  then['loss']['router'] = {'router_z': 0.5}
+  moe = then['model']['moe']
+  for name in ('losses', 'shaping', 'weighing', 'experts', 'beside'):
+    del moe[name]
+  moe['dispatcher'] = 'auto'
+  then['optimizer'].pop('after', None)
+  for stack in ('encoder', 'decoder'):
+    del then['model'][stack]['moe']
+  assert config_file.from_dict(then) == config
+  # And what a file of before sets is told where it stands today.
+  with pytest.raises(ValueError, match="Did you mean 'model.moe.losses.z'?"):
+    config_file.load('configs/st_moe_tiny.py', {'loss.router.z': '0.5'})
+
+
+def test_the_order_of_a_chain_is_part_of_it():
+  chain = lambda *names: config_file.to_dict(
+    Config(model=ModelConfig(moe=MoEConfig(shaping=tuple(map(Part, names)))))
+  )
+  a, b = chain('noise', 'bias'), chain('bias', 'noise')
+  assert config_file.diff(a, a) == []
+  (line,) = config_file.diff(a, b)
+  assert line == "model.moe.shaping: ['noise', 'bias'] -> ['bias', 'noise']"
+  text = json.loads(config_file.to_json(config_file.from_dict(b)))
+  assert [*text['model']['moe']['shaping']] == ['bias', 'noise']
+
+
+def test_a_stack_of_its_own_begins_as_the_model(tmp_path):
+  path = tmp_path / 'own.py'
+  path.write_text(
+    'def get_config(arg=None):\n'
+    '  moe = dict(num_experts=8, selector=dict(name="top_k", k=2))\n'
+    '  own = dict(selector=dict(k=1))\n'
+    '  return dict(model=dict(moe=moe, encoder=dict(moe=own)))\n'
+  )
+  model = config_file.load(str(path)).model
+  assert model.moe_of('encoder').selector == Part.of('top_k', k=1)
+  assert model.moe_of('encoder').num_experts == 8
+  assert model.moe_of('decoder') is model.moe
+  assert model.num_experts == 8
+
+
 def test_diff():
   a, b = (config_file.to_dict(c) for c in (Config(), FULL))
   assert config_file.diff(a, a) == []
