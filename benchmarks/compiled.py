@@ -49,7 +49,7 @@ def layer(
     dtype='bfloat16',
     moe=moe,
   )
-  return MoE(config, tokens)
+  return MoE(config, config.moe, tokens)
 
 
 def lowered(moe: MoE, groups: int, mesh):

@@ -31,6 +31,7 @@ from st_moe.config import (
 from st_moe.decode import decoding, methods
 from st_moe.interop import huggingface
 from st_moe.model.transformer import Transformer
+from st_moe.routing.selectors import dropless  # noqa: E402
 
 PROMPT = 64
 
@@ -105,7 +106,7 @@ def compare(experts: int, batch: int, length: int, repeats: int) -> dict:
   ]
   theirs = _theirs(config, params)
 
-  config = dataclasses.replace(config.dropless(), scan_layers=False)
+  config = dataclasses.replace(dropless(config), scan_layers=False)
   params = paths.unroll(params, scanned.config)
   # A minimum length forbids the EOS.
   method = methods.Method(max_length=length, forbidden=(1,))

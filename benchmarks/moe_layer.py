@@ -46,7 +46,7 @@ def layer(flags, experts: int, dispatcher: str, group: int) -> MoE:
     dtype='float32',
     moe=moe,
   )
-  return MoE(model, group)
+  return MoE(model, model.moe, group)
 
 
 def places(flags, dispatcher: str) -> Capacity:

@@ -65,16 +65,18 @@ def our_config(experts: int):
       group_by='sequence',
       padding='routed',
       extra_ffn='none',
+      # Their two stacks have losses of their own, the means over their layers.
+      losses=tuple(
+        c.Part.of(name, weight=2 * weight) for name, weight in WEIGHTS.items()
+      ),
     ),
     dense=not experts,
     dtype='float32',
   )
-  # Their two stacks have losses of their own, the means over their layers.
-  router = {name: 2 * weight for name, weight in WEIGHTS.items()}
   return c.Config(
     model=model,
     data=c.DataConfig(batch_size=BATCH),
-    loss=c.LossConfig(z_loss=0.0, router=router, layers='mean', positions=32),
+    loss=c.LossConfig(z_loss=0.0, layers='mean', positions=32),
     optimizer=c.OptimizerConfig(
       name='adamw', learning_rate=RATE, decay='none', weight_decay=0.0
     ),

@@ -22,6 +22,6 @@ def get_config(arg=None):
       embed_dim=768, num_heads=12, head_dim=64, mlp_dim=2048, dense=arg.dense)
   c.model.encoder = dict(num_layers=12, group_size=4096)
   c.model.decoder = dict(num_layers=12, group_size=912)
-  c.model.moe = dict(num_experts=16)
-  c.loss = dict(router=dict(load_balance=1e-2, router_z=0.0001))
+  c.model.moe = dict(
+      num_experts=16, losses=dict(load_balance=1e-2, router_z=0.0001))
   return c

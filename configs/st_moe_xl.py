@@ -23,6 +23,6 @@ def get_config(arg=None):
   c.model.encoder = dict(num_layers=24, group_size=1024)
   c.model.decoder = dict(num_layers=24, group_size=228)
   c.model.moe = dict(
-      num_experts=16, train_capacity=dict(factor=2.0), eval_capacity=dict(factor=4.0))
-  c.loss = dict(router=dict(load_balance=1e-2, router_z=0.0001))
+      num_experts=16, train_capacity=dict(factor=2.0), eval_capacity=dict(factor=4.0),
+      losses=dict(load_balance=1e-2, router_z=0.0001))
   return c

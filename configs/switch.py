@@ -47,7 +47,7 @@ def get_config(arg=None):
   c.model.moe = dict(
       num_experts=experts, selector=dict(name='top_k', k=1), extra_ffn='none',
       train_capacity=dict(factor=train, minimum=minimum),
-      eval_capacity=dict(factor=evaluate, minimum=minimum))
+      eval_capacity=dict(factor=evaluate, minimum=minimum),
+      losses=dict(load_balance=1e-2))
   c.routing = 'flaxformer'
-  c.loss = dict(router=dict(load_balance=1e-2))
   return c

@@ -356,11 +356,11 @@ def _load(flags, overrides):
 
   config = config_file.load(flags.config, overrides, base=base)
   # What stands in tables of mechanisms, which a config does not know.
-  from st_moe.model import moe
+  from st_moe.model import parts
   from st_moe.train import terms
 
-  moe.check(config.model.moe)
-  terms.check_names(config.loss)
+  parts.check(config.model)
+  terms.check(config)
   return config
 
 

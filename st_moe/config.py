@@ -26,6 +26,7 @@ from st_moe.fields import (
   Size,
   SizeOr0,
   Text,
+  shown,
   unknown,
 )
 from st_moe.layer_plan import LayerPlan
@@ -34,12 +35,8 @@ from st_moe.layer_plan import LayerPlan
 # compiler ends the whole process.
 _MOST = 2**52
 
-# Parameters of gates, selectors and dispatchers that the sparse layer fills.
-_NOT_OPTIONS = (
-  *('scores', 'ctx', 'rng', 'capacity'),  # Of a selector.
-  *('num_experts', 'name', 'parent'),  # Of a gate.
-  *('x', 'seats', 'experts', 'transport'),  # Of a dispatcher.
-)
+# Keywords that every module of Linen has.
+_OF_LINEN = ('name', 'parent')
 _MISSING = inspect.Parameter.empty
 _ROUND = {'floor': math.floor, 'round': round, 'ceil': math.ceil}
 
@@ -55,11 +52,14 @@ def _check_room(arrays: Mapping[str, int]) -> None:
 
 
 def options(mechanism: Callable) -> dict[str, object]:
-  """The options of a function or module, and what each may be."""
+  """The options of a function or module, and what each may be.
+
+  They are its keywords; what stands before these the layer gives.
+  """
   return {
     name: fields.hint(parameter)
     for name, parameter in inspect.signature(mechanism).parameters.items()
-    if name not in _NOT_OPTIONS
+    if parameter.kind is parameter.KEYWORD_ONLY and name not in _OF_LINEN
   }
 
 
@@ -68,23 +68,28 @@ class Part:
   """A mechanism chosen by name from a table, with its options."""
 
   name: str
+  # Numbers, words, Parts (a schedule, an inner mechanism), tuples of these.
   options: tuple[tuple[str, object], ...] = ()
 
   @classmethod
   def of(cls, name: str, **options) -> 'Part':
-    return cls(name, tuple(sorted(options.items())))
+    """Options as config files have them: a dict with a `name` is a Part."""
+    return cls(name, tuple(sorted((k, option(v)) for k, v in options.items())))
 
   @property
   def kwargs(self) -> dict:
     return dict(self.options)
 
-  def choose(self, what: str, table: Mapping[str, Callable]) -> Callable:
+  def choose(
+    self, what: str, table: Mapping[str, Callable], also: tuple[str, ...] = ()
+  ) -> Callable:
     """The entry of `table` with this name, its options bound.
 
     What an option may be says its annotation, or else its default.
 
     Args:
       what: the field that chooses, for errors: 'config.model.moe.selector'.
+      also: options that are for who chooses, and not handed on.
 
     Raises:
       ValueError: an unknown name or option, with the known ones; one that is
@@ -92,14 +97,15 @@ class Part:
     """
     if self.name not in table:
       raise unknown(what, self.name, table)
+    given = {k: v for k, v in self.options if k not in also}
     known = options(table[self.name])
-    for option in self.kwargs:
-      if option not in known:
+    for name in given:
+      if name not in known:
         kind = what.rpartition('.')[2]
-        raise unknown(f'option of {kind} {self.name!r}', option, known)
+        raise unknown(f'option of {kind} {self.name!r}', name, [*known, *also])
     bound = {
-      name: fields.check(value, known[name], f'{what}.{name}')
-      for name, value in self.kwargs.items()
+      name: checked_option(value, known[name], f'{what}.{name}')
+      for name, value in given.items()
     }
     parameters = inspect.signature(table[self.name]).parameters
     for name, hint in known.items():
@@ -109,6 +115,46 @@ class Part:
           f' {fields.described(hint)}.'
         )
     return functools.partial(table[self.name], **bound)
+
+
+Parts = tuple[Part, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class From:
+  """The rule of an option that is a Part: one of a table."""
+
+  table: Mapping[str, Callable]
+
+  def __contains__(self, part: Part) -> bool:
+    return part.name in self.table
+
+  def __str__(self) -> str:
+    return 'one of ' + ', '.join(self.table)
+
+
+def option(value):
+  """An option as values that compare and hash: Parts and tuples."""
+  if isinstance(value, Mapping):
+    if not isinstance(value.get('name'), str):
+      raise ValueError(f'The option {shown(dict(value))} needs a name.')
+    return Part.of(**{str(k): v for k, v in value.items()})
+  if isinstance(value, list | tuple):
+    return tuple(option(each) for each in value)
+  return value
+
+
+def checked_option(value, hint, where: str):
+  """`fields.check` of an option; a Part also finds its own options fit."""
+  tables = [
+    rule.table
+    for each in fields.alternatives(hint)
+    for rule in fields.base(each)[1]
+    if isinstance(rule, From)
+  ]
+  if isinstance(value, Part) and tables:
+    value.choose(where, tables[0])
+  return fields.check(value, hint, where)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,17 +191,31 @@ class Capacity(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig(Checked):
-  """One sparse feed-forward layer. Defaults: ST-MoE (arXiv:2202.08906)."""
+  """One sparse feed-forward layer. Defaults: ST-MoE (arXiv:2202.08906).
+
+  Routing is a chain: the gate scores, shapings change scores, the selector
+  seats, weighings change weights, the dispatcher asks the experts, and what
+  stands beside them answers too.
+  """
 
   num_experts: Size = 32
   hidden_dim: SizeOr0 = 0  # 0: as wide as the dense FFN.
   train_capacity: Capacity = Capacity(1.25)
   eval_capacity: Capacity = Capacity(2.0)
   gate: Part = Part.of('linear')
+  shaping: Parts = ()
   selector: Part = Part.of('top_k', k=2)
+  weighing: Parts = ()
+  # Each with its `weight`: coefficients of Eq. 6 of arXiv:2202.08906.
+  losses: Parts = (
+    Part.of('load_balance', weight=1e-2),
+    Part.of('router_z', weight=1e-3),
+  )
+  experts: Part = Part.of('ffn')
+  beside: Part = Part.of('nothing')  # What else answers.
   # 'auto': `index` where places are limited; where nothing drops, `grouped`,
   # or what suits few tokens (see `MoE`).
-  dispatcher: Text = 'auto'
+  dispatcher: Part = Part.of('auto')
   # How tokens reach the devices of their experts: 'gspmd', as the compiler
   # finds best, or 'shard_map', to the letter: by all-to-alls, or for `grouped`
   # gathered by all who share the experts. 'auto': the latter for `grouped`
@@ -172,25 +232,41 @@ class MoEConfig(Checked):
   # whose activations are 0.
   padding: Literal['ignored', 'routed', 'zeroed'] = 'ignored'
 
+  def __post_init__(self):
+    for name in ('gate', 'selector', 'experts', 'beside', 'dispatcher'):
+      if isinstance(word := getattr(self, name), str):  # As in config files.
+        object.__setattr__(self, name, Part(word))
+    super().__post_init__()
+
+  @property
+  def k(self) -> int:
+    """Experts that a token may ask at most."""
+    return self.selector.kwargs.get('k') or self.num_experts
+
+  @property
+  def expected_k(self) -> float:
+    """Experts that a token asks, on the average."""
+    return self.selector.kwargs.get('expected') or self.k
+
   def capacity(self, deterministic: bool) -> Capacity:
     return self.eval_capacity if deterministic else self.train_capacity
 
   def slots(self, group_size: int, deterministic: bool) -> int:
     return self.capacity(deterministic).slots(
-      group_size, self.num_experts, self.selector.kwargs.get('k', 1)
+      group_size, self.num_experts, self.k
     )
 
   @property
   def computes_places(self) -> bool:
     """Whether training computes empty places too, and not just what sits."""
-    sitting = self.dispatcher in ('grouped', 'per_token')
-    dropless = self.dispatcher == 'auto' and self.train_capacity.dropless
+    sitting = self.dispatcher.name in ('grouped', 'per_token')
+    dropless = self.dispatcher.name == 'auto' and self.train_capacity.dropless
     return not (sitting or dropless)
 
   def executed_experts(self, group_size: int) -> float:
     """Experts computed per token in training, filled places or not."""
     if self.train_capacity.dropless:
-      return self.selector.kwargs.get('k', 1)
+      return self.expected_k
     slots = self.slots(group_size, deterministic=False)
     return self.num_experts * slots / group_size
 
@@ -207,6 +283,7 @@ class StackConfig(Checked):
   sparse_every: CountOr0 = 4
   sparse_offset: CountOr0 = 3
   group_size: Count = 2048  # Tokens that compete for places.
+  moe: MoEConfig | None = None  # Of its sparse layers; None: the model's.
 
   def __post_init__(self):
     super().__post_init__()
@@ -280,7 +357,7 @@ class ModelConfig(Checked):
         f' {self.relpos_buckets}.'
       )
     layers = max(self.stack(stack).num_layers for stack in self.stacks)
-    joined, expert = self.num_heads * self.head_dim, self.expert_dim
+    joined = self.num_heads * self.head_dim
     _check_room(
       {
         'embed_dim x vocab_size': self.embed_dim * self.vocab_size,
@@ -291,28 +368,55 @@ class ModelConfig(Checked):
           self.embed_dim * self.mlp_dim * layers
         ),
         'embed_dim x moe.hidden_dim x moe.num_experts x num_layers': (
-          self.embed_dim * expert * self.moe.num_experts * layers
+          self.embed_dim
+          * layers
+          * max(
+            self.expert_dim(moe) * moe.num_experts
+            for moe in map(self.moe_of, self.stacks)
+          )
         ),
       }
     )
-    k, experts = self.moe.selector.kwargs.get('k'), self.num_experts
-    if experts and isinstance(k, int) and not 1 <= k <= experts:
-      raise ValueError(
-        f'moe.selector.k={k} experts per token; it must be 1 to {experts}.'
-      )
+    for stack in self.stacks:
+      moe = self.moe_of(stack)
+      k, sparse = moe.selector.kwargs.get('k'), self.plan(stack).num_sparse
+      if sparse and isinstance(k, int) and not 1 <= k <= moe.num_experts:
+        raise ValueError(
+          f'moe.selector.k={k} experts per token; it must be 1 to'
+          f' {moe.num_experts}.'
+        )
 
-  @property
-  def expert_dim(self) -> int:
-    return self.moe.hidden_dim or self.mlp_dim
+  def moe_of(self, stack: str) -> MoEConfig:
+    """How the sparse layers of 'encoder' or 'decoder' are made."""
+    return self.stack(stack).moe or self.moe
+
+  def with_moe(self, **changes) -> 'ModelConfig':
+    """The same model with fields of every `MoEConfig` changed."""
+    own = lambda stack: (
+      stack
+      and dataclasses.replace(
+        stack, moe=stack.moe and dataclasses.replace(stack.moe, **changes)
+      )
+    )
+    return dataclasses.replace(
+      self,
+      moe=dataclasses.replace(self.moe, **changes),
+      encoder=own(self.encoder),
+      decoder=own(self.decoder),
+    )
+
+  def expert_dim(self, moe: MoEConfig) -> int:
+    """Hidden units of each expert."""
+    return moe.hidden_dim or self.mlp_dim
 
   def executed_dim(self, stack: str) -> int:
     """Hidden units a sparse layer computes per token in training."""
-    experts = self.moe.executed_experts(self.stack(stack).group_size)
-    return round(experts * self.expert_dim)
+    moe = self.moe_of(stack)
+    experts = moe.executed_experts(self.stack(stack).group_size)
+    return round(experts * self.expert_dim(moe))
 
-  @property
-  def expert_dropout(self) -> float:
-    rate = self.moe.expert_dropout
+  def expert_dropout(self, moe: MoEConfig) -> float:
+    rate = moe.expert_dropout
     return self.dropout if rate is None else rate
 
   @property
@@ -334,16 +438,9 @@ class ModelConfig(Checked):
 
   @property
   def num_experts(self) -> int:
-    """Of each sparse layer; 0 where there is none."""
-    sparse = any(self.plan(s).num_sparse for s in self.stacks)
-    return self.moe.num_experts if sparse else 0
-
-  def dropless(self) -> 'ModelConfig':
-    """The same model, evaluated without dropping anyone."""
-    moe = dataclasses.replace(
-      self.moe, eval_capacity=Capacity(dropless=True), dispatcher='auto'
-    )
-    return dataclasses.replace(self, moe=moe)
+    """What every sparse layer's experts are a multiple of; 0: there is none."""
+    sparse = [s for s in self.stacks if self.plan(s).num_sparse]
+    return math.gcd(*(self.moe_of(stack).num_experts for stack in sparse))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -414,15 +511,12 @@ class DataConfig(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig(Checked):
-  """What is minimised: cross-entropy per target token plus these."""
+  """What is minimised: cross-entropy per target token, and more."""
 
   z_loss: AtLeast0 = 1e-4  # On the output softmax.
   label_smoothing: Rate = 0.0
-  # Router losses by name; coefficients of Eq. 6 of arXiv:2202.08906.
-  router: Mapping[Text, AtLeast0] = dataclasses.field(
-    default_factory=lambda: {'load_balance': 1e-2, 'router_z': 1e-3}
-  )
-  # Over sparse layers: 'sum' (Mesh-TF) or 'mean' (T5X).
+  # Router losses (`model.moe.losses`) over sparse layers: 'sum' (Mesh-TF) or
+  # 'mean' (T5X).
   layers: Literal['sum', 'mean'] = 'sum'
   # Targets of a row whose logits are there at once; 0: all. With few of them a
   # large vocabulary takes little memory, and one more product with the output

@@ -53,7 +53,7 @@ ROUTINGS = {
     'model.moe.train_capacity.rounding': 'round',
     'model.moe.eval_capacity.rounding': 'round',
     'model.moe.padding': 'zeroed',
-    'loss.router': {'load_balance_all': 1e-2, 'router_z': 1e-3},
+    'model.moe.losses': {'load_balance_all': 1e-2, 'router_z': 1e-3},
     'loss.layers': 'mean',
   },
   'huggingface': {
@@ -123,6 +123,8 @@ def build(hint, value, where: str = 'config', default=None):
   Raises:
     ValueError: a field that is unknown, or breaks its rule; by its whole path.
   """
+  if hint == config_lib.Parts:
+    return _build_parts(value, where)
   kind = _dataclass_of(hint)
   if (
     kind and not isinstance(value, kind) and (value is not None or hint is kind)
@@ -137,13 +139,47 @@ def _dataclass_of(hint):
   return next((k for k in of if dataclasses.is_dataclass(k)), None)
 
 
+def _build_parts(value, where: str) -> config_lib.Parts:
+  """A list of mechanisms from a dict in order: name -> options.
+
+  A bare number is the option `weight`, None no entry at all.
+  """
+  if not isinstance(value, Mapping):
+    if isinstance(value, tuple):
+      return fields.check(value, config_lib.Parts, where)
+    raise ValueError(
+      f'{where} = {shown(value)} should be a dict: name -> options.'
+    )
+  found = []
+  for name, options in value.items():
+    if options in (None, 'none'):
+      continue
+    if isinstance(options, int | float) and not isinstance(options, bool):
+      options = {'weight': options}
+    if not isinstance(options, Mapping):
+      raise ValueError(
+        f'{where}.{name} = {shown(options)} should be a dict of its options, a'
+        ' number (its weight), or none.'
+      )
+    found.append(_part({**options, 'name': name}, f'{where}.{name}'))
+  return tuple(found)
+
+
+def _part(value, where: str, default=None) -> config_lib.Part:
+  value = {'name': value} if isinstance(value, str) else value
+  if isinstance(value, Mapping) and value and default and 'name' not in value:
+    value = {**to_dict(default), **value}
+  if not isinstance(value, Mapping) or not isinstance(value.get('name'), str):
+    raise ValueError(f'{where} = {shown(value)} needs a name.')
+  try:
+    return config_lib.option(value)
+  except ValueError as e:
+    raise ValueError(f'{where}: {e}') from None
+
+
 def _build_dataclass(kind, value, where: str, default):
   if kind is config_lib.Part:
-    value = {'name': value} if isinstance(value, str) else value
-    if not isinstance(value, Mapping) or not isinstance(value.get('name'), str):
-      raise ValueError(f'{where} = {shown(value)} needs a name.')
-    options = {str(name): option for name, option in value.items()}
-    return config_lib.Part.of(**options)
+    return _part(value, where, default)
   if not isinstance(value, Mapping):
     raise ValueError(f'{where} = {shown(value)} should be a dict.')
   hints = fields.of(kind)
@@ -151,6 +187,8 @@ def _build_dataclass(kind, value, where: str, default):
     if name not in hints:
       raise _unknown_field(kind, name, where)
   default = default if isinstance(default, kind) else kind()
+  if kind is config_lib.ModelConfig:
+    default = _with_stacks(default, value, where)
   built = {
     k: build(hints[k], v, f'{where}.{k}', getattr(default, k))
     for k, v in value.items()
@@ -159,6 +197,22 @@ def _build_dataclass(kind, value, where: str, default):
     return dataclasses.replace(default, **built)
   except ValueError as e:  # Fields that do not go together.
     raise ValueError(f'{where}.{e}') from None
+
+
+# Where a field stood before -> where it is.
+_MOVED = {'config.loss.router': 'model.moe.losses'}
+
+
+def _with_stacks(default, value: Mapping, where: str):
+  """`default`, in which a stack's own `moe` begins as the model's."""
+  moe = value.get('moe', default.moe)
+  moe = build(config_lib.MoEConfig, moe, f'{where}.moe', default.moe)
+  changes = {}
+  for stack in ('encoder', 'decoder'):
+    cfg, own = getattr(default, stack), value.get(stack)
+    if cfg and isinstance(own, Mapping) and own.get('moe'):
+      changes[stack] = dataclasses.replace(cfg, moe=cfg.moe or moe)
+  return dataclasses.replace(default, **changes)
 
 
 def _unknown_field(kind, name, where: str, rest: str = '') -> ValueError:
@@ -172,8 +226,10 @@ def _unknown_field(kind, name, where: str, rest: str = '') -> ValueError:
     _plain(name), of, n=1, cutoff=cutoff
   )
   everywhere = [*map(_last, _paths(config_lib.Config))]
+  moved = _MOVED.get(f'{where}.{name}', '')
   near = (
-    close(beside, 0.8)
+    (moved and [f'{moved}.{rest}' if rest else moved])
+    or close(beside, 0.8)
     or [f'{path}.{rest}' if rest else path for path in named(name)]
     or (leaf and named(leaf))
     or close(beside, 0.6)
@@ -183,9 +239,14 @@ def _unknown_field(kind, name, where: str, rest: str = '') -> ValueError:
 
 
 def named(name: object) -> list[str]:
-  """The fields of a config that have a name, by their dotted paths."""
+  """The fields of a config that have a name, by their dotted paths.
+
+  Where a part of the model has it too, as a stack's own `moe`, the model's.
+  """
   paths = _paths(config_lib.Config)
-  return [path for path in paths if _last(path) == _plain(name)]
+  found = [path for path in paths if _last(path) == _plain(name)]
+  least = min((path.count('.') for path in found), default=0)
+  return [path for path in found if path.count('.') == least]
 
 
 def _plain(name: object) -> str:
@@ -221,9 +282,16 @@ def merge(kind, base: dict, path: str, value, where: str = 'config') -> dict:
   nested = None if nested is config_lib.Part else nested
   inner = base.get(head)
   if inner is None:  # The file left this to its defaults: start from them.
-    inner = to_dict(getattr(kind(), head)) if kind else {}
+    inner = _plainly(getattr(kind(), head), hint) if kind else {}
+    # Of what is none by default; what a mechanism has beside, `build` knows.
+    inner = {} if hint is config_lib.Part else inner or {}
   if hint is config_lib.Part and isinstance(inner, str):
     inner = {'name': inner}
+  if hint == config_lib.Parts and isinstance(inner, Mapping):
+    name = rest.partition('.')[0]
+    if not isinstance(inner.get(name, {}), Mapping):  # A number, or none.
+      weight = {} if inner[name] is None else {'weight': inner[name]}
+      inner = {**inner, name: weight} if '.' in rest else inner
   where = f'{where}.{head}'
   if not isinstance(inner, Mapping):
     raise ValueError(f'{where} = {shown(inner)} has no field {rest!r}.')
@@ -238,14 +306,28 @@ def set_field(values: dict, field: str, value) -> dict:
 def to_dict(value):
   """`value` as plain dicts, lists and scalars, ready for JSON."""
   if isinstance(value, config_lib.Part):
-    return {'name': value.name, **value.kwargs}
+    return {'name': value.name, **_options(value)}
   if dataclasses.is_dataclass(value):
+    hints = fields.of(type(value))
     return {
-      f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)
+      f.name: _plainly(getattr(value, f.name), hints[f.name])
+      for f in dataclasses.fields(value)
     }
   if isinstance(value, Mapping):
     return {k: to_dict(v) for k, v in value.items()}
   return value
+
+
+def _plainly(value, hint):
+  if hint == config_lib.Parts:
+    return {part.name: _options(part) for part in value}
+  return to_dict(value)
+
+
+def _options(part: config_lib.Part) -> dict:
+  """As JSON has them: an inner list of Parts stays a list."""
+  plain = lambda v: [*map(plain, v)] if isinstance(v, tuple) else to_dict(v)
+  return {name: plain(value) for name, value in part.options}
 
 
 def _over(below: Mapping, above: Mapping) -> dict:
@@ -254,7 +336,9 @@ def _over(below: Mapping, above: Mapping) -> dict:
   for key, value in above.items():
     inner = below.get(key)
     both = isinstance(value, Mapping) and isinstance(inner, Mapping)
-    merged[key] = _over(inner, value) if both else value
+    # Another mechanism has options of its own.
+    other = both and value.get('name', ...) != inner.get('name', ...)
+    merged[key] = _over(inner, value) if both and not other else value
   return merged
 
 
@@ -265,13 +349,30 @@ def from_dict(value: Mapping, source: object = '') -> config_lib.Config:
     source: the file it was read from, for errors.
   """
   try:
-    return build(config_lib.Config, value)
+    return build(config_lib.Config, _renewed(value))
   except ValueError as e:
     raise ValueError(f'{source}: {e}' if source else str(e)) from None
 
 
+def _renewed(values: Mapping) -> Mapping:
+  """The values of a run of older code, as fields are called today."""
+  loss, model = values.get('loss'), values.get('model')
+  if not isinstance(loss, Mapping) or 'router' not in loss:
+    return values
+  loss = {k: v for k, v in loss.items() if k != 'router'}
+  if isinstance(model, Mapping) and isinstance(model.get('moe'), Mapping):
+    moe = {'losses': values['loss']['router'], **model['moe']}
+    model = {**model, 'moe': moe}
+  return {**values, 'loss': loss, 'model': model}
+
+
 def to_json(config: config_lib.Config) -> str:
-  return json.dumps(to_dict(config), indent=2, sort_keys=True, allow_nan=False)
+  # Unsorted: a chain of mechanisms has its order.
+  return json.dumps(to_dict(config), indent=2, allow_nan=False)
+
+
+# Fields whose order counts.
+CHAINS = ('shaping', 'weighing')
 
 
 def diff(a: Mapping, b: Mapping, path: str = '') -> list[str]:
@@ -281,6 +382,8 @@ def diff(a: Mapping, b: Mapping, path: str = '') -> list[str]:
     left, right = a.get(key), b.get(key)
     if isinstance(left, Mapping) and isinstance(right, Mapping):
       lines += diff(left, right, f'{path}{key}.')
+      if key in CHAINS and left == right and [*left] != [*right]:
+        lines.append(f'{path}{key}: {[*left]} -> {[*right]}')
     elif left != right:
       lines.append(f'{path}{key}: {left!r} -> {right!r}')
   return lines

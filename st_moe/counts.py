@@ -91,15 +91,15 @@ def _attention(model, stack, sublayer: Sublayer, n: int, keys: int):
 
 
 def _mlp(model, stack, sublayer: Sublayer, n: int, keys: int):
-  d, f, into = model.embed_dim, sublayer.mlp_dim, _matrices(model) - 1
+  d, f, into = model.embed_dim, sublayer.dim, _matrices(model) - 1
   yield Product('mlp', 2 * n * d * f * into, n * d + into * n * f)
   yield Product('mlp', 2 * n * d * f, n * f + n * d)
 
 
 def _moe(model, stack, sublayer: Sublayer, n: int, keys: int):
-  d, moe, into = model.embed_dim, model.moe, _matrices(model) - 1
+  d, moe, into = model.embed_dim, sublayer.moe, _matrices(model) - 1
   size = n if moe.group_by == 'sequence' else model.stack(stack).group_size
-  hidden = n * round(moe.executed_experts(size) * model.expert_dim)
+  hidden = n * round(moe.executed_experts(size) * sublayer.dim)
   router = n * moe.num_experts
   yield Product('router', 2 * router * d, 2 * (n * d + router))
   places = round(n * moe.executed_experts(size))  # Filled by the n tokens.
@@ -110,7 +110,7 @@ def _moe(model, stack, sublayer: Sublayer, n: int, keys: int):
   yield Product('experts', one, moved[1], plain=False, again=False)
   # To the experts and back; `mask` by products with an entry for every place.
   masks = n * moe.num_experts * moe.slots(size, deterministic=False)
-  masks *= moe.dispatcher == 'mask'
+  masks *= moe.dispatcher.name == 'mask'
   moved = n * d + places * d + 2 * masks
   kind = dict(flops=2 * masks * d, moved=moved, plain=False)
   # Nobody asks for the slope of who goes where.

@@ -157,6 +157,10 @@ def _as(value, hint, where: str):
       check(k, names, f'a name in {where}'): check(v, item, f'{where}.{k}')
       for k, v in value.items()
     }
+  if origin is tuple and (of := typing.get_args(kind)):
+    if not isinstance(value, list | tuple):
+      return _NO
+    return tuple(check(v, of[0], f'{where}[{i}]') for i, v in enumerate(value))
   if origin in (int, float):
     of = numbers.Integral if origin is int else numbers.Real
     if isinstance(value, bool) or not isinstance(value, of):

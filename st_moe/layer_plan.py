@@ -4,7 +4,7 @@ import dataclasses
 import typing
 
 if typing.TYPE_CHECKING:
-  from st_moe.config import ModelConfig
+  from st_moe.config import ModelConfig, MoEConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +14,8 @@ class Sublayer:
   kind: str  # 'self_attention', 'cross_attention', 'mlp' or 'moe'.
   name: str  # Of its module; part of every checkpoint.
   norm: str
-  mlp_dim: int = 0
+  dim: int = 0  # Hidden units, if it has any.
+  moe: 'MoEConfig | None' = None  # Of what routes: the plan is complete.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +50,13 @@ class LayerPlan:
 
 def of(model: 'ModelConfig', stack: str) -> LayerPlan:
   """The layers of 'encoder' or 'decoder' of `model`."""
-  cfg, moe = model.stack(stack), model.moe
+  cfg, moe = model.stack(stack), model.moe_of(stack)
   mlp = Sublayer('mlp', 'mlp', 'pre_mlp_layer_norm', model.mlp_dim)
-  sparse = Sublayer('moe', 'moe', 'pre_mlp_layer_norm', model.expert_dim)
+  sparse = dataclasses.replace(
+    mlp, kind='moe', name='moe', dim=model.expert_dim(moe), moe=moe
+  )
   if model.dense:
-    sparse = dataclasses.replace(mlp, mlp_dim=model.executed_dim(stack))
+    sparse = dataclasses.replace(mlp, dim=model.executed_dim(stack))
   extra = dataclasses.replace(
     mlp, name='extra_mlp', norm='pre_extra_mlp_layer_norm'
   )

@@ -11,6 +11,7 @@ from st_moe.config import ModelConfig
 
 # What a parameter is for, by its path; the first that fits.
 ROLES = (
+  ('kept', r'/kept_'),  # State that no optimizer moves.
   ('router', r'/router/'),
   ('experts', r'/experts/'),
   ('norms', r'norm/scale$'),
@@ -109,9 +110,13 @@ def split(tree, train: str, is_leaf=None):
 
 
 def trains(train: str, path: str) -> bool:
-  """Whether what `split` calls `train` has the parameter at `path`."""
+  """Whether what `split` calls `train` has the parameter at `path`.
+
+  State that is kept from step to step is in no set, 'all' included.
+  """
   try:
-    return bool(re.search(TRAINED.get(train, train), path))
+    found = re.search(TRAINED.get(train, train), path)
+    return bool(found) and not re.search(dict(ROLES)['kept'], path)
   except re.error as e:
     raise ValueError(
       f'optimizer.train={train!r} is none of {", ".join(TRAINED)} and no'

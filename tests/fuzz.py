@@ -37,6 +37,7 @@ WRONG = {
   str: '\udce9',  # A byte that is no UTF-8, as the shell hands it on.
   typing.Literal: 'nonsense|3|NONE|[1]',
   Mapping: '3|word|[1]|true',
+  tuple: "3|word|[1]|true|{'x': 'y'}|{3: {}}",
   object: '3|word|[1]|true',
 }
 # What the kind would allow and the meaning does not.
@@ -87,8 +88,13 @@ ALSO_WRONG = {
   'data.targets_length': '0|100000000',
   'data.batch_size': '0|100000000',
   'data.workers': '0|100000000',
-  'loss.router': "{'load_balance': -1}|{'load_balanse': 1}|{3: 1}",
-  'loss.router.load_balance': '-1|nan|word|true',
+  'model.moe.losses': "{'load_balance': -1}|{'load_balanse': 1}|{3: 1}|7",
+  'model.moe.losses.load_balance': '-1|nan|word|true',
+  'model.moe.losses.load_balance.weight': '-1|nan|word|true',
+  'model.moe.shaping': "{'noize': {}}|noise|[1]",
+  'model.moe.weighing': "{'eom': 0.1}|x",
+  'model.moe.experts': 'ffm',
+  'model.moe.beside': 'nothin',
   'loss.label_smoothing': '1|2',
   'optimizer.train': '|',
   'optimizer.learning_rate': '-0.1',

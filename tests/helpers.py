@@ -239,7 +239,7 @@ def with_moe(config: ModelConfig, **changes) -> ModelConfig:
 def params_by_hand(model: ModelConfig) -> dict[str, int]:
   """Parameters by role, by the formulas of the papers."""
   d, joined = model.embed_dim, model.num_heads * model.head_dim
-  e, f = model.moe.num_experts, model.expert_dim
+  e, f = model.moe.num_experts, model.expert_dim(model.moe)
   matrices = 3 if model.activation == 'geglu' else 2
   roles = dict.fromkeys(
     ('embedding', 'attention', 'mlp', 'experts', 'router', 'norms'), 0
@@ -256,7 +256,15 @@ def params_by_hand(model: ModelConfig) -> dict[str, int]:
         roles['experts'] += e * matrices * d * f + bias
         roles['router'] += d * e
       elif sublayer.kind == 'mlp':
-        roles['mlp'] += matrices * d * sublayer.mlp_dim
+        roles['mlp'] += matrices * d * sublayer.dim
       else:
         roles['attention'] += 4 * d * joined
   return {role: n for role, n in roles.items() if n}
+
+
+def layers(model: ModelConfig, stack: str) -> list:
+  """(kind, name, norm, hidden units) of every sublayer: what a file holds."""
+  return [
+    [(s.kind, s.name, s.norm, s.dim) for s in layer]
+    for layer in model.plan(stack).layers
+  ]

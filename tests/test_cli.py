@@ -278,7 +278,7 @@ def train(tmp_path, capsys):
       "config.optimizer.name 'adam'. Did you mean 'adamw",
     ),
     ('optimizer.decay=cosine', "Known: ['none', 'rsqrt']."),
-    ('loss.router.load_balanse=1', "Did you mean 'load_balance'?"),
+    ('model.moe.losses.load_balanse=1', "Did you mean 'load_balance'?"),
     ('model.moe.selector=top_kk', "selector 'top_kk'. Did you mean 'top_k'?"),
     ('model.moe.selector.kk=2', "option of selector 'top_k' 'kk'"),
     ('model.moe.dispatcher=indexx', "Did you mean 'index'?"),

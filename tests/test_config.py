@@ -16,6 +16,7 @@ from st_moe.config import (
   Part,
   StackConfig,
 )
+from st_moe.routing.selectors import dropless
 
 FILE = """
 from ml_collections import ConfigDict
@@ -90,7 +91,7 @@ def test_overrides_come_as_text(file):
       'model.moe.num_experts': '4',
       'model.decoder': 'none',
       'model.moe.expert_dropout': 'none',
-      'loss.router': "{'router_z': 0.5}",
+      'model.moe.losses': "{'router_z': 0.5}",
       'name': '2024',
     },
   )
@@ -100,7 +101,7 @@ def test_overrides_come_as_text(file):
   assert config.model.moe.num_experts == 4
   assert config.model.decoder is None
   assert config.model.moe.expert_dropout is None
-  assert config.loss.router == {'router_z': 0.5}
+  assert config.model.moe.losses == (Part.of('router_z', weight=0.5),)
   assert config.name == '2024'
 
 
@@ -149,10 +150,11 @@ def test_experts_follow_the_width_of_the_dense_ffn(tmp_path):
     '  return ml_collections.ConfigDict()\n'
   )
   config = config_file.load(str(path), {'model.mlp_dim': '64'})
-  assert config.model.expert_dim == 64
-  assert dataclasses.replace(config.model, mlp_dim=32).expert_dim == 32
+  width = lambda model: model.expert_dim(model.moe)
+  assert width(config.model) == 64
+  assert width(dataclasses.replace(config.model, mlp_dim=32)) == 32
   wide = config_file.load(str(path), {'model.moe.hidden_dim': '48'}).model
-  assert (wide.expert_dim, wide.mlp_dim) == (48, 2048)
+  assert (width(wide), wide.mlp_dim) == (48, 2048)
 
 
 @pytest.mark.parametrize(
@@ -305,12 +307,17 @@ FULL = Config(
       selector=Part.of('top_k', k=3, eval_policy='none'),
       eval_capacity=Capacity(dropless=True),
       expert_dropout=0.4,
+      losses=(Part.of('router_z', weight=1e-3),),
+      shaping=(
+        Part.of('b', std=dict(name='linear', start=1.0, end=0.5, steps=9)),
+        Part.of('a', table=[1, [2, 'x'], {'name': 'inner', 'p': 1}]),
+      ),
     ),
   ),
   data=DataConfig(
     mixture={'copy': 1.0, 'boolq': 'size'}, files={'books': {'train': '*.txt'}}
   ),
-  loss=LossConfig(router={'router_z': 1e-3}),
+  loss=LossConfig(z_loss=0.0),
 )
 
 
@@ -391,9 +398,9 @@ def test_training_and_evaluation_have_capacities_of_their_own():
   moe = MoEConfig(num_experts=32)
   assert moe.slots(2048, deterministic=False) == 80
   assert moe.slots(2048, deterministic=True) == 128
-  dropless = ModelConfig(moe=moe).dropless().moe
-  assert dropless.slots(2048, deterministic=True) == 2048
-  assert dropless.slots(2048, deterministic=False) == 80
+  free = dropless(ModelConfig(moe=moe)).moe
+  assert free.slots(2048, deterministic=True) == 2048
+  assert free.slots(2048, deterministic=False) == 80
 
 
 # Which layers are sparse.
@@ -450,7 +457,7 @@ def test_a_decoder_attends_to_an_encoder_if_there_is_one():
 
 def test_the_dense_twin_is_as_wide_as_what_the_sparse_one_computes():
   config = ModelConfig(moe=MoEConfig(num_experts=32), dense=True)
-  widths = lambda stack: [s.mlp_dim for s in config.plan(stack).layers[3]][-2:]
+  widths = lambda stack: [s.dim for s in config.plan(stack).layers[3]][-2:]
   # The encoder executes 32 * 80 places for 2048 tokens: 1.25 experts a token.
   assert widths('encoder') == [2560, 2048]
   # The decoder 32 * 17 for 456: 1.19.
@@ -495,7 +502,7 @@ def test_a_preset_fills_what_the_file_leaves_open():
   assert moe.train_capacity == Capacity(1.25, rounding='round')
   assert moe.padding == 'zeroed'
   assert _switch().loss.layers == 'mean'
-  assert dict(_switch().loss.router) == {'load_balance': 0.01}
+  assert moe.losses == (Part.of('load_balance', weight=0.01),)
 
 
 def test_another_preset_by_flag():

@@ -29,7 +29,7 @@ def _ruled(hint) -> bool:
   if origin in (typing.Literal, type(None)) or kind is type(None):
     return True
   parts = typing.get_args(kind)
-  return origin is not None and all(map(_ruled, parts))
+  return origin is not None and all(p is ... or _ruled(p) for p in parts)
 
 
 def _kinds(kind=config.Config):

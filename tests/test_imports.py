@@ -15,6 +15,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 LINES = (
   (
+    'about',
     'fields',
     'flags',
     'layer_plan',
@@ -54,6 +55,7 @@ NEVER = {
 
 # Other packages a room may import; a room not named here may any.
 PACKAGES = {
+  'about': (),
   'fields': (),
   'flags': (),
   'layer_plan': (),
@@ -76,6 +78,7 @@ PACKAGES = {
 HEAVY = ('seqio', 'tensorflow', 'tensorflow_datasets', 'tensorflow_text')
 # Modules that must not even need jax to be imported; the verbs import on use.
 LIGHT = (
+  'about',
   'backend',
   'signals',
   'stdio',

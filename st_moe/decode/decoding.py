@@ -111,7 +111,8 @@ def contrasted(
 
 def weakened(config, override, rank: int) -> RouteOverride:
   """The decoder routed to its rank-th best experts alone (1: the best)."""
-  layers, experts = config.plan('decoder').num_sparse, config.moe.num_experts
+  layers = config.plan('decoder').num_sparse
+  experts = config.moe_of('decoder').num_experts
   if not layers:
     raise ValueError('Self-contrast needs a sparse layer in the decoder.')
   if rank > experts:

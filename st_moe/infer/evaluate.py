@@ -20,7 +20,7 @@ from st_moe.infer import submission as submissions
 from st_moe.infer.evaluator import Evaluator, flat
 from st_moe.infer.load import check_answers, load, no_vocabulary
 from st_moe.interop import convert
-from st_moe.model import moe
+from st_moe.model import parts
 
 # What may be asked of a model that is trained: what to measure and how, and
 # what leaves its function as it is but for who gets a place, and the dtype.
@@ -167,7 +167,7 @@ def _set(config: Config, fields: dict) -> Config:
   for field, value in fields.items():
     values = config_file.set_field(values, field, value)
   config = config_file.from_dict(values)
-  moe.check(config.model.moe)
+  parts.check(config.model)
   return config
 
 

@@ -10,6 +10,7 @@ from st_moe.config import Config
 from st_moe.data import superglue
 from st_moe.data.task import SENTINEL
 from st_moe.infer.questions import Asker, Question
+from st_moe.routing.selectors import dropless
 from st_moe.train import step
 
 
@@ -36,7 +37,7 @@ class Evaluator:
     # Another name: the lambda above looks at `model` when it is traced.
     answers = model
     if asked.dropless:
-      answers = model.clone(config=model.config.dropless())
+      answers = model.clone(config=dropless(model.config))
     self._asker = Asker(
       answers,
       mesh,

@@ -18,6 +18,7 @@ from st_moe.decode.batching import bucket, padded
 from st_moe.decode.methods import Method
 from st_moe.model.transformer import Transformer
 from st_moe.routing import steering
+from st_moe.routing.selectors import dropless
 
 _SENTINEL = re.compile(r'<extra_id_\d+>')
 HALF = re.compile('[\ud800-\udfff]')  # Of a surrogate pair: no character.
@@ -141,7 +142,7 @@ class Generator:
     if config.scan_layers:
       params = paths.unroll(params, config)
       config = dataclasses.replace(config, scan_layers=False)
-    self.config = dataclasses.replace(config.dropless(), remat='none')
+    self.config = dataclasses.replace(dropless(config), remat='none')
     self.vocabulary, self.max_inputs = vocabulary, max_inputs
     self._model, self._params = Transformer(self.config), params
     self._mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])

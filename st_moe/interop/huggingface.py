@@ -23,6 +23,7 @@ from st_moe.interop.links import (
   matrices,
   positions,
   tensors,
+  unknown_parts,
 )
 
 _EPSILON = 1e-6
@@ -256,13 +257,11 @@ def _config(about: _Fields, shapes, where: str) -> tuple[Config, bool]:
         'name': 'linear',
         'jitter': about.number('router_jitter_noise', 0.01, high=1),
       },
-    }
-    values['loss'] = {
-      'z_loss': 0.0,
-      'router': {
+      'losses': {
         name: about.number(theirs, 0.001) for name, theirs in _LOSSES.items()
       },
     }
+    values['loss'] = {'z_loss': 0.0}
   return config_file.from_dict(config_file.routed(values)), scaled
 
 
@@ -436,7 +435,7 @@ def _common(model: ModelConfig) -> dict:
       ' model.tie_embeddings=true it is left behind.'
     )
   dense = {
-    sublayer.mlp_dim
+    sublayer.dim
     for stack in model.stacks
     for layer in model.plan(stack).layers
     for sublayer in layer
@@ -486,14 +485,16 @@ def _family(config: Config) -> dict:
       'feed_forward_proj': names[model.activation],
       'scale_decoder_outputs': model.tie_embeddings,
     }
-  moe, places, wrong = model.moe, model.moe.eval_capacity, []
+  moe = model.moe_of(model.stacks[0])
+  places, wrong = moe.eval_capacity, unknown_parts(model)
+  weights = {part.name: part.kwargs.get('weight', 1.0) for part in moe.losses}
   if model.relpos_per_layer:
     wrong.append('each layer has position biases of its own')
   if model.activation != 'relu':
     wrong.append(f'its experts are {model.activation} networks, not relu')
   if moe.extra_ffn != 'none':
     wrong.append('an extra FFN stands beside each sparse one')
-  if moe.selector.kwargs.get('k') != 1:
+  if moe.k != 1:
     wrong.append('a token meets more than one expert')
   if moe.multiplicative_bias:
     wrong.append('its experts have biases')
@@ -521,8 +522,5 @@ def _family(config: Config) -> dict:
     'router_jitter_noise': moe.gate.kwargs.get('jitter', 0.0),
     'router_dtype': 'float32',
     'router_ignore_padding_tokens': False,
-    **{
-      theirs: config.loss.router.get(name, 0.0)
-      for name, theirs in _LOSSES.items()
-    },
+    **{theirs: weights.get(name, 0.0) for name, theirs in _LOSSES.items()},
   }

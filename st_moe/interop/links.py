@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from st_moe import paths
-from st_moe.config import Config, ModelConfig
+from st_moe.config import Config, ModelConfig, Part
 from st_moe.model.transformer import Transformer
 from st_moe.train.state import abstract_params
 
@@ -93,6 +93,31 @@ def has_extra_ffn(config: ModelConfig) -> bool:
     for layer in config.plan(stack).layers
     for sublayer in layer
   )
+
+
+# What formats of other codes have names for, by field of `MoEConfig`.
+_PLAIN = {
+  'gate': ('linear',),
+  'shaping': (),
+  'selector': ('top_k',),
+  'weighing': (),
+  'experts': ('ffn',),
+  'beside': ('nothing',),
+}
+
+
+def unknown_parts(config: ModelConfig) -> list[str]:
+  """Parts of sparse layers that no other code has, as 'gate hash'."""
+  sparse = [s for s in config.stacks if config.plan(s).num_sparse]
+  found = []
+  for moe in map(config.moe_of, sparse):
+    for field, plain in _PLAIN.items():
+      parts = getattr(moe, field)
+      parts = (parts,) if isinstance(parts, Part) else parts
+      found += [f'{field} {p.name!r}' for p in parts if p.name not in plain]
+  if len({config.moe_of(stack).num_experts for stack in sparse}) > 1:
+    found.append('stacks with other numbers of experts')
+  return sorted(set(found))
 
 
 def stack_of(

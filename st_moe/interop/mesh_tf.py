@@ -224,7 +224,7 @@ def _parts(config: ModelConfig, kind: str, where: str) -> dict[str, Link]:
   if kind == 'mlp':
     return {f'{w}/kernel': to(w) for w in matrices(config)}
   if kind == 'moe':
-    per_token = config.moe.selector.kwargs['k']
+    per_token = config.moe.k
     gate = next(gate for gate, k in _GATES.items() if k == per_token)
     bank = {f'experts/{w}/kernel': to(w) for w in matrices(config)}
     return {'router/kernel': to(gate), **bank}

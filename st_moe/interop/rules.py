@@ -24,6 +24,7 @@ RULES = {
   'upcycle': {
     r'(.*)/moe/experts/(.*)': r'\1/mlp/\2',
     r'.*/moe/router/.*': '',
+    r'.*/kept_.*': '',
     r'.*/(pre_)?extra_mlp(_layer_norm)?/.*': '',
   },
 }

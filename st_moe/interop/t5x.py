@@ -31,6 +31,7 @@ from st_moe.interop.links import (
   stack_of,
   tensors,
   two_sizes,
+  unknown_parts,
 )
 
 _STACKS = ('encoder', 'decoder')
@@ -392,14 +393,17 @@ def check_export(config: Config) -> None:
   if model.stacks != _STACKS:
     raise ValueError('T5X has names for encoder-decoders only.')
   sparse = any(model.plan(s).num_sparse for s in model.stacks)
-  if sparse and model.moe.extra_ffn == 'before':
+  if wrong := unknown_parts(model):
+    raise ValueError(f'Flaxformer has no such parts: {"; ".join(wrong)}.')
+  moe = model.moe_of(model.stacks[-1])
+  if sparse and moe.extra_ffn == 'before':
     raise ValueError('Flaxformer has the extra FFN after the sparse one only.')
-  if sparse and model.moe.multiplicative_bias:
+  if sparse and moe.multiplicative_bias:
     raise ValueError('Flaxformer has no multiplicative bias in its experts.')
   if not sparse and has_extra_ffn(model):
     raise ValueError('T5X has one FFN in each layer; here some have an extra.')
   widths = {
-    s.mlp_dim
+    s.dim
     for stack in model.stacks
     for layer in model.plan(stack).layers
     for s in layer

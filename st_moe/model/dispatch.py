@@ -1,4 +1,4 @@
-"""Tokens to experts and back: `dispatch(x, seats, experts, ...) -> y`.
+"""Tokens to experts and back: `f(x, seats, experts, room, *, ...) -> y`.
 
 One contract, equal results:
 
@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from st_moe.model.grouped import grouped
-from st_moe.model.rows import by_slot, combine, take
+from st_moe.config import MoEConfig, Part
+from st_moe.model.grouped import BLOCK, grouped
+from st_moe.model.rows import Room, by_slot, combine, take
 from st_moe.routing.types import Seats
 from st_moe.sharding import move, shards
 
@@ -27,12 +28,13 @@ from st_moe.sharding import move, shards
 SAVED_NAMES = ('expert_inputs', 'expert_outputs')
 
 
-def mask(x, seats: Seats, experts, *, capacity, num_experts, transport='auto'):
+def mask(x, seats: Seats, experts, room: Room):
   """One-hot masks [g, s, e, c] and einsums: the plain reading of the papers.
 
   Costs 4 * s * e * c * d FLOPs per group beyond the experts.
   """
   g, s, _ = x.shape
+  num_experts, capacity = room.num_experts, room.capacity
   place = jnp.where(seats.place < 0, capacity, seats.place)
   with jax.named_scope('dispatch'):
     taken = jnp.zeros((g, s, num_experts, capacity), x.dtype)
@@ -40,7 +42,7 @@ def mask(x, seats: Seats, experts, *, capacity, num_experts, transport='auto'):
       taken, seats.token, seats.expert, place
     )
     xs = jnp.einsum('gsec,gsd->egcd', taken, x)
-  ys = _exchange(xs, experts, transport).reshape(xs.shape)
+  ys = _exchange(xs, experts, room.transport).reshape(xs.shape)
   with jax.named_scope('combine'):
     weights = jnp.zeros(taken.shape)
     weights = jax.vmap(
@@ -50,8 +52,9 @@ def mask(x, seats: Seats, experts, *, capacity, num_experts, transport='auto'):
     return y.astype(x.dtype)
 
 
-def index(x, seats: Seats, experts, *, capacity, num_experts, transport='auto'):
+def index(x, seats: Seats, experts, room: Room):
   """Tokens gathered by place, answers added up by token: what sits, no more."""
+  num_experts, capacity = room.num_experts, room.capacity
   slot = seats.expert * capacity + seats.place
   with jax.named_scope('dispatch'):
     seated = by_slot(seats, slot, num_experts * capacity)
@@ -59,17 +62,15 @@ def index(x, seats: Seats, experts, *, capacity, num_experts, transport='auto'):
     split = lambda a: a.reshape(len(x), num_experts, capacity).swapaxes(0, 1)
     token, weight, route = (split(a) for a in seated)
     xs = take(x, token)
-  ys = _exchange(xs, experts, transport)
+  ys = _exchange(xs, experts, room.transport)
   routes = (route, seats.weight) if seats.k else None
   with jax.named_scope('combine'):
     return combine(ys, token, weight, routes, x.shape[1])
 
 
-def per_token(
-  x, seats: Seats, experts, *, capacity, num_experts, transport='auto'
-):
+def per_token(x, seats: Seats, experts, room: Room):
   """Each route through a copy of its expert's weights: for very few of them."""
-  del capacity, num_experts, transport
+  del room
   g, n = seats.expert.shape
   d = x.shape[-1]
   token = seats.token[None]
@@ -79,6 +80,20 @@ def per_token(
   ys = experts(xs, seats.expert.reshape(-1)).reshape(1, g, n, d)
   with jax.named_scope('combine'):
     return combine(ys, token, weight, None, x.shape[1])
+
+
+def fitting(moe: MoEConfig, seats: Seats, deterministic: bool) -> Part:
+  """The dispatcher of a config; of 'auto' the one that suits what sits."""
+  if moe.dispatcher.name != 'auto':
+    return moe.dispatcher
+  if not moe.capacity(deterministic).dropless:
+    return Part('index')
+  # Few routes, as in a step of decoding: what counts is to read few weights,
+  # and to copy none where every expert is read anyway.
+  routes = seats.expert.size
+  if routes < moe.num_experts:
+    return Part('per_token')
+  return Part('index' if routes <= BLOCK else 'grouped')
 
 
 DISPATCHERS = {

@@ -7,9 +7,17 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from st_moe.config import ModelConfig, MoEConfig
 from st_moe.model import grouped_tpu
-from st_moe.model.layers import ACTIVATIONS, Kernel, activate
+from st_moe.model.layers import (
+  ACTIVATIONS,
+  Kernel,
+  activate,
+  activation_dtype,
+  sums_dtype,
+)
 from st_moe.model.layers import product as weighted
+from st_moe.routing.types import RouteContext
 from st_moe.sharding import annotate
 
 
@@ -25,6 +33,11 @@ class Bank:
   dropout: float = flax.struct.field(pytree_node=False)
   # In which gradients of weights add up.
   sums: jnp.dtype = flax.struct.field(pytree_node=False, default=jnp.float32)
+
+  @property
+  def count(self) -> int:
+    """Experts that are here."""
+    return len(self.wo)
 
   def __call__(self, x: jax.Array, expert=None) -> jax.Array:
     """Block b of `x` [b, ..., d] through expert `expert[b]` (None: b)."""
@@ -77,25 +90,20 @@ def product(x, w, expert=None, sums=jnp.float32) -> jax.Array:
 
 
 class Experts(nn.Module):
-  """`num_experts` feed-forward networks of the shape of the dense one."""
+  """Feed-forward networks of the shape of the dense one."""
 
-  num_experts: int
-  hidden_dim: int
-  activation: str
-  dropout: float
-  multiplicative_bias: bool
-  init_scale: float
-  dtype: jnp.dtype
-  sums: jnp.dtype = jnp.float32  # In which gradients of weights add up.
+  config: ModelConfig
+  moe: MoEConfig
 
   @nn.compact
-  def __call__(self, d: int, *, deterministic: bool) -> Bank:
-    """The experts for tokens of width `d`."""
-    e, f = self.num_experts, self.hidden_dim
+  def __call__(self, ctx: RouteContext) -> Bank:
+    """The experts for tokens of the model's width."""
+    cfg, dtype = self.config, activation_dtype(self.config.dtype)
+    d, e, f = cfg.embed_dim, self.moe.num_experts, cfg.expert_dim(self.moe)
     kernel = functools.partial(
-      Kernel, scale=self.init_scale, dtype=self.dtype, fan_in=(1,), batch=(0,)
+      Kernel, scale=cfg.init_scale, dtype=dtype, fan_in=(1,), batch=(0,)
     )
-    n = len(ACTIVATIONS[self.activation])
+    n = len(ACTIVATIONS[cfg.activation])
     names = ['wi'] if n == 1 else [f'wi_{i}' for i in range(n)]
     into, out = (
       ('expert', 'embed', 'expert_mlp'),
@@ -103,13 +111,18 @@ class Experts(nn.Module):
     )
     wi = tuple(kernel((e, d, f), into, name=name)() for name in names)
     bias = None
-    if self.multiplicative_bias:  # arXiv:2202.08906, Table 17.
+    if self.moe.multiplicative_bias:  # arXiv:2202.08906, Table 17.
       bias = self.param(
         'multiplicative_bias',
         annotate(nn.initializers.ones, ('expert', 'expert_mlp')),
         (e, f),
-      ).astype(self.dtype)
+      ).astype(dtype)
     wo = kernel((e, f, d), out, name='wo')()
-    drops = self.dropout and not deterministic
+    dropout = cfg.expert_dropout(self.moe)
+    drops = dropout and not ctx.deterministic
     key = self.make_rng('dropout') if drops else None
-    return Bank(wi, wo, bias, key, self.activation, self.dropout, self.sums)
+    return Bank(wi, wo, bias, key, cfg.activation, dropout, sums_dtype(cfg))
+
+
+# module (config, moe, *, ...)(ctx) -> Bank.
+EXPERTS = {'ffn': Experts}

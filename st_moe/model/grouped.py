@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from st_moe.fields import Count
-from st_moe.model.rows import add, by_slot, picked, tiled
+from st_moe.model.rows import Room, add, by_slot, picked, tiled
 from st_moe.routing.types import Seats
 from st_moe.sharding import AXES, on_shards, shards
 
@@ -29,10 +29,8 @@ def grouped(
   x,
   seats: Seats,
   experts,
+  room: Room,
   *,
-  capacity,
-  num_experts,
-  transport='auto',
   block: Count = BLOCK,
 ):
   """Rows sorted by expert, in blocks of one expert each.
@@ -43,11 +41,9 @@ def grouped(
   than of even loads; elsewhere nothing is prepared for the worst but two tables
   of numbers, and every block is computed again.
   """
-  blocks = functools.partial(
-    _in_blocks, capacity=capacity, num_experts=num_experts, block=block
-  )
+  blocks = functools.partial(_in_blocks, room=room, block=block)
   alone = shards('group') * shards('expert_mlp') == 1
-  if transport == 'gspmd' or alone:
+  if room.transport == 'gspmd' or alone:
     # The compiler cannot split what a kernel does, nor what a loop keeps.
     y = blocks(x, seats, experts, local=alone).astype(x.dtype)
     return checkpoint_name(y, 'expert_outputs')
@@ -67,7 +63,7 @@ def grouped(
       own_x = tiled(x)
       all_x, seats = jax.lax.all_gather((own_x, seats), 'expert', tiled=True)
     all_x = checkpoint_name(all_x, 'expert_inputs')
-    n = len(experts.wo)
+    n = experts.count
     first = jax.lax.axis_index('expert') * n
     mine = (seats.expert >= first) & (seats.expert < first + n)
     seats = seats.replace(
@@ -89,15 +85,14 @@ def grouped(
   return checkpoint_name(run(x, seats, experts), 'expert_outputs')
 
 
-def _in_blocks(
-  x, seats: Seats, experts, *, capacity, num_experts, block, local
-):
+def _in_blocks(x, seats: Seats, experts, *, room: Room, block, local):
   g, s, *d = x.shape
   (_, n), (_, here) = seats.expert.shape, seats.load.shape
   block = min(block, g * n)
-  load = g * min(n / num_experts, capacity)  # Of an expert, were all alike.
+  # Of an expert, were all alike.
+  load = g * min(n / room.num_experts, room.capacity)
   turns = round(here * max(1, load / block + 0.5))
-  most = -(-g * min(n, here * capacity) // block) + here
+  most = -(-g * min(n, here * room.capacity) // block) + here
   at_once = min(most, round(_SLACK * turns), _AT_ONCE // block)
   at_once = max(1, at_once) if local else 1
   most = -(-most // at_once) * at_once

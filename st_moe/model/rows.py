@@ -1,11 +1,22 @@
 """Rows of tokens, gathered by number and added up again."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
+from st_moe import sharding
 from st_moe.routing.types import Seats
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+  """Where what travels to the experts finds its place."""
+
+  capacity: int  # Places of an expert in each group.
+  num_experts: int
+  transport: str  # 'auto', 'gspmd' or 'shard_map'.
 
 
 def by_slot(seats: Seats, slot: jax.Array, num_slots: int):
@@ -174,3 +185,20 @@ def _combine_backward(s, kept, dy):
 
 
 combine.defvjp(_combine_forward, _combine_backward)
+
+
+def into_groups(a: jax.Array, group_size: int) -> jax.Array:
+  """Cuts [batch, length, ...] into [g, s, ...], zeros filling the last group.
+
+  Groups do not depend on the mesh: empty ones are added where the devices are
+  more, and they ask for nothing.
+  """
+  if a.ndim < 2:  # A scalar of the context, as `step`.
+    return a
+  batch, length, *rest = a.shape
+  tokens = batch * length
+  size = min(group_size, tokens)
+  g = sharding.whole_groups(tokens, size, sharding.shards('group'))
+  a = a.reshape(tokens, *rest)
+  a = jnp.pad(a, ((0, g * size - tokens), *((0, 0) for _ in rest)))
+  return a.reshape(g, size, *rest)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from st_moe import paths
 from st_moe.config import ModelConfig
 from st_moe.layer_plan import LayerPlan, Sublayer
+from st_moe.model import parts
 from st_moe.model.attend import Sight
 from st_moe.model.attention import Attention, RelativePositionBias
 from st_moe.model.dispatch import SAVED_NAMES
@@ -137,7 +138,7 @@ def _cross_attention(layer, sublayer, x, around):
 def _mlp(layer, sublayer, x, around):
   cfg = layer.config
   return Mlp(
-    sublayer.mlp_dim,
+    sublayer.dim,
     cfg.activation,
     cfg.dropout,
     cfg.init_scale,
@@ -148,8 +149,8 @@ def _mlp(layer, sublayer, x, around):
 
 
 def _moe(layer, sublayer, x, around):
-  moe = MoE(layer.config, layer.group_size, name=sublayer.name)
-  return moe(x, around.ctx)
+  cfg, size = layer.config, layer.group_size
+  return MoE(cfg, sublayer.moe, size, name=sublayer.name)(x, around.ctx)
 
 
 SUBLAYERS = {
@@ -209,6 +210,7 @@ class Stack(nn.Module):
     """
     cfg, dtype = self.config, activation_dtype(self.config.dtype)
     causal = self.kind == 'decoder'
+    ctx = ctx.replace(causal=causal)
     positions = keys = jnp.arange(x.shape[1])
     sight = _sight(ctx, ctx, causal)
     encoded_sight = None
@@ -227,6 +229,7 @@ class Stack(nn.Module):
         step.value = index + 1
         positions, keys = index[None], jnp.arange(room)
         sight = _of_all((keys <= index)[None])
+      ctx = self._as_decoded(ctx, index, ready)
     around = Surroundings(
       ctx=ctx,
       bias=None
@@ -245,6 +248,19 @@ class Stack(nn.Module):
     x = self._layers(x, around)
     x = RMSNorm(dtype, name=f'{self.kind}_norm')(x)
     return drop(x, deterministic=ctx.deterministic)
+
+  def _as_decoded(self, ctx: RouteContext, index, ready: bool):
+    """What routers hear of the token at hand, as if all had come at once."""
+    ctx = ctx.replace(positions=jnp.broadcast_to(index, ctx.tokens.shape))
+    if 'before' not in parts.needs(self.config.moe_of(self.kind)):
+      return ctx
+    # Shaped as keys are: beams move it as they move these.
+    shape = *ctx.tokens.shape, 1, 1
+    last = self.variable('cache', 'before', jnp.zeros, shape, jnp.int32)
+    before = last.value.reshape(ctx.tokens.shape)
+    if ready:
+      last.value = ctx.tokens.reshape(shape)
+    return ctx.replace(before=before)
 
   def _layers(self, x, around):
     cfg = self.config
@@ -320,13 +336,18 @@ class Transformer(nn.Module):
   def _context(
     self, tokens, valid, segments, positions, step, dropout, override
   ):
+    tokens, (rows, length) = tokens.astype(jnp.int32), tokens.shape
     if positions is None:
-      positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+      positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+    before = lambda a: jnp.pad(a[:, :-1], ((0, 0), (1, 0)))
+    segment = jnp.zeros_like(tokens) if segments is None else segments
     return RouteContext(
       valid=valid,
-      tokens=tokens.astype(jnp.int32),
+      tokens=tokens,
       positions=positions,
       segments=segments,
+      example=jnp.arange(rows)[:, None] * (length + 1) + segment,
+      before=jnp.where(segment == before(segment), before(tokens), 0),
       step=step,
       override=override,
       deterministic=not dropout,

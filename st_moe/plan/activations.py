@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from st_moe import paths
 from st_moe.config import Config, ModelConfig
 from st_moe.model.transformer import Transformer
-from st_moe.train import sizes, step
+from st_moe.train import sizes as sizes_lib
+from st_moe.train import step
 from st_moe.train.state import abstract_params
 
 
@@ -67,18 +68,26 @@ def of_a_layer(config: Config, sizes: dict[str, int]) -> float:
 def _part(config: Config, parts: int):
   """`config` with what one of `parts` has of heads, units and vocabulary."""
   model = config.model
-  moe = dataclasses.replace(model.moe, hidden_dim=model.expert_dim // parts)
+  share = lambda moe: (
+    moe and dataclasses.replace(moe, hidden_dim=model.expert_dim(moe) // parts)
+  )
+  own = {
+    name: dataclasses.replace(stack, moe=share(stack.moe))
+    for name in model.stacks
+    if (stack := model.stack(name))
+  }
   model = dataclasses.replace(
     model,
+    **own,
     vocab_size=model.vocab_size // parts,
     num_heads=model.num_heads // parts,
     mlp_dim=model.mlp_dim // parts,
-    moe=moe,
+    moe=share(model.moe),
   )
   # The fewest rows that are whole groups: what is kept grows in these.
   whole = [
     size // math.gcd(size, config.data.length(stack))
-    for stack, size, _ in sizes.groups(config)
+    for stack, size, _ in sizes_lib.groups(config)
   ]
   lengths = tuple((s, config.data.length(s)) for s in model.stacks)
   return model, config.optimizer.train, lengths, math.lcm(*whole)

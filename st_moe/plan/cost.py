@@ -11,6 +11,7 @@ from st_moe.plan import memory
 from st_moe.plan.chips import Chip
 from st_moe.plan.exchanges import exchanges
 from st_moe.plan.hlo import Exchange
+from st_moe.train import sizes as sizes_lib
 from st_moe.train.state import abstract_params
 
 
@@ -21,10 +22,15 @@ def count_params(config: Config) -> dict[str, int]:
 
 def active_params(config: Config) -> int:
   """Parameters that one token meets: all but the experts not chosen."""
-  roles, moe = count_params(config), config.model.moe
-  k = moe.selector.kwargs.get('k', 1)
-  unseen = roles.get('experts', 0) * (moe.num_experts - k)
-  return sum(roles.values()) - unseen // moe.num_experts
+  abstract = abstract_params(Transformer(config.model))
+  found = 0
+  for path, leaf in paths.by_path(abstract).items():
+    share = 1
+    if paths.role(path) == 'experts':
+      moe = config.model.moe_of(path.partition('/')[0])
+      share = moe.expected_k / moe.num_experts
+    found += math.prod(leaf.shape) * share
+  return round(found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +55,7 @@ def work(config: Config, sizes: dict[str, int]) -> Work:
     ValueError: a dimension does not divide.
   """
   mesh = sharding.abstract_mesh(sizes)
-  sizes.check(config, mesh)
+  sizes_lib.check(config, mesh)
   data, model = config.data, config.model
   share = data.batch_size / math.prod(sizes.values())
   lengths = data.inputs_length, data.targets_length
@@ -60,7 +66,7 @@ def work(config: Config, sizes: dict[str, int]) -> Work:
     p.size * math.prod(sizes[a] for a in p.gathered)
     for p in memory.parameters(config, mesh)
   )
-  padding = tuple(sizes.padding(config, mesh).items())
+  padding = tuple(sizes_lib.padding(config, mesh).items())
   flops = dict(counts.train_flops(model, *lengths))
   padded = counts.train_flops(model, *lengths, padding)
   flops['padded groups'] = sum(padded.values()) - sum(flops.values())

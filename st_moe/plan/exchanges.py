@@ -8,7 +8,7 @@ from st_moe import paths, sharding
 from st_moe.config import Config, DataConfig
 from st_moe.plan import memory
 from st_moe.plan.hlo import Exchange, sent_per_byte
-from st_moe.train import sizes
+from st_moe.train import sizes as sizes_lib
 
 _FLOAT32 = 4
 
@@ -118,8 +118,8 @@ def _to_experts(found: _Sum, config: Config) -> None:
 
 def _places(found: _Sum, config: Config):
   """(stack, bytes of all places that a device fills in one layer)."""
-  moe = config.model.moe
-  for stack, size, tokens in sizes.groups(config):
+  for stack, size, tokens in sizes_lib.groups(config):
+    moe = config.model.moe_of(stack)
     shards = sharding.batch_shards(found.mesh)
     groups = sharding.whole_groups(tokens, size, shards) // shards
     places = moe.num_experts * moe.slots(size, deterministic=False)

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 
 from st_moe import paths, sharding
-from st_moe.config import Config
+from st_moe.config import Config, Part
 from st_moe.model.transformer import Transformer
 from st_moe.plan import activations
 from st_moe.train import optimizer
@@ -141,13 +141,12 @@ def _state(config: Config):
 
 def same_parameters(config: Config) -> Config:
   """`config` without what changes no parameter: to trace it takes seconds."""
-  model = config.model
+  model = config.model.with_moe(dispatcher=Part('auto'), transport='auto')
   ungrouped = {
     name: dataclasses.replace(model.stack(name), group_size=1)
     for name in model.stacks
   }
-  moe = dataclasses.replace(model.moe, dispatcher='auto', transport='auto')
-  model = dataclasses.replace(model, remat='none', moe=moe, **ungrouped)
+  model = dataclasses.replace(model, remat='none', **ungrouped)
   return dataclasses.replace(config, model=model)
 
 

@@ -115,6 +115,7 @@ def _counted(flags, load):
 def _reckoned(flags, load):
   from st_moe import sharding
   from st_moe.plan import chips, cost, tables, topology
+  from st_moe.train import sizes as sizes_lib
 
   config, chip = topology.resolved(load()), chips.named(flags.chip)
   cost.check_room(config, flags.devices, chip)
@@ -122,11 +123,11 @@ def _reckoned(flags, load):
   asked.pop('across_slices')
   sizes = sharding.mesh_sizes(flags.devices, config.model.num_experts, **asked)
   mesh = sharding.abstract_mesh(sizes)
-  sizes.check(config, mesh)
-  sizes.check_padding(config, mesh)
+  sizes_lib.check(config, mesh)
+  sizes_lib.check_padding(config, mesh)
   found = cost.cost(config, sizes)
   title = f'{flags.devices} {flags.chip}: {tables.mesh_name(sizes)}'
-  notes = sizes.straddling(config, mesh)
+  notes = sizes_lib.straddling(config, mesh)
   tables.estimated(found, chip, sizes, title, notes)
   fits = found.peak <= chip.memory
   if not fits:
@@ -180,7 +181,7 @@ def _searched(flags, load):
     'ranked': [
       {
         'sizes': candidate.sizes,
-        'dispatcher': candidate.config.model.moe.dispatcher,
+        'dispatcher': candidate.config.model.moe.dispatcher.name,
         'groups': {
           s: candidate.config.model.stack(s).group_size
           for s in candidate.config.model.stacks

@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 
 from st_moe import sharding
-from st_moe.config import Config
+from st_moe.config import Config, Part
 from st_moe.plan import cost
 from st_moe.plan.chips import Chip
+from st_moe.train import sizes as sizes_lib
 
 DISPATCHERS = ('index', 'mask')
 MICROBATCHES = (1, 2, 4, 8, 16)
@@ -87,8 +88,8 @@ def variants(config: Config, sizes: dict[str, int]) -> Iterator[Config]:
   for dispatcher, parts, remat in itertools.product(
     DISPATCHERS, MICROBATCHES, REMAT
   ):
-    moe = dataclasses.replace(config.model.moe, dispatcher=dispatcher)
-    model = dataclasses.replace(config.model, moe=moe, remat=remat)
+    model = config.model.with_moe(dispatcher=Part(dispatcher))
+    model = dataclasses.replace(model, remat=remat)
     changed = dataclasses.replace(config, model=model, microbatches=parts)
     yield from _with_groups(changed, sizes)
 
@@ -99,10 +100,10 @@ def _with_groups(config: Config, sizes: dict[str, int]) -> Iterator[Config]:
   Smaller ones drop more tokens, and only `mask` pays for large ones.
   """
   shards = math.prod(n for axis, n in sizes.items() if axis != 'model')
-  shares = SHARES if config.model.moe.dispatcher == 'mask' else (1,)
+  shares = SHARES if config.model.moe.dispatcher.name == 'mask' else (1,)
   for share in shares:
     stacks = {}
-    for stack, size, tokens in sizes.groups(config):
+    for stack, size, tokens in sizes_lib.groups(config):
       whole = sharding.divisors(max(tokens // shards, 1))
       size = max(1, max(n for n in whole if n <= size) // share)
       of_stack = dataclasses.replace(config.model.stack(stack), group_size=size)
@@ -123,7 +124,7 @@ def fitting(
     # `index` comes before what needs more.
     if mesh in seen or way in too_large:
       continue
-    if config.model.moe.dispatcher != 'mask':
+    if config.model.moe.dispatcher.name != 'mask':
       # Only its memory depends on groups, and each group is to be traced.
       config = dataclasses.replace(config, model=_groups_of(given, config))
     if found := cost.fitting(config, candidate.sizes, chip, candidate.work):

@@ -117,7 +117,7 @@ def ranked(
     ways.add_row(
       str(n),
       mesh_name(candidate.sizes),
-      model.moe.dispatcher,
+      model.moe.dispatcher.name,
       ' '.join(str(model.stack(s).group_size) for s in model.stacks),
       str(config.microbatches),
       model.remat,

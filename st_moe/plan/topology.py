@@ -16,7 +16,8 @@ from st_moe.config import Config
 from st_moe.model.transformer import Transformer
 from st_moe.plan import chips, cost, hlo
 from st_moe.run import begin
-from st_moe.train import optimizer, sizes, step
+from st_moe.train import optimizer, step
+from st_moe.train import sizes as sizes_lib
 from st_moe.train.state import parameter_axes, starting
 
 
@@ -71,8 +72,8 @@ def compile_step(config: Config, topology: str) -> Compiled:
       num_experts=config.model.num_experts,
       devices=slice_,
     )
-    sizes.check(config, mesh)
-    sizes.check_padding(config, mesh)
+    sizes_lib.check(config, mesh)
+    sizes_lib.check_padding(config, mesh)
     with sharding.use(mesh):
       lowered = lower(config, mesh)
       try:
@@ -82,7 +83,7 @@ def compile_step(config: Config, topology: str) -> Compiled:
   return Compiled(
     **figures(compiled, mesh),
     expected=cost.cost(config, dict(mesh.shape)),
-    warnings=[*sizes.straddling(config, mesh), *_warnings(said)],
+    warnings=[*sizes_lib.straddling(config, mesh), *_warnings(said)],
     seconds=time.monotonic() - began,
   )
 

@@ -1,4 +1,4 @@
-"""Losses and gauges of routing, each as (sum, weight).
+"""Losses and gauges of routing: `f(of: Routed, *, ...) -> (sum, weight)`.
 
 Sums and weights are added over microbatches and devices before they are
 divided, so a loss is the same in value and gradient however a batch is cut into
@@ -8,34 +8,35 @@ whole groups, and padding and empty groups count nothing.
 import jax
 import jax.numpy as jnp
 
-from st_moe.routing.types import RouteContext, Scores, Seats
+from st_moe.about import about
+from st_moe.routing.types import RouteContext, Routed
 
 
-def router_z(scores: Scores, seats: Seats, ctx: RouteContext):
+@about(row='S0-01', paper='arXiv:2202.08906')
+def router_z(of: Routed):
   """Sum over valid tokens of logsumexp(logits)^2 (arXiv:2202.08906, Eq. 5)."""
-  del seats
-  z = jax.nn.logsumexp(scores.logits, axis=-1) ** 2
-  return _over(z, ctx.valid)
+  z = jax.nn.logsumexp(of.scores.logits, axis=-1) ** 2
+  return _over(z, of.ctx.valid)
 
 
-def load_balance(scores: Scores, seats: Seats, ctx: RouteContext):
+@about(row='S0-01', paper='arXiv:2202.08906')
+def load_balance(of: Routed):
   """e * sum_e f_e p_e per group: 1 when even, e when one expert takes all.
 
   f_e is the share of valid tokens whose first choice is e, counted before
   anyone is dropped; gradient flows through the mean probability p_e alone
   (arXiv:2202.08906, Eq. 7-9). Groups weigh as much as their valid tokens.
   """
-  e = scores.probs.shape[-1]
-  first = seats.first if seats.k else scores.probs.argmax(-1)
-  return _balance(jax.nn.one_hot(first, e), scores.probs, ctx)
+  probs, seats = of.scores.probs, of.seats
+  first = seats.first if seats.k else probs.argmax(-1)
+  return _balance(jax.nn.one_hot(first, probs.shape[-1]), probs, of.ctx)
 
 
-def load_balance_all(scores: Scores, seats: Seats, ctx: RouteContext):
-  """`load_balance` with all k choices in f_e: k when even (Flaxformer)."""
-  mark = lambda token, expert, row: row.at[token, expert].set(1.0)
-  empty = jnp.zeros_like(scores.probs)
-  chosen = jax.vmap(mark)(seats.token, seats.expert, empty)
-  return _balance(chosen, scores.probs, ctx)
+@about(row='S0-01', paper='arXiv:2202.08906')
+def load_balance_all(of: Routed):
+  """`load_balance` with all that was asked in f_e: k when even (Flaxformer)."""
+  probs = of.scores.probs
+  return _balance(of.seats.chosen(probs.shape[1]), probs, of.ctx)
 
 
 def _balance(chosen, probs, ctx: RouteContext):
@@ -63,19 +64,21 @@ def _over(value: jax.Array, mask: jax.Array):
   return (value * mask).sum(), mask.sum()
 
 
-def gauges(scores: Scores, seats: Seats, ctx: RouteContext) -> dict:
+def gauges(of: Routed) -> dict:
   """Health of one sparse layer: (sum, weight) each."""
-  entropy = -(scores.probs * jnp.log(scores.probs + 1e-9)).sum(-1)
-  routes = lambda mask: _over((seats.place < 0).astype(jnp.float32), mask)
+  probs, seats, valid = of.scores.probs, of.seats, of.ctx.valid
+  entropy = -(probs * jnp.log(probs + 1e-9)).sum(-1)
+  asked = seats.asked.astype(jnp.float32)
   found = {
-    'router_entropy': _over(entropy, ctx.valid),
-    'router_confidence': _over(scores.probs.max(-1), ctx.valid),
+    'router_entropy': _over(entropy, valid),
+    'router_confidence': _over(probs.max(-1), valid),
+    'active_experts': (asked.sum(), valid.astype(jnp.float32).sum()),
     # Of the routes asked for, those that found no seat.
-    'dropped_routes': routes(seats.asked),
+    'dropped_routes': _over((seats.place < 0).astype(jnp.float32), seats.asked),
   }
   if seats.k:
-    g, s = ctx.valid.shape
+    g, s = valid.shape
     alone = (seats.place.reshape(g, s, seats.k) < 0).all(-1)
     # Tokens that no expert answers.
-    found['dropped_tokens'] = _over(alone.astype(jnp.float32), ctx.valid)
+    found['dropped_tokens'] = _over(alone.astype(jnp.float32), valid)
   return found

@@ -1,10 +1,16 @@
-"""Which experts each token meets: `selector(scores, ctx, ...) -> Seats`."""
+"""Which experts each token meets.
+
+`selector(scores, ctx, rng, capacity, *, ...) -> Seats`; its k, if it has one,
+has no default, so that a config says it (`MoEConfig.k`).
+"""
 
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from st_moe.about import about
+from st_moe.config import Capacity, ModelConfig, Part
 from st_moe.fields import AtLeast0, Size
 from st_moe.routing.seating import seat
 from st_moe.routing.types import Assignment, RouteContext, Scores, Seats
@@ -12,12 +18,13 @@ from st_moe.routing.types import Assignment, RouteContext, Scores, Seats
 _POLICIES = ('all', 'none', 'threshold', 'random')
 
 
+@about(row='S0-01', paper='arXiv:2202.08906', noisy=True)
 def top_k(
   scores: Scores,
   ctx: RouteContext,
-  *,
   rng: jax.Array | None,
   capacity: int,
+  *,
   k: Size,
   train_policy: Literal[_POLICIES] = 'random',
   eval_policy: Literal[_POLICIES] = 'all',
@@ -46,9 +53,8 @@ def top_k(
         f'Policy {policy!r} for choices past the first is none of'
         f' {", ".join(_POLICIES)}.'
       )
-  pairs, rank = k > 1, 0
-  if ctx.override is not None:
-    k, rank = ctx.override.k or k, ctx.override.rank
+  pairs = k > 1
+  k, rank = asked_k(ctx, k)
   best, expert = _best(select, rank + k)
   best, expert = best[..., rank:], expert[..., rank:]  # [g, s, k]
   there = best > -jnp.inf  # Which rules one out.
@@ -61,6 +67,13 @@ def top_k(
     active &= _stays(policy, share, threshold, rng).at[..., 0].set(True)
   asked = Assignment(expert, weight, active)
   return seat(asked, num_experts=num_experts, capacity=capacity)
+
+
+def asked_k(ctx: RouteContext, k: int) -> tuple[int, int]:
+  """(experts per token, from which rank on): the config's, or an override's."""
+  if ctx.override is None:
+    return k, 0
+  return ctx.override.k or k, ctx.override.rank
 
 
 def _best(select: jax.Array, k: int):
@@ -105,3 +118,13 @@ def _stays(policy, share, threshold, rng) -> jax.Array:
 
 
 SELECTORS = {'top_k': top_k}
+
+
+def dropless(model: ModelConfig) -> ModelConfig:
+  """The same model, evaluated so that an answer depends on its row alone.
+
+  Nobody is dropped; where experts choose, they choose within a row.
+  """
+  return model.with_moe(
+    eval_capacity=Capacity(dropless=True), dispatcher=Part('auto')
+  )

@@ -30,13 +30,12 @@ def overrides(
   Raises:
     ValueError: there is no such expert, or too few are left.
   """
-  experts = config.moe.num_experts
-  k_in_config = config.moe.selector.kwargs.get('k', 1)
-  if k is not None and not 1 <= k <= experts:
-    raise ValueError(f'{k} experts per token: there are {experts}.')
   found = {}
   for stack in config.stacks:
     if n := config.plan(stack).num_sparse:
+      experts = config.moe_of(stack).num_experts
+      if k is not None and not 1 <= k <= experts:
+        raise ValueError(f'{k} experts per token: there are {experts}.')
       found[stack] = np.zeros((n, experts), np.float32)
   off, on = list(off), list(on)
   if (off or on or k is not None) and not found:
@@ -50,18 +49,19 @@ def overrides(
         found[stack][row, expert] = bias
         touched.add(stack)
   for stack in touched:
+    experts, k_there = config.moe_of(stack).num_experts, config.moe_of(stack).k
     each = zip(config.plan(stack).sparse, found[stack], strict=True)
     for layer, bias in each:
       n, forced = np.isfinite(bias).sum(), (bias == _FORCE).sum()
-      if forced > (k or k_in_config):
+      if forced > (k or k_there):
         raise ValueError(
           f'{stack} layer {layer} has {forced} experts on, for'
-          f' {k or k_in_config} per token.'
+          f' {k or k_there} per token.'
         )
       if n < (k or 1):
         raise ValueError(
           f'{stack} layer {layer} has {n} of {experts} experts left, for'
-          f' {k or k_in_config} per token.'
+          f' {k or k_there} per token.'
         )
   return {
     s: RouteOverride(bias, k) for s, bias in found.items() if s in touched
@@ -84,7 +84,7 @@ def _named(name: str, config: ModelConfig):
   for stack in among(parts[0], stacks, 'sparse stacks'):
     layers = {str(layer): row for row, layer in enumerate(stacks[stack])}
     for layer in among(parts[1], layers, f'sparse layers of the {stack}'):
-      experts = {str(e): e for e in range(config.moe.num_experts)}
+      experts = {str(e): e for e in range(config.moe_of(stack).num_experts)}
       for expert in among(parts[2], experts, 'experts'):
         yield stack, layers[layer], experts[expert]
 

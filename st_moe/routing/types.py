@@ -24,7 +24,7 @@ class RouteOverride:
 
 @flax.struct.dataclass
 class RouteContext:
-  """What a gate or selector may look at besides the activations.
+  """What a part of the chain may look at besides the activations.
 
   Arrays are [batch, length] where the model makes them and [g, s] inside a
   sparse layer.
@@ -34,9 +34,15 @@ class RouteContext:
   tokens: jax.Array | None = None  # int32 ids of the tokens routed.
   positions: jax.Array | None = None  # int32, from 0 in each packed example.
   segments: jax.Array | None = None  # int32, 0 is padding.
+  # int32, one number for the tokens of an example and no others.
+  example: jax.Array | None = None
+  task: jax.Array | None = None  # int32, the source an example comes from.
+  before: jax.Array | None = None  # int32, the token before; 0: none.
   step: jax.Array | None = None  # int32 [], traced: schedules never retrace.
   override: RouteOverride | None = None
   deterministic: bool = flax.struct.field(pytree_node=False, default=True)
+  # Whether a token must hear nothing of later ones.
+  causal: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 @flax.struct.dataclass
@@ -48,14 +54,36 @@ class Scores:
   """
 
   logits: jax.Array  # Clean, for the z-loss.
-  select: jax.Array  # The order of choice.
+  select: jax.Array  # The order of choice; -inf rules an expert out.
   probs: jax.Array  # What weights and balance are made of.
+  # What a gate leaves for losses of its own: noise, factors.
+  aside: dict = flax.struct.field(default_factory=dict)
 
-  def biased(self, bias: jax.Array) -> 'Scores':
-    """As if `bias` [e] had been added before the softmax."""
+  @classmethod
+  def of(cls, logits: jax.Array, **aside) -> 'Scores':
+    """Those of a plain gate."""
+    return cls(logits, logits, jax.nn.softmax(logits), aside)
+
+  @classmethod
+  def certain(cls, chosen: jax.Array) -> 'Scores':
+    """Where there is no doubt: `chosen` bool [g, s, e] share all of it.
+
+    For tables, tasks and fixed sets: no other expert is ever asked, and the
+    z-loss is 0 where one is chosen.
+    """
+    share = chosen / jnp.maximum(chosen.sum(-1, keepdims=True), 1)
+    logits = jnp.where(chosen, jnp.log(jnp.maximum(share, 1e-37)), -jnp.inf)
+    return cls(logits, logits, share)
+
+  def steered(self, override: RouteOverride | None) -> 'Scores':
+    """As if the override's bias [e] had been added before the softmax."""
+    if override is None:
+      return self
     # Where all that is left had underflowed, 0 would become NaN.
-    probs = jax.nn.softmax(jnp.log(jnp.maximum(self.probs, 1e-37)) + bias)
-    return Scores(self.logits, self.select + bias, probs)
+    probs = jnp.log(jnp.maximum(self.probs, 1e-37)) + override.bias
+    return self.replace(
+      select=self.select + override.bias, probs=jax.nn.softmax(probs)
+    )
 
 
 @flax.struct.dataclass
@@ -72,7 +100,11 @@ class Assignment:
 
 @flax.struct.dataclass
 class Seats:
-  """Who sits where: a list of routes per group. Nothing has moved yet."""
+  """Who sits where: a list of routes per group. Nothing has moved yet.
+
+  Of any selector: a place is below the capacity and taken once; no token meets
+  an expert twice; who asked for nothing, or was ruled out, has place -1.
+  """
 
   token: jax.Array  # int32 [g, n], which token of the group.
   expert: jax.Array  # int32 [g, n].
@@ -88,3 +120,31 @@ class Seats:
   def first(self) -> jax.Array:
     """First choice of every token, int32 [g, s]; only where k is known."""
     return self.expert[:, :: self.k]
+
+  def dense(self, tokens: int) -> jax.Array:
+    """Weights of seated routes, float32 [g, tokens, e]."""
+    return self.scattered(jnp.where(self.place < 0, 0, self.weight), tokens)
+
+  def chosen(self, tokens: int) -> jax.Array:
+    """1 where a token asked an expert, float32 [g, tokens, e]."""
+    return self.scattered(self.asked.astype(jnp.float32), tokens)
+
+  def scattered(self, values: jax.Array, tokens: int) -> jax.Array:
+    """`values` [g, n] of the routes, by token and expert."""
+    g, e = self.load.shape
+    add = lambda to, token, expert, value: to.at[token, expert].add(value)
+    return jax.vmap(add)(
+      jnp.zeros((g, tokens, e)), self.token, self.expert, values
+    )
+
+
+@flax.struct.dataclass
+class Routed:
+  """All that is known of one sparse layer's decision: what losses look at."""
+
+  x: jax.Array  # [g, s, d], what the experts get.
+  scores: Scores
+  seats: Seats  # Before weighings: what is masked moves no loss.
+  ctx: RouteContext
+  experts: object  # The bank.
+  aside: dict  # What stood beside the experts left.

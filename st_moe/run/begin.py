@@ -17,6 +17,7 @@ from st_moe.data import files, pipeline, vocabulary
 from st_moe.history import measured, read_rows
 from st_moe.infer.evaluator import Evaluator
 from st_moe.interop import convert, links, rules
+from st_moe.model import parts
 from st_moe.model.transformer import Transformer
 from st_moe.run import profile as profiles
 from st_moe.run import workdir as workdirs
@@ -69,7 +70,8 @@ def settle(
   )
   sizes.check(config, mesh)
   sizes.check_padding(config, mesh)
-  terms.check_names(config.loss)
+  parts.check(config.model)
+  terms.check(config)
   if config.init and config.init_take != 'architecture':
     rules.named(config.init_take, config.init_rules)
   pipeline.check(config.data, ('train', config.evaluate.split))

@@ -72,10 +72,10 @@ def padding(config: Config, mesh) -> dict[str, float]:
   A device computes whole groups, so that groups do not depend on the mesh: with
   a tenth of the tokens of one, ten times the places.
   """
-  shards, moe = sharding.batch_shards(mesh), config.model.moe
+  shards, model = sharding.batch_shards(mesh), config.model
   return {
     stack: sharding.whole_groups(tokens, size, shards) * size / tokens
-    if moe.computes_places
+    if model.moe_of(stack).computes_places
     else 1.0
     for stack, size, tokens in groups(config)
   }
@@ -106,7 +106,7 @@ def groups(config: Config) -> Iterator[tuple[str, int, int]]:
       length = config.data.length(stack)
       whole = config.data.batch_size * length
       size = min(config.model.stack(stack).group_size, whole)
-      if config.model.moe.group_by == 'sequence':
+      if config.model.moe_of(stack).group_by == 'sequence':
         size = length
       yield stack, size, whole // config.microbatches
 

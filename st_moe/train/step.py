@@ -9,7 +9,14 @@ import optax
 from st_moe import paths, schedules, sharding
 from st_moe.config import Config, ModelConfig
 from st_moe.train.state import TrainState
-from st_moe.train.terms import records, router_terms, token_terms_of, total
+from st_moe.train.terms import (
+  coefficients,
+  records,
+  router_terms,
+  token_terms_of,
+  total,
+  weights_of,
+)
 
 
 def inputs_of(batch: dict, config: ModelConfig) -> dict:
@@ -55,10 +62,7 @@ def forward(model, config: Config, params, batch, *, rng, step=None):
     positions=config.loss.positions,
     label_smoothing=config.loss.label_smoothing if rng is not None else 0.0,
   )
-  return {
-    **terms,
-    **router_terms(by_stack, config.loss.router),
-  }, by_stack
+  return {**terms, **router_terms(by_stack)}, by_stack
 
 
 def make_train_step(model, optimizer, config: Config):
@@ -81,8 +85,8 @@ def make_train_step(model, optimizer, config: Config):
       of_trained, read, state.step, batch, rng, config.microbatches
     )
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-    weights = jax.tree.map(lambda t: t[1], terms, is_leaf=_is_pair)
-    loss = total(terms, weights, config.loss)
+    counts = coefficients(config, state.step)
+    loss = total(terms, weights_of(terms), counts, config.loss.layers)
     norms = {
       'l2_grads': optax.tree.norm(grads),
       'l2_params': optax.tree.norm(state.params),
@@ -116,10 +120,6 @@ def make_train_step(model, optimizer, config: Config):
   return train_step
 
 
-def _is_pair(x) -> bool:
-  return isinstance(x, tuple)
-
-
 def objective(model, config, frozen, trained, batch, rng, step, weights=None):
   """The loss of `trained` and `frozen` parameters; its terms, and records.
 
@@ -128,8 +128,9 @@ def objective(model, config, frozen, trained, batch, rng, step, weights=None):
   """
   params = paths.merge(trained, frozen)
   terms, by_stack = forward(model, config, params, batch, rng=rng, step=step)
-  own = jax.tree.map(lambda t: t[1], terms, is_leaf=_is_pair)
-  loss = total(terms, own if weights is None else weights, config.loss)
+  weights = weights_of(terms) if weights is None else weights
+  counts = coefficients(config, step)
+  loss = total(terms, weights, counts, config.loss.layers)
   return loss, (terms, by_stack)
 
 
@@ -150,7 +151,7 @@ def _gradients(objective, params, step, batch, rng, microbatches):
   # rest of this forward pass, and every microbatch divides by the same totals.
   def weigh(part):
     _, (terms, _) = objective(params, *part, step)
-    return jax.tree.map(lambda t: t[1], terms, is_leaf=_is_pair)
+    return weights_of(terms)
 
   weights = jax.tree.map(lambda w: w.sum(0), jax.lax.map(weigh, parts))
 

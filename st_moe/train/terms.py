@@ -6,12 +6,13 @@ into microbatches changes neither losses nor gradients.
 """
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
-from st_moe.config import LossConfig, unknown
+from st_moe import about, schedules
+from st_moe.config import Config
 from st_moe.routing.losses import LOSSES
 
 
@@ -100,30 +101,67 @@ def records(intermediates: Mapping) -> dict[str, list]:
   return {stack: jax.tree.map(join, *rows) for stack, rows in found.items()}
 
 
-def router_terms(by_stack: dict, names: Iterable[str]) -> dict:
+def router_terms(by_stack: dict) -> dict:
   """Losses of all sparse layers: name -> (sums, weights), each [layers]."""
-  stacks = [by_stack[stack]['losses'] for stack in sorted(by_stack)]
+  found = {}
+  for stack in sorted(by_stack):
+    for name, term in by_stack[stack]['losses'].items():
+      found.setdefault(name, []).append(term)
   join = lambda *rows: jnp.concatenate(rows)
-  return {
-    name: jax.tree.map(join, *(losses[name] for losses in stacks))
-    for name in names
-    if stacks
-  }
+  return {name: jax.tree.map(join, *rows) for name, rows in found.items()}
 
 
-def check_names(config: LossConfig) -> None:
-  """Raises for a router loss that nothing computes: `total` would skip it."""
-  for name in config.router:
-    if name not in LOSSES:
-      raise unknown('router loss', name, LOSSES)
+def coefficients(config: Config, step: jax.Array | None) -> dict:
+  """What each term counts at a step: a number, or of routers one a layer.
+
+  float32 [layers], in the order of `router_terms`.
+  """
+  found, model = {}, config.model
+  for stack in sorted(model.stacks):
+    layers = model.plan(stack).num_sparse
+    for part in model.moe_of(stack).losses if layers else ():
+      weight = schedules.value(part.kwargs.get('weight', 1.0), step)
+      rows = jnp.full(layers, weight, jnp.float32)
+      found.setdefault(part.name, []).append(rows)
+  routers = {name: jnp.concatenate(rows) for name, rows in found.items()}
+  return {'cross_entropy': 1.0, 'z_loss': config.loss.z_loss, **routers}
 
 
-def total(terms: Mapping, weights: Mapping, config: LossConfig) -> jax.Array:
-  """The objective: sums of `terms` over the whole batch's `weights`."""
-  share = lambda name: terms[name][0] / jnp.maximum(weights[name], 1)
-  loss = share('cross_entropy') + config.z_loss * share('z_loss')
-  for name, coefficient in config.router.items():
-    if name in terms:  # A dense model has no routers.
-      layers = share(name)
-      loss += coefficient * getattr(layers, config.layers)()
+def weights_of(terms: Mapping) -> dict:
+  """What the sums of terms are divided by."""
+  return {name: weight for name, (_, weight) in terms.items()}
+
+
+def total(
+  terms: Mapping, weights: Mapping, coefficients: Mapping, layers: str
+) -> jax.Array:
+  """The objective: sums of `terms` over the whole batch's `weights`.
+
+  Args:
+    layers: 'sum' or 'mean', over the layers of a router loss.
+  """
+  loss = 0.0
+  for name, coefficient in coefficients.items():
+    if name not in terms:
+      continue
+    summed, weight = terms[name][0], weights[name]
+    joins = about.of(LOSSES.get(name)).joins
+    if joins:
+      loss += coefficient[0] * joins(summed, weight)
+    else:
+      each = coefficient * (summed / jnp.maximum(weight, 1))
+      loss += getattr(each, layers)()
   return loss
+
+
+def check(config: Config) -> None:
+  """Raises for what cannot be added up over microbatches."""
+  if config.microbatches == 1:
+    return
+  for stack in config.model.stacks:
+    for part in config.model.moe_of(stack).losses:
+      if about.of(LOSSES.get(part.name)).joins:
+        raise ValueError(
+          f'The loss {part.name!r} joins all layers and tokens of a batch: it'
+          f' takes microbatches = 1, and not {config.microbatches}.'
+        )

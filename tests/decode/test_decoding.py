@@ -13,6 +13,7 @@ from st_moe.config import Capacity, StackConfig
 from st_moe.decode import decoding
 from st_moe.decode.methods import Contrast, Method
 from st_moe.model.transformer import Transformer
+from st_moe.routing.selectors import dropless
 from st_moe.routing.types import RouteOverride
 from tests.helpers import examples, padded_batch, random_params, tiny
 
@@ -22,7 +23,7 @@ LIMITED = tiny(
   decoder=StackConfig(1, 1, 0, group_size=8),
   moe={'eval_capacity': Capacity(0.5, minimum=1), 'extra_ffn': 'none'},
 )
-MODEL = Transformer(LIMITED.dropless())
+MODEL = Transformer(dropless(LIMITED))
 LENGTH = 6
 _ROWS = examples(LIMITED, [(5, 1), (8, 1), (3, 1), (7, 1)])
 PROMPTS = padded_batch(LIMITED, _ROWS)['encoder_input_tokens']

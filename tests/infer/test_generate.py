@@ -16,6 +16,7 @@ from st_moe.infer import generate
 from st_moe.infer.generate import Generator, Options
 from st_moe.infer.load import Loaded
 from st_moe.model.transformer import Transformer
+from st_moe.routing.selectors import dropless
 from tests.helpers import random_params, tiny
 
 BYTES = vocabulary.load('bytes')
@@ -84,7 +85,7 @@ def test_it_is_what_decoding_says():
   # Scanned, not padded, compiled for itself.
   run = functools.partial(
     decoding.generate,
-    Transformer(CONFIG.dropless()),
+    Transformer(dropless(CONFIG)),
     method=Method(max_length=8),
   )
   found = jax.jit(run)(_params(), ids)
@@ -113,7 +114,7 @@ def test_scores_are_those_of_each_alone():
     ids = np.array([[*BYTES.encode(PROMPTS[n]), 1]], np.int32)
     want = [*BYTES.encode(targets[n]), 1]
     run = functools.partial(
-      decoding.token_logprobs, Transformer(CONFIG.dropless())
+      decoding.token_logprobs, Transformer(dropless(CONFIG))
     )
     alone = jax.jit(run)(_params(), ids, np.array([want], np.int32))[0]
     (answer,) = found[n]

@@ -12,6 +12,7 @@ from st_moe import sharding
 from st_moe.config import Capacity, StackConfig
 from st_moe.infer.questions import Asker, Question, Shape
 from st_moe.model.transformer import Transformer
+from st_moe.routing.selectors import dropless
 from tests.helpers import random_params, tiny
 
 # With a limit of one place per expert, neighbours would move every score.
@@ -20,7 +21,7 @@ CONFIG = tiny(
   decoder=StackConfig(1, 1, 0, group_size=8),
   moe={'eval_capacity': Capacity(0.5, minimum=1), 'extra_ffn': 'none'},
 )
-MODEL = Transformer(CONFIG.dropless())
+MODEL = Transformer(dropless(CONFIG))
 LONGEST = 24
 ROOM = 12
 # So likely in this model that some answers end early and others do not.

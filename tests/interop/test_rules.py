@@ -75,14 +75,14 @@ def test_tokens_with_both_experts_are_those_of_the_dense_layer():
   rng = np.random.default_rng(0)
   x = jnp.asarray(rng.standard_normal((2, 8, 16)), jnp.float32)
   ctx = RouteContext(valid=jnp.full((2, 8), True))
-  params = random_params(MoE(config, 8), x, ctx)
+  params = random_params(MoE(config, config.moe, 8), x, ctx)
   dense = {
     w: {'kernel': kernel['kernel'][0]}
     for w, kernel in params['experts'].items()
   }
   copy = lambda kernel: np.broadcast_to(kernel[:1], kernel.shape)
   params['experts'] = jax.tree.map(copy, params['experts'])
-  y, sown = MoE(config, 8).apply(
+  y, sown = MoE(config, config.moe, 8).apply(
     {'params': params}, x, ctx, mutable=['routing']
   )
   mlp = Mlp(24, 'geglu', 0.0, 1.0, jnp.float32)

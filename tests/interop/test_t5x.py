@@ -16,7 +16,11 @@ from st_moe import paths
 from st_moe.config import Config, Part, StackConfig
 from st_moe.interop import convert, ours, t5x, t5x_orbax
 from st_moe.model.transformer import Transformer
-from tests.helpers import random_params, tiny
+from tests.helpers import (
+  layers,
+  random_params,
+  tiny,
+)
 from tests.interop.make_golden import GOLDEN, batch
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -77,7 +81,7 @@ def test_there_and_back(config, format, tmp_path, monkeypatch):
                 'tie_embeddings', 'vocab_size'):  # fmt: skip
     assert getattr(back.config.model, field) == getattr(config.model, field)
   for stack in config.model.stacks:
-    assert back.config.model.plan(stack) == config.model.plan(stack)
+    assert layers(back.config.model, stack) == layers(config.model, stack)
   if any(config.model.plan(s).num_sparse for s in config.model.stacks):
     k = config.model.moe.selector.kwargs['k']
     assert back.config.model.moe.selector.kwargs['k'] == k

@@ -20,6 +20,7 @@ from st_moe.model import grouped as grouped_module
 from st_moe.model.dispatch import DISPATCHERS, index, mask, per_token
 from st_moe.model.experts import product
 from st_moe.model.grouped import grouped
+from st_moe.model.rows import Room
 from st_moe.routing.seating import seat
 from st_moe.routing.types import Assignment, Seats
 from tests.helpers import jit
@@ -39,6 +40,10 @@ KINDS = {
   'grouped, nothing kept, on a TPU': functools.partial(grouped, block=4),
 }
 every_kind = pytest.mark.parametrize('kind', KINDS)
+
+
+def room(capacity, num_experts=E):
+  return Room(capacity, num_experts, 'auto')
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +125,7 @@ def _compiled(kind, capacity):
   def run(x, weight, bank, seats, dy):
     def forward(x, weight, bank):
       s = seats.replace(weight=weight)
-      return KINDS[kind](x, s, bank, capacity=capacity, num_experts=E)
+      return KINDS[kind](x, s, bank, room(capacity))
 
     y, pull = jax.vjp(forward, x, weight, bank)
     return y, pull(dy)
@@ -238,7 +243,7 @@ def _three_answers(kind, dtype):
   experts = Experts(jnp.array([256, 1, 1], dtype), answer)
   x = jnp.ones((1, 1, 2), dtype)
   run = functools.partial(KINDS[kind], experts=experts)
-  y = jit(functools.partial(run, capacity=1, num_experts=3))(x, seats)
+  y = jit(functools.partial(run, room=room(1, 3)))(x, seats)
   assert set(seen) == {jnp.dtype(dtype)}
   return y
 
@@ -267,7 +272,7 @@ def test_weights_are_not_rounded_to_bfloat16(kind):
   )
   x = jnp.full((1, 1, 1), 1024, jnp.bfloat16)
   same = Experts(jnp.zeros(2), lambda _, xs, expert: xs)
-  run = functools.partial(KINDS[kind], experts=same, capacity=1, num_experts=2)
+  run = functools.partial(KINDS[kind], experts=same, room=room(1, 2))
   y = jit(run)(x, seats)
   assert y.item() == 1023 - 1024
 
@@ -279,7 +284,7 @@ def test_nobody_hears_empty_places(kind):
   _, seats, _, _ = _case(0, 2, 3)
   says = lambda bias, xs, expert: jnp.full(xs.shape, bias[0])
   biased = lambda bias: Experts(jnp.full(E, bias), says)
-  run = functools.partial(KINDS[kind], capacity=3, num_experts=E)
+  run = functools.partial(KINDS[kind], room=room(3))
   answer = lambda bias: run(jnp.ones((G, S, D)), seats, biased(bias))
   y = jit(answer)(7.0)
   heard = (seats.weight * (seats.place >= 0)).reshape(G, S, 2).sum(-1)
@@ -312,7 +317,7 @@ def _one_expert(routes):
 def test_gradients_of_weights_add_up_in_float32():
   # In bfloat16 256 + 1 is 256, and so would be the sum of 1024 ones.
   scaled = lambda w: Experts(w, lambda w, xs, expert: xs * w)
-  run = functools.partial(grouped, capacity=1024, num_experts=1, block=1)
+  run = functools.partial(grouped, room=room(1024, 1), block=1)
   x, w = jnp.ones((1, 1024, 1), jnp.bfloat16), jnp.ones(1, jnp.bfloat16)
   answers = lambda w: run(x, _one_expert(1024), scaled(w)).sum()
   assert jit(jax.grad(answers))(w).item() == 1024
@@ -333,7 +338,7 @@ def test_nothing_is_made_for_every_block(keeps, monkeypatch):
     return memory.temp_size_in_bytes
 
   def answers(x, bank):
-    return grouped(x, _one_expert(n), bank, capacity=n, num_experts=1, block=1)
+    return grouped(x, _one_expert(n), bank, room(n, 1), block=1)
 
   slope = jax.grad(lambda *of: (answers(*of) ** 2).sum(), argnums=(0, 1))
   weights = 2 * d * f * 4
@@ -344,7 +349,7 @@ def test_nothing_is_made_for_every_block(keeps, monkeypatch):
 
 def test_many_at_once():
   x, seats, bank, _ = _case(0, 2, 2)
-  run = functools.partial(grouped, capacity=2, num_experts=E, block=4)
+  run = functools.partial(grouped, room=room(2), block=4)
   many = np.stack([x, 2 * x, -x])
   at_once = jit(jax.vmap(lambda x: run(x, seats, bank)))(many)
   one = jit(run)

@@ -84,7 +84,8 @@ def _layer(dropout=0.0, **changes):
     expert_dropout=dropout,
     train_capacity=Capacity(dropless=True),
   )
-  return MoE(tiny(moe=moe, **changes), 16)
+  config = tiny(moe=moe, **changes)
+  return MoE(config, config.moe, 16)
 
 
 def _inputs(layer):

@@ -73,13 +73,15 @@ def _layer_inputs(rows=16, train=True):
 
 
 def _layer_params(config):
-  params = random_params(MoE(config, 8), *_layer_inputs(train=False))
+  params = random_params(
+    MoE(config, config.moe, 8), *_layer_inputs(train=False)
+  )
   params['router']['kernel'] *= 3
   return params
 
 
 def _answer(config, group_size, params, x, ctx):
-  return MoE(config, group_size).apply(
+  return MoE(config, config.moe, group_size).apply(
     {'params': params}, x, ctx, rngs={'dropout': jax.random.key(3)}
   )
 
@@ -190,7 +192,9 @@ def _lowered(name, function, config=LAYER, rows=16, group_size=8):
     x = jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=sharding.batch_sharding(mesh)
     )
-    boxed = boxed_shapes(MoE(config, 8), *_layer_inputs(train=False))
+    boxed = boxed_shapes(
+      MoE(config, config.moe, 8), *_layer_inputs(train=False)
+    )
     params = jax.tree.map(
       lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s),
       params,
@@ -321,7 +325,7 @@ def test_weights_and_activations_share_no_name():
 
 
 def test_what_lies_where():
-  boxed = boxed_shapes(MoE(LAYER, 8), *_layer_inputs(train=False))
+  boxed = boxed_shapes(MoE(LAYER, LAYER.moe, 8), *_layer_inputs(train=False))
   spec = lambda s: tuple(s.spec)
 
   def specs(name):

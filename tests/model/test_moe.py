@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from st_moe.config import Capacity, MoEConfig, Part
+from st_moe.model.dispatch import fitting
 from st_moe.model.moe import MoE, into_groups
+from st_moe.routing.selectors import dropless
 from st_moe.routing.types import RouteContext
 from tests.helpers import (
   jit,
@@ -42,7 +44,7 @@ def _compiled(config, group_size, train):
   """(params, x, valid, key) -> (y, what was sown)."""
 
   def run(params, x, valid, key):
-    return MoE(config, group_size).apply(
+    return MoE(config, config.moe, group_size).apply(
       {'params': params},
       x,
       _ctx(valid, train=train),
@@ -55,7 +57,9 @@ def _compiled(config, group_size, train):
 
 def _params(config, seed=0, d=D):
   x = jnp.zeros((B, L, d))
-  params = random_params(MoE(config, 8), x, _ctx(_valid()), seed=seed)
+  params = random_params(
+    MoE(config, config.moe, 8), x, _ctx(_valid()), seed=seed
+  )
   params['router']['kernel'] *= 3  # Clear preferences.
   return params
 
@@ -251,15 +255,15 @@ def test_dropless_drops_nothing():
   ]
   # 2 places at either expert in each of 3 groups, for 48 routes.
   assert gauge(config) == [48 - 12, 48]
-  assert gauge(config.dropless()) == [0, 48]
+  assert gauge(dropless(config)) == [0, 48]
 
 
 def test_auto_takes_the_dispatcher_that_fits():
-  ctx, expert = _ctx(_valid()), np.zeros((1, 4), np.int32)
+  expert = np.zeros((1, 4), np.int32)
 
   def auto(expert=expert, **moe):
     seats = types.SimpleNamespace(expert=expert)
-    return MoE(tiny(moe=moe), 8)._dispatcher(seats, ctx).name
+    return fitting(tiny(moe=moe).moe, seats, deterministic=True).name
 
   dropless = Capacity(dropless=True)
   assert auto() == 'index'
@@ -268,7 +272,7 @@ def test_auto_takes_the_dispatcher_that_fits():
   # Three routes among four experts: as few as in a step of decoding.
   assert auto(expert[:, :3], eval_capacity=dropless) == 'per_token'
   assert auto(train_capacity=Capacity(dropless=True)) == 'index'
-  assert auto(dispatcher='mask') == 'mask'
+  assert auto(dispatcher=Part('mask')) == 'mask'
 
 
 def test_jitter_is_for_the_router_in_training():
@@ -320,7 +324,10 @@ def test_expert_dropout_is_not_the_dropout_of_the_model():
   assert moved(0.0, 0.5)
   assert not moved(0.5, 0.0)
   # None follows the model; a number stands for itself, zero too.
-  rates = [config(0.5, expert).expert_dropout for expert in (None, 0.0, 0.2)]
+  rates = [
+    (cfg := config(0.5, expert)).expert_dropout(cfg.moe)
+    for expert in (None, 0.0, 0.2)
+  ]
   assert rates == [0.5, 0.0, 0.2]
   # Never in evaluation.
   quiet = _run(config(0.5, 0.5), params, x)[0]
@@ -330,7 +337,7 @@ def test_expert_dropout_is_not_the_dropout_of_the_model():
 def test_multiplicative_bias_starts_as_no_op():
   plain, biased = tiny(), tiny(moe={'multiplicative_bias': True})
   x, ctx = jnp.asarray(_x()), _ctx(_valid())
-  init = jit(lambda key: MoE(biased, 8).init(key, x, ctx)['params'])
+  init = jit(lambda key: MoE(biased, biased.moe, 8).init(key, x, ctx)['params'])
   boxed = init(jax.random.key(0))['experts']['multiplicative_bias']
   assert boxed.names == ('expert', 'expert_mlp')
   np.testing.assert_array_equal(boxed.value, np.ones((4, 24)))
@@ -345,7 +352,7 @@ def test_experts_are_drawn_independently():
   # std sqrt(0.1 / fan-in) of one expert, however many the bank holds.
   config = tiny(moe={'num_experts': 8}, init_scale=0.1, mlp_dim=400)
   x, ctx = jnp.asarray(_x()), _ctx(_valid())
-  init = jit(lambda key: MoE(config, 8).init(key, x, ctx)['params'])
+  init = jit(lambda key: MoE(config, config.moe, 8).init(key, x, ctx)['params'])
   bank = init(jax.random.key(0))['experts']
   for name, fan_in in [('wi_0', 16), ('wi_1', 16), ('wo', 400)]:
     kernel = np.asarray(bank[name]['kernel'].value)
@@ -397,7 +404,7 @@ def test_only_who_asks_gets_the_routing():
   config = tiny()
   params, x = _params(config), jnp.asarray(_x())
   sown = lambda *names: jax.eval_shape(
-    lambda: MoE(config, 8).apply(
+    lambda: MoE(config, config.moe, 8).apply(
       {'params': params}, x, _ctx(_valid()), mutable=list(names)
     )[1]
   )
@@ -407,7 +414,9 @@ def test_only_who_asks_gets_the_routing():
   assert sown() == {}
   # Not at birth: a collection there would become part of the model.
   born = jax.eval_shape(
-    lambda: MoE(config, 8).init(jax.random.key(0), x, _ctx(_valid()))
+    lambda: MoE(config, config.moe, 8).init(
+      jax.random.key(0), x, _ctx(_valid())
+    )
   )
   assert set(born) == {'params'}
 
@@ -468,5 +477,7 @@ def test_names_that_are_not_in_the_tables(changes, message):
   with pytest.raises(ValueError, match=message):
     config = with_moe(tiny(), **changes)
     jax.eval_shape(
-      lambda: MoE(config, 8).init(jax.random.key(0), _x(), _ctx(_valid()))
+      lambda: MoE(config, config.moe, 8).init(
+        jax.random.key(0), _x(), _ctx(_valid())
+      )
     )

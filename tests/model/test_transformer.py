@@ -15,6 +15,7 @@ from st_moe.config import Capacity, ModelConfig, MoEConfig, Part, StackConfig
 from st_moe.model.attention import relative_bucket
 from st_moe.model.moe import MoE
 from st_moe.model.transformer import Layer, Transformer
+from st_moe.routing.selectors import dropless
 from st_moe.routing.types import RouteContext
 from tests.helpers import (
   assert_trees_close,
@@ -33,9 +34,9 @@ from tests.helpers import (
 # The smallest that do: every layer sparse, twice over, or one a stack.
 DECODER_ONLY = tiny(encoder=None, decoder=StackConfig(2, 1, 0, 8))
 ENCODER_ONLY = tiny(decoder=None)
-SHALLOW = tiny(
-  encoder=StackConfig(1, 1, 0, 16), decoder=StackConfig(1, 1, 0, 8)
-).dropless()
+SHALLOW = dropless(
+  tiny(encoder=StackConfig(1, 1, 0, 16), decoder=StackConfig(1, 1, 0, 8))
+)
 
 
 def _batch(config, **kw):
@@ -182,8 +183,8 @@ def test_flops_are_those_of_the_traced_products(config):
     {'params': p}, **batch, rngs={'dropout': jax.random.key(0)}
   )
   traced = _dot_flops(jax.make_jaxpr(run)(params).jaxpr)
-  # f and p of two balance losses are four small products, and position biases
-  # are chosen by one: nobody counts those.
+  # f and p of the balance loss are two small products, and position biases are
+  # chosen by one: nobody counts those.
   chosen = 2 * config.num_heads * config.relpos_buckets
   biases = sum(
     chosen * n * n
@@ -192,7 +193,7 @@ def test_flops_are_those_of_the_traced_products(config):
   )
   tokens = {'encoder': 16, 'decoder': 8}
   losses = sum(
-    config.plan(stack).num_sparse * 4 * 2 * tokens[stack] * 4
+    config.plan(stack).num_sparse * 2 * 2 * tokens[stack] * 4
     for stack in config.stacks
   )
   assert traced - losses - biases == 2 * counts.forward_flops(config, 8, 4)
@@ -205,7 +206,7 @@ def test_the_dense_twin_costs_what_the_sparse_model_does():
   )
   # All but the routers: 12 layers of 2 d e FLOPs a token.
   assert sparse - twin == 2 * 5120 * 64 * 6 * (512 + 114)
-  assert config.plan('encoder').layers[3][1].mlp_dim == 20480 * 1.25
+  assert config.plan('encoder').layers[3][1].dim == 20480 * 1.25
 
 
 # What it may see.
@@ -215,7 +216,7 @@ def test_the_dense_twin_costs_what_the_sparse_model_does():
 def test_no_token_hears_of_later_ones(dispatcher):
   """Dropless: with places to run out of, later first choices displace earlier
   second ones (facts 13.8), which `test_selectors` shows."""
-  config = with_moe(DECODER_ONLY.dropless(), dispatcher=dispatcher)
+  config = with_moe(dropless(DECODER_ONLY), dispatcher=dispatcher)
   params = _params(config)['decoder']
   model = Transformer(config)
   ctx = RouteContext(valid=jnp.full((1, 6), True))

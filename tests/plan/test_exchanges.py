@@ -98,7 +98,7 @@ def test_what_fsdp_gathers():
   gathered = expected['all-gather', ('fsdp',)]
   # Of the banks alone, which lie along `expert` anyway: 4 layers x 3 matrices,
   # half of each here, for two passes.
-  bank = 16 * CONFIG.model.expert_dim * 4
+  bank = 16 * CONFIG.model.expert_dim(CONFIG.model.moe) * 4
   assert gathered.sent == 2 * SPARSE * 3 * bank / 2
   scattered = expected['reduce-scatter', ('fsdp',)]
   assert scattered.sent == pytest.approx(gathered.sent / 2)

@@ -87,7 +87,8 @@ def test_two_there_and_two_back(group_size, transport):
   pytest.importorskip('libtpu', reason='jax[tpu] is not installed')
   plan_flags.prepare()
   moe = {'selector': Part.of('top_k', k=2), 'transport': transport}
-  layer = MoE(tiny(moe={**moe, 'num_experts': 16}), group_size)
+  config = tiny(moe={**moe, 'num_experts': 16})
+  layer = MoE(config, config.moe, group_size)
   mesh = sharding.make_mesh(expert=16, devices=topology.devices('v5e:4x4'))
   x = jnp.zeros((16, group_size, 16))
   ctx = RouteContext(valid=jnp.ones(x.shape[:2], bool))
@@ -118,7 +119,7 @@ def test_a_loop_counts_the_rows_that_sit_here():
   calm = Part.of('top_k', k=2, train_policy='all')
   moe = {'selector': calm, 'dispatcher': 'grouped', 'num_experts': 16}
   model = tiny(moe=moe, activation='relu')
-  layer = MoE(model, 128)
+  layer = MoE(model, model.moe, 128)
   mesh = sharding.make_mesh(expert=16, devices=topology.devices('v5e:4x4'))
   x = jnp.zeros((128, 128, 16))
   ctx = RouteContext(valid=jnp.ones(x.shape[:2], bool), deterministic=False)

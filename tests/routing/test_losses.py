@@ -16,7 +16,7 @@ from st_moe.routing.losses import (
   router_z,
 )
 from st_moe.routing.selectors import top_k
-from st_moe.routing.types import RouteContext, Scores
+from st_moe.routing.types import RouteContext, Routed, Scores
 from tests.helpers import jit
 
 E, S, K = 4, 6, 2
@@ -24,8 +24,9 @@ E, S, K = 4, 6, 2
 
 def _route(logits, valid, capacity=99, k=K):
   ctx = RouteContext(valid=jnp.asarray(valid))
-  scores = Scores(logits, logits, jax.nn.softmax(logits))
-  return scores, top_k(scores, ctx, rng=None, capacity=capacity, k=k), ctx
+  scores = Scores.of(logits)
+  seats = top_k(scores, ctx, None, capacity, k=k)
+  return Routed(None, scores, seats, ctx, None, {})
 
 
 def _pair(loss, logits, valid=None, **kw):
@@ -36,7 +37,7 @@ def _pair(loss, logits, valid=None, **kw):
 
 @functools.cache
 def _compiled(loss, **kw):
-  return jit(lambda logits, valid: loss(*_route(logits, valid, **kw)))
+  return jit(lambda logits, valid: loss(_route(logits, valid, **kw)))
 
 
 def _value(loss, logits, valid=None, **kw):
@@ -110,7 +111,7 @@ def test_balance_is_per_group():
 def test_gradient_flows_through_the_mean_probability_alone():
   logits = jnp.log(jnp.array([[[0.8, 0.2], [0.6, 0.4]]]))
   valid = np.full((1, 2), True)
-  loss = lambda l: load_balance(*_route(l, valid, k=1))[0] / 2
+  loss = lambda l: load_balance(_route(l, valid, k=1))[0] / 2
   slope = jit(jax.grad(loss))(logits)
   # loss = 2 * mean p_0, and d p_0 / d l_0 = p_0 (1 - p_0).
   np.testing.assert_allclose(
@@ -164,7 +165,7 @@ def tokens():
 def losses_and_slopes(request, tokens):
   """(value, gradient) of a loss of arranged logits, and of them as they are."""
   logits, valid = tokens
-  pair = lambda l, v: LOSSES[request.param](*_route(l, v, capacity=3))
+  pair = lambda l, v: LOSSES[request.param](_route(l, v, capacity=3))
 
   def measure(arrange):
     """`arrange` makes a list of (logits, valid); sums and weights add up."""

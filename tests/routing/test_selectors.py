@@ -48,7 +48,7 @@ def test_switch_weighs_by_the_full_softmax():
 
   def weight(logits):
     scores = Scores(logits, logits, jax.nn.softmax(logits))
-    return top_k(scores, _ctx(1), rng=None, capacity=1, k=1).weight.sum()
+    return top_k(scores, _ctx(1), None, 1, k=1).weight.sum()
 
   slope = jit(jax.grad(weight))(jnp.log(jnp.array([[[0.2, 0.5, 0.3]]])))
   # d p_1 / d logits = p_1 (delta - p).
@@ -202,7 +202,7 @@ def test_choice_follows_select_and_weight_follows_probs():
   # A biased gate: expert 2 is chosen although its probability is least.
   scores = _scores([[0.5, 0.3, 0.2]])
   scores = scores.replace(select=jnp.array([[[0.0, 1.0, 9.0]]]))
-  seats = top_k(scores, _ctx(1), rng=None, capacity=1, k=2)
+  seats = top_k(scores, _ctx(1), None, 1, k=2)
   np.testing.assert_array_equal(seats.expert, [[2, 1]])
   np.testing.assert_allclose(seats.weight, [[0.4, 0.6]], rtol=1e-6)
 

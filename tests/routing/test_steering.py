@@ -10,15 +10,18 @@ from st_moe import paths
 from st_moe.config import Part, StackConfig
 from st_moe.model.transformer import Transformer
 from st_moe.routing import steering
+from st_moe.routing.selectors import dropless
 from st_moe.routing.types import RouteOverride, Scores
 from tests.helpers import examples, jit, padded_batch, random_params, tiny
 
 # Sparse are layers 1 and 3 of the encoder, 0 and 1 of the decoder.
-CONFIG = tiny(
-  encoder=StackConfig(4, 2, 1, group_size=16),
-  decoder=StackConfig(2, 1, 0, group_size=8),
-  moe={'selector': Part.of('top_k', k=2), 'extra_ffn': 'none'},
-).dropless()
+CONFIG = dropless(
+  tiny(
+    encoder=StackConfig(4, 2, 1, group_size=16),
+    decoder=StackConfig(2, 1, 0, group_size=8),
+    moe={'selector': Part.of('top_k', k=2), 'extra_ffn': 'none'},
+  )
+)
 BATCH = padded_batch(CONFIG, examples(CONFIG))
 
 
@@ -131,7 +134,7 @@ def test_weights_are_shared_among_those_left():
   logits = np.array([[[2.0, 1.0, 0.5, -1.0]]], np.float32)
   scores = Scores(logits, logits, jax.nn.softmax(logits))
   bias = np.array([0, -np.inf, 0, 0], np.float32)
-  steered = scores.biased(bias)
+  steered = scores.steered(RouteOverride(bias))
   left = np.exp([2.0, 0.5, -1.0])
   np.testing.assert_allclose(
     steered.probs[0, 0, [0, 2, 3]], left / left.sum(), rtol=1e-6
@@ -143,9 +146,9 @@ def test_weights_are_shared_among_those_left():
 def test_an_expert_whose_rivals_had_no_chance():
   logits = np.array([[[120.0, 0.0, -3.0]]], np.float32)
   scores = Scores(logits, logits, jax.nn.softmax(logits))
-  off = scores.biased(np.array([-np.inf, 0, 0], np.float32))
+  off = scores.steered(RouteOverride(np.array([-np.inf, 0, 0], np.float32)))
   assert np.isfinite(off.probs).all() and off.probs[0, 0, 0] == 0
-  on = scores.biased(np.array([0, 1e4, 0], np.float32))
+  on = scores.steered(RouteOverride(np.array([0, 1e4, 0], np.float32)))
   np.testing.assert_array_equal(on.probs[0, 0], [0, 1, 0])
 
 

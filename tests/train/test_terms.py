@@ -3,14 +3,13 @@
 import dataclasses
 import functools
 import math
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from st_moe.config import LossConfig, StackConfig
+from st_moe.config import Config, MoEConfig, Part, StackConfig
 from st_moe.model.transformer import Transformer
 from st_moe.paths import unroll
 from st_moe.train import terms as terms_lib
@@ -114,8 +113,10 @@ _TERMS = {
 _WEIGHTS = {name: weight for name, (_, weight) in _TERMS.items()}
 
 
-def _total(terms=_TERMS, weights=_WEIGHTS, **changes):
-  return float(terms_lib.total(terms, weights, LossConfig(**changes)))
+def _total(terms=_TERMS, weights=_WEIGHTS, *, layers='sum', **changes):
+  counts = {'z_loss': 1e-4, 'load_balance': 1e-2, 'router_z': 1e-3, **changes}
+  counts = {'cross_entropy': 1.0, **counts}
+  return float(terms_lib.total(terms, weights, counts, layers))
 
 
 def test_total_by_hand():
@@ -124,7 +125,7 @@ def test_total_by_hand():
   # The mean of two layers is half of their sum.
   expected = 2 + 5e-4 + 1.25e-2 + 0.6e-2
   assert _total(layers='mean') == pytest.approx(expected, rel=1e-6)
-  assert _total(z_loss=0.0, router={'router_z': 1.0}) == pytest.approx(14)
+  assert _total(z_loss=0.0, load_balance=0.0, router_z=1.0) == pytest.approx(14)
 
 
 def test_total_divides_by_the_weights_of_the_whole_batch():
@@ -154,20 +155,27 @@ def test_a_batch_of_padding_costs_nothing():
 
 
 def test_a_dense_model_has_no_router_terms():
-  assert (
-    terms_lib.records({}) == {}
-    and terms_lib.router_terms({}, ['router_z']) == {}
-  )
+  assert terms_lib.records({}) == {} and terms_lib.router_terms({}) == {}
   terms = {k: _TERMS[k] for k in ('cross_entropy', 'z_loss')}
   weights = {k: _WEIGHTS[k] for k in terms}
   assert _total(terms, weights) == pytest.approx(2 + 5e-4)
 
 
-def test_a_router_loss_that_nothing_computes_is_named():
-  terms_lib.check_names(LossConfig())
-  message = "Unknown router loss 'router_zz'. Did you mean 'router_z'?"
-  with pytest.raises(ValueError, match=re.escape(message)):
-    terms_lib.check_names(LossConfig(router={'router_zz': 1.0}))
+def test_a_weight_may_change_with_the_step_and_from_stack_to_stack():
+  falling = dict(name='linear', start=1.0, end=0.0, steps=10)
+  moe = MoEConfig(4, losses=(Part.of('router_z', weight=falling),))
+  own = MoEConfig(4, losses=(Part.of('router_z', weight=3.0),))
+  model = tiny(
+    moe=moe,
+    encoder=StackConfig(4, 2, 1),
+    decoder=StackConfig(2, 2, 1, moe=own),
+  )
+  found = terms_lib.coefficients(Config(model=model), jnp.int32(5))
+  assert found['cross_entropy'] == 1 and found['z_loss'] == 1e-4
+  # The decoder's one sparse layer, then the encoder's two.
+  np.testing.assert_allclose(found['router_z'], [3, 0.5, 0.5])
+  end = terms_lib.coefficients(Config(model=model), None)
+  np.testing.assert_allclose(end['router_z'], [3, 0, 0])
 
 
 def _record(layer):
@@ -197,9 +205,7 @@ def test_records_stand_in_the_order_of_the_layers():
     assert list(found) == ['encoder', 'decoder']
     load = found['encoder']['load']
     assert load.tolist() == [[2, 102], [6, 106], [10, 110]]
-    sums, weights = terms_lib.router_terms(found, ['load_balance'])[
-      'load_balance'
-    ]
+    sums, weights = terms_lib.router_terms(found)['load_balance']
     # Stacks by name, whatever the order they ran in.
     assert sums.tolist() == [50, 2, 6, 10]
     assert weights.tolist() == [500, 20, 60, 100]

@@ -1,0 +1,3 @@
+"""Scores to scores: `f(scores, ctx, rng, kept, *, ...) -> Scores`."""
+
+SHAPING = {}
