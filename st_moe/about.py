@@ -21,10 +21,15 @@ class About:
   # State that is a parameter no optimizer moves: its name, its axes as letters
   # ('e': one number an expert).
   keeps: tuple[tuple[str, str], ...] = ()
-  needs: tuple[str, ...] = ()  # What else of a context: 'task', 'before'.
+  # What else of a context: 'task', 'before'; likewise.
+  needs: tuple[str, ...] | Callable[..., tuple[str, ...]] = ()
+  # Of a loss that needs the batch in one piece: no microbatches; likewise.
+  whole: bool | Callable[..., bool] = False
   # Of a loss that layers do not have one by one: (sums, weights), each
-  # [layers], to what is minimised.
+  # [layers], to what is minimised. It is `whole`.
   joins: Callable | None = None
+  # fits(model, moe, *, ...) raises a ValueError for a model it is not made for.
+  fits: Callable | None = None
 
 
 def about(**said):
@@ -44,6 +49,9 @@ def of(entry) -> About:
     options = {**entry.keywords, **options}
     entry = entry.func
   found = getattr(entry, 'about', About())
-  if callable(found.causal):
-    found = dataclasses.replace(found, causal=found.causal(**options))
-  return found
+  settled = {
+    name: value(**options)
+    for name in ('causal', 'needs', 'whole')
+    if callable(value := getattr(found, name))
+  }
+  return dataclasses.replace(found, **settled) if settled else found

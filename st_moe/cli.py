@@ -357,10 +357,11 @@ def _load(flags, overrides):
   config = config_file.load(flags.config, overrides, base=base)
   # What stands in tables of mechanisms, which a config does not know.
   from st_moe.model import parts
-  from st_moe.train import terms
+  from st_moe.train import after, terms
 
   parts.check(config.model)
   terms.check(config)
+  after.rules_after(config.optimizer)
   return config
 
 

@@ -549,6 +549,8 @@ class OptimizerConfig(Checked):
   b2: Annotated[float, Range(0, 1, below=True)] = 0.999
   # Of either, times the learning rate.
   weight_decay: AtLeast0 = 0.0
+  # Rules for parameters after the update (`train/after.py`), in turn.
+  after: Parts = ()
   # A step whose loss or gradients are not finite is not applied; so many in a
   # row end the run.
   max_bad_steps: Count = 10

@@ -372,7 +372,7 @@ def to_json(config: config_lib.Config) -> str:
 
 
 # Fields whose order counts.
-CHAINS = ('shaping', 'weighing')
+CHAINS = ('shaping', 'weighing', 'after')
 
 
 def diff(a: Mapping, b: Mapping, path: str = '') -> list[str]:
@@ -426,7 +426,7 @@ def find(name: str) -> pathlib.Path:
       f'The config {name} is no file. One of Python is needed, with'
       ' get_config(arg); `st-moe list configs` shows some.'
     )
-  known = {f'configs/{p.name}': p for p in shipped()}
+  known = {f'configs/{p.relative_to(_CONFIGS)}': p for p in shipped()}
   for spelling in (name, f'configs/{name}'):
     if spelling in known:
       return known[spelling]
@@ -435,7 +435,23 @@ def find(name: str) -> pathlib.Path:
 
 def shipped() -> list[pathlib.Path]:
   """The config files that come with the package."""
-  return sorted(_CONFIGS.glob('*.py'))
+  return [*sorted(_CONFIGS.glob('*.py')), *methods()]
+
+
+def methods() -> list[pathlib.Path]:
+  """One config for each mechanism of the literature."""
+  return sorted(_CONFIGS.glob('methods/*.py'))
+
+
+def base_of_method(arg: str | None, name: str = 'st_moe_tiny.py'):
+  """(the base of a config of `configs/methods`, whether it asks for no more).
+
+  Its argument is that of the base; with 'base' in it, the method stays out:
+  what the file changes is what the two differ by.
+  """
+  words = [word for word in (arg or '').split(',') if word]
+  rest = ','.join(word for word in words if word != 'base')
+  return _made(_CONFIGS / name, rest), 'base' in words
 
 
 def summary(path: pathlib.Path) -> str:
@@ -527,6 +543,19 @@ _LARGEST = 2**20  # Bytes of a config file. More is something else.
 
 def _values(path: pathlib.Path, arg: str) -> dict:
   """What the `get_config` of a file returns, as plain dicts."""
+  config = _made(path, arg)
+  with blamed(path):
+    values = config.to_dict() if hasattr(config, 'to_dict') else config
+  if not isinstance(values, Mapping):
+    raise ValueError(
+      f'{path}: get_config returned {shown(config)}, and not the ConfigDict or'
+      ' dict it made.'
+    )
+  return dict(values)
+
+
+def _made(path: pathlib.Path, arg: str):
+  """What the `get_config` of a file returns."""
   if path.suffix != '.py' or path.stat().st_size > _LARGEST:
     raise ValueError(
       f'The config {path} is no file of Python with get_config(arg); `st-moe'
@@ -548,14 +577,7 @@ def _values(path: pathlib.Path, arg: str) -> dict:
       ' of --config=FILE:ARG, or None: write `def get_config(arg=None)`.'
     ) from None
   with blamed(path):
-    config = make(arg or None)
-    values = config.to_dict() if hasattr(config, 'to_dict') else config
-  if not isinstance(values, Mapping):
-    raise ValueError(
-      f'{path}: get_config returned {shown(config)}, and not the ConfigDict or'
-      ' dict it made.'
-    )
-  return dict(values)
+    return make(arg or None)
 
 
 @contextlib.contextmanager

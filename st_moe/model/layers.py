@@ -56,6 +56,20 @@ def sums_dtype(config: ModelConfig) -> jnp.dtype:
   return jnp.dtype(jnp.float32)
 
 
+def keep(
+  module: nn.Module, name: str, shape, init=nn.initializers.zeros
+) -> jax.Array:
+  """State across steps: a float32 parameter that no optimizer moves.
+
+  It is `kept_NAME` in the scope of `module`, whole on every device. Small whole
+  numbers stand in it as they are, below 2 ** 24.
+  """
+  born = annotate(init, (None,) * len(shape))
+  return jax.lax.stop_gradient(
+    module.param(f'kept_{name}', born, shape, jnp.float32)
+  )
+
+
 def light(function):
   """`function`, of which the backward pass keeps the arguments alone.
 

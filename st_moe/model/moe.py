@@ -11,10 +11,10 @@ from st_moe import about, sharding
 from st_moe.config import ModelConfig, MoEConfig, Part
 from st_moe.model import parts
 from st_moe.model.dispatch import fitting
+from st_moe.model.layers import keep
 from st_moe.model.rows import Room, into_groups
 from st_moe.routing.losses import gauges
 from st_moe.routing.types import RouteContext, Routed
-from st_moe.sharding import annotate
 
 
 class MoE(nn.Module):
@@ -73,7 +73,8 @@ def decide(module, moe: MoEConfig, x, ctx: RouteContext, experts, room: Room):
   with jax.named_scope('router'):
     for part in moe.shaping:
       keeps = about.of(parts.choose('shaping', part)).keeps
-      kept = {n: keep(module, n, moe, axes) for n, axes in keeps}
+      size = {'e': moe.num_experts}
+      kept = {n: keep(module, n, [size[a] for a in axes]) for n, axes in keeps}
       scores = through('shaping', part, scores, kept)
     scores = scores.steered(ctx.override)
     seats = through('selector', moe.selector, scores, room.capacity)
@@ -81,15 +82,6 @@ def decide(module, moe: MoEConfig, x, ctx: RouteContext, experts, room: Room):
     for part in moe.weighing:
       heard = through('weighing', part, heard)
   return scores, seats, heard
-
-
-def keep(module: nn.Module, name: str, moe: MoEConfig, axes: str) -> jax.Array:
-  """State across steps: a parameter that no optimizer moves, born 0."""
-  zeros = annotate(nn.initializers.zeros, (None,) * len(axes))
-  shape = tuple({'e': moe.num_experts}[axis] for axis in axes)
-  return jax.lax.stop_gradient(
-    module.param(f'kept_{name}', zeros, shape, jnp.float32)
-  )
 
 
 def record(module: nn.Module, moe: MoEConfig, routed: Routed) -> None:
@@ -100,6 +92,8 @@ def record(module: nn.Module, moe: MoEConfig, routed: Routed) -> None:
     'losses': {p.name: parts.choose('losses', p)(routed) for p in moe.losses},
     'gauges': gauges(routed),
     'load': seats.load.sum(0),
+    # Routes that were asked for, by expert: what balance is about.
+    'wanted': seats.chosen(routed.ctx.valid.shape[1]).sum((0, 1)),
   }
   module.sow('intermediates', 'record', found, reduce_fn=replace)
   if not module.is_initializing():  # Or it would be born a variable.

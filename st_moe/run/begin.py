@@ -22,6 +22,7 @@ from st_moe.model.transformer import Transformer
 from st_moe.run import profile as profiles
 from st_moe.run import workdir as workdirs
 from st_moe.train import optimizer, sizes, terms
+from st_moe.train.after import rules_after
 from st_moe.train.state import Start, TrainState, parameter_axes, starting
 
 
@@ -70,14 +71,15 @@ def settle(
   )
   sizes.check(config, mesh)
   sizes.check_padding(config, mesh)
-  parts.check(config.model)
   terms.check(config)
+  rules_after(config.optimizer)
   if config.init and config.init_take != 'architecture':
     rules.named(config.init_take, config.init_rules)
   pipeline.check(config.data, ('train', config.evaluate.split))
   init = _opened(config, run)
   vocab = find_vocabulary(config, workdir, run, init)
   sized = with_vocabulary_size(config, vocab)
+  parts.check(sized.model)
   model = Transformer(sized.model)
   with sharding.use(mesh):
     tx = optimizer.make(config.optimizer, parameter_axes(model))

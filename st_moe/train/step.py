@@ -8,6 +8,7 @@ import optax
 
 from st_moe import paths, schedules, sharding
 from st_moe.config import Config, ModelConfig
+from st_moe.train.after import rules_after
 from st_moe.train.state import TrainState
 from st_moe.train.terms import (
   coefficients,
@@ -15,6 +16,7 @@ from st_moe.train.terms import (
   router_terms,
   token_terms_of,
   total,
+  wanted,
   weights_of,
 )
 
@@ -39,7 +41,7 @@ def targets_of(batch: dict, config: ModelConfig):
 
 
 def forward(model, config: Config, params, batch, *, rng, step=None):
-  """Terms of the loss, and what the routers recorded.
+  """Terms of the loss; what routers recorded, by stack; what rules ask for.
 
   Args:
     rng: of dropout and routing noise; None evaluates.
@@ -54,7 +56,11 @@ def forward(model, config: Config, params, batch, *, rng, step=None):
     rngs=None if rng is None else {'dropout': rng},
     mutable=['intermediates'],
   )
-  by_stack = records(sown.get('intermediates', {}))
+  sown = sown.get('intermediates', {})
+  by_stack, asked = (
+    records(sown),
+    wanted(sown) if config.optimizer.after else {},
+  )
   terms = token_terms_of(
     lambda x: model.apply(variables, x, method='project'),
     x,
@@ -62,7 +68,7 @@ def forward(model, config: Config, params, batch, *, rng, step=None):
     positions=config.loss.positions,
     label_smoothing=config.loss.label_smoothing if rng is not None else 0.0,
   )
-  return {**terms, **router_terms(by_stack)}, by_stack
+  return {**terms, **router_terms(by_stack)}, by_stack, asked
 
 
 def make_train_step(model, optimizer, config: Config):
@@ -71,6 +77,7 @@ def make_train_step(model, optimizer, config: Config):
   What `optimizer.train` does not name is frozen: it has no gradient.
   """
   schedule = schedules.learning_rate(config.optimizer)
+  after = rules_after(config.optimizer)
 
   def train_step(state: TrainState, batch: dict):
     rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -81,7 +88,7 @@ def make_train_step(model, optimizer, config: Config):
       model.as_read(state.params), config.optimizer.train
     )
     of_trained = functools.partial(objective, model, config, read_frozen)
-    grads, terms, by_stack = _gradients(
+    grads, terms, by_stack, asked = _gradients(
       of_trained, read, state.step, batch, rng, config.microbatches
     )
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
@@ -99,6 +106,7 @@ def make_train_step(model, optimizer, config: Config):
     grads = jax.tree.map(lambda g: jnp.where(good, g, 0), grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, trained)
     params = paths.merge(optax.apply_updates(trained, updates), frozen)
+    params = after(state.params, params, asked, state.step)
     norms['l2_updates'] = optax.tree.norm(updates)
     # The schedule counts the updates, not the steps that were skipped.
     rate = schedule(state.opt_state[-1].count)
@@ -127,15 +135,15 @@ def objective(model, config, frozen, trained, batch, rng, step, weights=None):
     weights: that the sums of the terms are divided by; None: their own.
   """
   params = paths.merge(trained, frozen)
-  terms, by_stack = forward(model, config, params, batch, rng=rng, step=step)
+  terms, *found = forward(model, config, params, batch, rng=rng, step=step)
   weights = weights_of(terms) if weights is None else weights
   counts = coefficients(config, step)
   loss = total(terms, weights, counts, config.loss.layers)
-  return loss, (terms, by_stack)
+  return loss, (terms, *found)
 
 
 def _gradients(objective, params, step, batch, rng, microbatches):
-  """Gradients, terms and records of a whole batch."""
+  """Gradients of a whole batch, and what `forward` found."""
   grad = jax.grad(objective, has_aux=True)
   if microbatches == 1:
     grads, found = grad(params, batch, rng, step)
@@ -150,7 +158,7 @@ def _gradients(objective, params, step, batch, rng, microbatches):
   # Weights first: they depend on the tokens alone, so the compiler drops the
   # rest of this forward pass, and every microbatch divides by the same totals.
   def weigh(part):
-    _, (terms, _) = objective(params, *part, step)
+    _, (terms, *_) = objective(params, *part, step)
     return weights_of(terms)
 
   weights = jax.tree.map(lambda w: w.sum(0), jax.lax.map(weigh, parts))
@@ -165,8 +173,8 @@ def _gradients(objective, params, step, batch, rng, microbatches):
   )
   sums = lambda a: jnp.float32 if a.dtype == jnp.bfloat16 else a.dtype
   zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, sums(a)), shapes)
-  (grads, terms, by_stack), _ = jax.lax.scan(add, (zeros[0], *zeros[1]), parts)
-  return grads, terms, by_stack
+  found, _ = jax.lax.scan(add, (zeros[0], *zeros[1]), parts)
+  return found
 
 
 def summary(terms: dict, by_stack: dict) -> dict:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from st_moe import about, schedules
+from st_moe import about, paths, schedules
 from st_moe.config import Config
 from st_moe.routing.losses import LOSSES
 
@@ -101,6 +101,16 @@ def records(intermediates: Mapping) -> dict[str, list]:
   return {stack: jax.tree.map(join, *rows) for stack, rows in found.items()}
 
 
+def wanted(intermediates: Mapping) -> dict[str, jax.Array]:
+  """Routes asked for, float32 [..., e], by the path of each sparse module."""
+  end = '/record/wanted'
+  return {
+    path.removesuffix(end): leaf
+    for path, leaf in paths.by_path(intermediates).items()
+    if path.endswith(end)
+  }
+
+
 def router_terms(by_stack: dict) -> dict:
   """Losses of all sparse layers: name -> (sums, weights), each [layers]."""
   found = {}
@@ -160,8 +170,10 @@ def check(config: Config) -> None:
     return
   for stack in config.model.stacks:
     for part in config.model.moe_of(stack).losses:
-      if about.of(LOSSES.get(part.name)).joins:
+      what = f'config.model.moe.losses.{part.name}'
+      loss = part.choose(what, LOSSES, also=('weight',))
+      if about.of(loss).whole or about.of(loss).joins:
         raise ValueError(
-          f'The loss {part.name!r} joins all layers and tokens of a batch: it'
-          f' takes microbatches = 1, and not {config.microbatches}.'
+          f'{what} is of a whole batch: it takes config.microbatches = 1, and'
+          f' not {config.microbatches}.'
         )
