@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from st_moe.about import about
+from st_moe.fields import Size
 from st_moe.routing.types import RouteContext, Routed
 
 
@@ -33,27 +34,61 @@ def load_balance(of: Routed):
 
 
 @about(row='S0-01', paper='arXiv:2202.08906')
-def load_balance_all(of: Routed):
-  """`load_balance` with all that was asked in f_e: k when even (Flaxformer)."""
+def load_balance_all(of: Routed, *, normalized: bool = False):
+  """`load_balance` with all that was asked in f_e: k when even (Flaxformer).
+
+  With `normalized` f_e is a share of what was asked, and not of tokens: 1 when
+  even (expert-level balance of arXiv:2401.06066, Eq. 12-14).
+  """
   probs = of.scores.probs
-  return _balance(of.seats.chosen(probs.shape[1]), probs, of.ctx)
+  chosen = of.seats.chosen(probs.shape[1])
+  return _balance(chosen, probs, of.ctx, normalized)
 
 
-def _balance(chosen, probs, ctx: RouteContext):
-  """e * sum_e f_e p_e, f_e the share of valid tokens with chosen [g, s, e]."""
+def _fits_groups(model, moe, *, groups: int):
+  del model
+  if moe.num_experts % groups:
+    raise ValueError(
+      f'config.model.moe.losses.load_balance_groups.groups = {groups} should'
+      f' divide the {moe.num_experts} experts.'
+    )
+
+
+@about(row='S2-30', paper='arXiv:2401.06066', fits=_fits_groups)
+def load_balance_groups(of: Routed, *, groups: Size):
+  """Balance between `groups` of neighbouring experts: 1 when even.
+
+  groups * sum_D f_D p_D per group of tokens, f_D the share of what was asked,
+  p_D the mean probability, both summed over the experts of D: those of one
+  device, say (device-level balance of arXiv:2401.06066, Eq. 15-17).
+  """
+  probs = of.scores.probs
+  sums = lambda a: a.reshape(*a.shape[:2], groups, -1).sum(-1)
+  chosen = of.seats.chosen(probs.shape[1])
+  return _balance(sums(chosen), sums(probs), of.ctx, normalized=True)
+
+
+def _balance(chosen, probs, ctx: RouteContext, normalized: bool = False):
+  """e * sum_e f_e p_e, f_e the share of valid tokens with chosen [g, s, e].
+
+  Args:
+    normalized: f_e is the share of all that is chosen, and adds up to 1.
+  """
   e = probs.shape[-1]
   valid = ctx.valid.astype(jnp.float32)
   count = valid.sum(-1)  # [g]
   f = jnp.einsum('gse,gs->ge', chosen, valid)
   p = jnp.einsum('gse,gs->ge', probs, valid)
   safe = jnp.maximum(count, 1)[:, None]
-  loss = e * (f / safe * (p / safe)).sum(-1)  # [g]
+  of_what = jnp.maximum(f.sum(-1, keepdims=True), 1) if normalized else safe
+  loss = e * (f / of_what * (p / safe)).sum(-1)  # [g]
   return (loss * count).sum(), count.sum()
 
 
 LOSSES = {
   'load_balance': load_balance,
   'load_balance_all': load_balance_all,
+  'load_balance_groups': load_balance_groups,
   'router_z': router_z,
 }
 
