@@ -122,6 +122,7 @@ Parts = tuple[Part, ...]
 # Hidden units of a dense FFN that stands beside the experts, by its name; the
 # others have none.
 _BESIDE_DIM = {
+  'conditional': lambda model, moe: model.mlp_dim,
   'shared': lambda model, moe: (
     moe.beside.kwargs.get('count', 1) * model.expert_dim(moe)
   ),

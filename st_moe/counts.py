@@ -126,8 +126,14 @@ def _mlp_beside(model, stack, sublayer: Sublayer, n: int, keys: int):
   yield from _mlp(model, stack, dataclasses.replace(sublayer, dim=dim), n, keys)
 
 
+def _conditional(model, stack, sublayer: Sublayer, n: int, keys: int):
+  yield from _mlp_beside(model, stack, sublayer, n, keys)
+  d = model.embed_dim
+  yield Product('router', 2 * n * d, 2 * n * (d + 1))
+
+
 # Products of what stands beside the experts; without a line it has none.
-BESIDE = {'shared': _mlp_beside}
+BESIDE = {'conditional': _conditional, 'shared': _mlp_beside}
 
 
 _SUBLAYERS = {

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from st_moe.about import about
-from st_moe.fields import Size
+from st_moe.fields import Share, Size
 from st_moe.routing.types import RouteContext, Routed
 
 
@@ -68,6 +68,34 @@ def load_balance_groups(of: Routed, *, groups: Size):
   return _balance(sums(chosen), sums(probs), of.ctx, normalized=True)
 
 
+def _fits_budget(model, moe, *, share: float):
+  del model, share
+  if moe.beside.name != 'conditional':
+    raise ValueError(
+      'config.model.moe.losses.budget is of what config.model.moe.beside ='
+      f" 'conditional' uses, and that is {moe.beside.name!r}."
+    )
+
+
+@about(
+  row='S1-14',
+  paper='arXiv:2212.07571',
+  joins=lambda sums, weights: jnp.abs(
+    sums.sum() / jnp.maximum(weights.sum(), 1)
+  ),
+  fits=_fits_budget,
+)
+def budget(of: Routed, *, share: Share):
+  """|mean u - `share`| over all layers together: 0 at the budget.
+
+  u is how much of each token's answer the experts give beside a dense FFN
+  (`conditional`). A layer's part, and its metric, is by how much it exceeds the
+  share: some may, if others use less (CMR of arXiv:2212.07571).
+  """
+  used, there = of.aside['used'], of.aside['there']
+  return used - share * there, there
+
+
 def _balance(chosen, probs, ctx: RouteContext, normalized: bool = False):
   """e * sum_e f_e p_e, f_e the share of valid tokens with chosen [g, s, e].
 
@@ -86,6 +114,7 @@ def _balance(chosen, probs, ctx: RouteContext, normalized: bool = False):
 
 
 LOSSES = {
+  'budget': budget,
   'load_balance': load_balance,
   'load_balance_all': load_balance_all,
   'load_balance_groups': load_balance_groups,
