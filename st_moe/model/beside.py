@@ -90,5 +90,22 @@ class Conditional(Beside, kw_only=True):
     return mixed.astype(y.dtype), {'used': u.sum(), 'there': there}
 
 
+@about(row='S0-12', paper='arXiv:2310.00811')
+class Scaled(Beside):
+  """y * omega, omega [d] trained and born 1 (arXiv:2310.00811)."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array, y: jax.Array, ctx: RouteContext):
+    del x, ctx
+    born = annotate(nn.initializers.ones, ('embed',))
+    scale = self.param('scale', born, y.shape[-1:])
+    return (y * scale).astype(y.dtype), {}
+
+
 # module (config, moe, *, ...)(x, y, ctx) -> (y, aside).
-BESIDE = {'nothing': Nothing, 'conditional': Conditional, 'shared': Shared}
+BESIDE = {
+  'nothing': Nothing,
+  'conditional': Conditional,
+  'scaled': Scaled,
+  'shared': Shared,
+}
