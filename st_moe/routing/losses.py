@@ -68,6 +68,19 @@ def load_balance_groups(of: Routed, *, groups: Size):
   return _balance(sums(chosen), sums(probs), of.ctx, normalized=True)
 
 
+@about(row='S1-02', paper='arXiv:2204.10598')
+def kl_uniform(of: Routed):
+  """KL of the mean gate to uniform, per group: 0 when even, ln e at collapse.
+
+  sum_e p_e ln(e p_e), p_e the mean probability (arXiv:2204.10598).
+  """
+  probs, valid = of.scores.probs, of.ctx.valid.astype(jnp.float32)
+  count = valid.sum(-1)  # [g]
+  p = jnp.einsum('gse,gs->ge', probs, valid) / jnp.maximum(count, 1)[:, None]
+  each = p * jnp.log(jnp.maximum(p, 1e-37) * probs.shape[-1])
+  return (each.sum(-1) * count).sum(), count.sum()
+
+
 def _fits_budget(model, moe, *, share: float):
   del model, share
   if moe.beside.name != 'conditional':
@@ -115,6 +128,7 @@ def _balance(chosen, probs, ctx: RouteContext, normalized: bool = False):
 
 LOSSES = {
   'budget': budget,
+  'kl_uniform': kl_uniform,
   'load_balance': load_balance,
   'load_balance_all': load_balance_all,
   'load_balance_groups': load_balance_groups,

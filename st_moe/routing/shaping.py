@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from st_moe.about import about
-from st_moe.fields import Rate
+from st_moe.fields import AtLeast0, Rate
 from st_moe.routing.types import RouteContext, Scores
 
 
@@ -43,6 +43,27 @@ def near(select: jax.Array, jitter: float) -> jax.Array:
   return there & (best - z <= 2 * jitter * jnp.maximum(jnp.abs(z), best))
 
 
+@about(row='S1-02', paper='arXiv:2204.10598', keeps=(('usage', 'e'),))
+def rested(
+  scores: Scores, ctx: RouteContext, rng, kept, *, threshold: AtLeast0 = 0.5
+) -> Scores:
+  """Rules out in training who was used too much: (usage - mean) / mean.
+
+  Where that is above `threshold` an expert rests for the step, and
+  probabilities are those of the rest. Of a token's experts one always works: if
+  others have ruled out all that would, none rests. The rule `used` of
+  `optimizer.after` writes the usage (hard constraint of arXiv:2204.10598).
+  """
+  del rng
+  if ctx.deterministic:
+    return scores
+  usage = kept['usage']
+  tired = usage > (1 + threshold) * usage.mean()
+  there = scores.select > -jnp.inf
+  works = (there & ~tired).any(-1, keepdims=True)
+  return _without(scores, tired & works)
+
+
 def _without(scores: Scores, out: jax.Array) -> Scores:
   """As if the logits of those `out` [..., e] had been -inf."""
   probs = jnp.where(out, 0, scores.probs)
@@ -52,4 +73,4 @@ def _without(scores: Scores, out: jax.Array) -> Scores:
   )
 
 
-SHAPING = {'balanced': balanced, 'near_best': near_best}
+SHAPING = {'balanced': balanced, 'near_best': near_best, 'rested': rested}
