@@ -119,6 +119,15 @@ class Part:
 
 Parts = tuple[Part, ...]
 
+# Hidden units of a dense FFN that stands beside the experts, by its name; the
+# others have none.
+_BESIDE_DIM = {
+  'conditional': lambda model, moe: model.mlp_dim,
+  'shared': lambda model, moe: (
+    moe.beside.kwargs.get('count', 1) * model.expert_dim(moe)
+  ),
+}
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class From:
@@ -375,6 +384,11 @@ class ModelConfig(Checked):
             for moe in map(self.moe_of, self.stacks)
           )
         ),
+        'embed_dim x moe.hidden_dim x moe.beside.count x num_layers': (
+          self.embed_dim
+          * layers
+          * max(map(self.beside_dim, map(self.moe_of, self.stacks)))
+        ),
       }
     )
     for stack in self.stacks:
@@ -409,11 +423,16 @@ class ModelConfig(Checked):
     """Hidden units of each expert."""
     return moe.hidden_dim or self.mlp_dim
 
+  def beside_dim(self, moe: MoEConfig) -> int:
+    """Hidden units that every token meets beside the experts."""
+    dim = _BESIDE_DIM.get(moe.beside.name)
+    return dim(self, moe) if dim else 0
+
   def executed_dim(self, stack: str) -> int:
     """Hidden units a sparse layer computes per token in training."""
     moe = self.moe_of(stack)
     experts = moe.executed_experts(self.stack(stack).group_size)
-    return round(experts * self.expert_dim(moe))
+    return round(experts * self.expert_dim(moe)) + self.beside_dim(moe)
 
   def expert_dropout(self, moe: MoEConfig) -> float:
     rate = moe.expert_dropout

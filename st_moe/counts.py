@@ -116,6 +116,24 @@ def _moe(model, stack, sublayer: Sublayer, n: int, keys: int):
   # Nobody asks for the slope of who goes where.
   yield Product('dispatch', **kind, backward=1, again=False)
   yield Product('dispatch', **kind)
+  if beside := BESIDE.get(moe.beside.name):
+    # Of the tokens there are: `keys`, where groups are filled up.
+    yield from beside(model, stack, sublayer, keys, keys)
+
+
+def _mlp_beside(model, stack, sublayer: Sublayer, n: int, keys: int):
+  dim = model.beside_dim(sublayer.moe)
+  yield from _mlp(model, stack, dataclasses.replace(sublayer, dim=dim), n, keys)
+
+
+def _conditional(model, stack, sublayer: Sublayer, n: int, keys: int):
+  yield from _mlp_beside(model, stack, sublayer, n, keys)
+  d = model.embed_dim
+  yield Product('router', 2 * n * d, 2 * n * (d + 1))
+
+
+# Products of what stands beside the experts; without a line it has none.
+BESIDE = {'conditional': _conditional, 'shared': _mlp_beside}
 
 
 _SUBLAYERS = {

@@ -64,6 +64,7 @@ CountOr0 = Annotated[int, Range(0, _INT32)]
 Above0 = Annotated[float, Range(0, above=True)]
 AtLeast0 = Annotated[float, Range(0)]
 Rate = Annotated[float, Range(0, 1, below=True, says='10 percent are 0.1')]
+Share = Annotated[float, Range(0, 1, says='10 percent are 0.1')]
 # JAX drops what is more than 32 bits: two seeds would be one.
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 Text = Annotated[str, Filled()]

@@ -14,7 +14,7 @@ ROLES = (
   ('kept', r'/kept_'),  # State that no optimizer moves.
   ('router', r'/router/'),
   ('experts', r'/experts/'),
-  ('norms', r'norm/scale$'),
+  ('norms', r'(norm|moe/shared)/scale$'),  # Factors of each unit.
   ('attention', r'attention/|relpos_bias/'),
   ('mlp', r'mlp/'),
   ('embedding', r'^token_embedder/|^logits_dense/'),

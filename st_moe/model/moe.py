@@ -31,7 +31,10 @@ class MoE(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, ctx: RouteContext) -> jax.Array:
-    """Maps `x` [batch, length, embed] to the same; padding comes back as 0."""
+    """Maps `x` [batch, length, embed] to the same.
+
+    No expert answers padding: it comes back as 0, or what stands beside says.
+    """
     cfg, moe = self.config, self.moe
     if moe.padding == 'zeroed':
       x = jnp.where(ctx.valid[..., None], x, 0)

@@ -136,9 +136,10 @@ def _partial_sums(found: _Sum, config: Config) -> None:
     for layer in model.plan(stack).layers:
       for sublayer in layer:
         again = model.remat == 'full' and sublayer is not layer[-1]
-        if sublayer.kind == 'moe':
+        routed = sublayer.kind == 'moe'
+        if routed:
           add(places[stack], 2 * config.microbatches)
-        else:
+        if not routed or model.beside_dim(sublayer.moe):
           add(stream(stack), 2 + again)
         if sublayer.kind == 'cross_attention':
           add(stream('encoder'), 2)  # Slopes of keys, and of values.

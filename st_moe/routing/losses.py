@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from st_moe.about import about
+from st_moe.fields import Share, Size
 from st_moe.routing.types import RouteContext, Routed
 
 
@@ -33,27 +34,104 @@ def load_balance(of: Routed):
 
 
 @about(row='S0-01', paper='arXiv:2202.08906')
-def load_balance_all(of: Routed):
-  """`load_balance` with all that was asked in f_e: k when even (Flaxformer)."""
+def load_balance_all(of: Routed, *, normalized: bool = False):
+  """`load_balance` with all that was asked in f_e: k when even (Flaxformer).
+
+  With `normalized` f_e is a share of what was asked, and not of tokens: 1 when
+  even (expert-level balance of arXiv:2401.06066, Eq. 12-14).
+  """
   probs = of.scores.probs
-  return _balance(of.seats.chosen(probs.shape[1]), probs, of.ctx)
+  chosen = of.seats.chosen(probs.shape[1])
+  return _balance(chosen, probs, of.ctx, normalized)
 
 
-def _balance(chosen, probs, ctx: RouteContext):
-  """e * sum_e f_e p_e, f_e the share of valid tokens with chosen [g, s, e]."""
+def _fits_groups(model, moe, *, groups: int):
+  del model
+  if moe.num_experts % groups:
+    raise ValueError(
+      f'config.model.moe.losses.load_balance_groups.groups = {groups} should'
+      f' divide the {moe.num_experts} experts.'
+    )
+
+
+@about(row='S2-30', paper='arXiv:2401.06066', fits=_fits_groups)
+def load_balance_groups(of: Routed, *, groups: Size):
+  """Balance between `groups` of neighbouring experts: 1 when even.
+
+  groups * sum_D f_D p_D per group of tokens, f_D the share of what was asked,
+  p_D the mean probability, both summed over the experts of D: those of one
+  device, say (device-level balance of arXiv:2401.06066, Eq. 15-17).
+  """
+  probs = of.scores.probs
+  sums = lambda a: a.reshape(*a.shape[:2], groups, -1).sum(-1)
+  chosen = of.seats.chosen(probs.shape[1])
+  return _balance(sums(chosen), sums(probs), of.ctx, normalized=True)
+
+
+@about(row='S1-02', paper='arXiv:2204.10598')
+def kl_uniform(of: Routed):
+  """KL of the mean gate to uniform, per group: 0 when even, ln e at collapse.
+
+  sum_e p_e ln(e p_e), p_e the mean probability (arXiv:2204.10598).
+  """
+  probs, valid = of.scores.probs, of.ctx.valid.astype(jnp.float32)
+  count = valid.sum(-1)  # [g]
+  p = jnp.einsum('gse,gs->ge', probs, valid) / jnp.maximum(count, 1)[:, None]
+  each = p * jnp.log(jnp.maximum(p, 1e-37) * probs.shape[-1])
+  return (each.sum(-1) * count).sum(), count.sum()
+
+
+def _fits_budget(model, moe, *, share: float):
+  del model, share
+  if moe.beside.name != 'conditional':
+    raise ValueError(
+      'config.model.moe.losses.budget is of what config.model.moe.beside ='
+      f" 'conditional' uses, and that is {moe.beside.name!r}."
+    )
+
+
+@about(
+  row='S1-14',
+  paper='arXiv:2212.07571',
+  joins=lambda sums, weights: jnp.abs(
+    sums.sum() / jnp.maximum(weights.sum(), 1)
+  ),
+  fits=_fits_budget,
+)
+def budget(of: Routed, *, share: Share):
+  """|mean u - `share`| over all layers together: 0 at the budget.
+
+  u is how much of each token's answer the experts give beside a dense FFN
+  (`conditional`). A layer's part, and its metric, is by how much it exceeds the
+  share: some may, if others use less (CMR of arXiv:2212.07571).
+  """
+  used, there = of.aside['used'], of.aside['there']
+  return used - share * there, there
+
+
+def _balance(chosen, probs, ctx: RouteContext, normalized: bool = False):
+  """e * sum_e f_e p_e, f_e the share of valid tokens with chosen [g, s, e].
+
+  Args:
+    normalized: f_e is the share of all that is chosen, and adds up to 1.
+  """
   e = probs.shape[-1]
   valid = ctx.valid.astype(jnp.float32)
   count = valid.sum(-1)  # [g]
   f = jnp.einsum('gse,gs->ge', chosen, valid)
   p = jnp.einsum('gse,gs->ge', probs, valid)
   safe = jnp.maximum(count, 1)[:, None]
-  loss = e * (f / safe * (p / safe)).sum(-1)  # [g]
+  of_what = jnp.maximum(f.sum(-1, keepdims=True), 1) if normalized else safe
+  loss = e * (f / of_what * (p / safe)).sum(-1)  # [g]
   return (loss * count).sum(), count.sum()
 
 
 LOSSES = {
+  'budget': budget,
+  'kl_uniform': kl_uniform,
   'load_balance': load_balance,
   'load_balance_all': load_balance_all,
+  'load_balance_groups': load_balance_groups,
   'router_z': router_z,
 }
 

@@ -3,4 +3,49 @@
 A masked answer is a weight of 0: neither dispatchers nor losses need to know.
 """
 
-WEIGHING = {}
+import jax
+import jax.numpy as jnp
+
+from st_moe.about import about
+from st_moe.fields import Rate
+from st_moe.routing.types import RouteContext, Seats
+
+
+@about(row='S1-14', paper='arXiv:2212.07571', noisy=True)
+def expert_output(
+  seats: Seats, ctx: RouteContext, rng: jax.Array | None, *, rate: Rate
+) -> Seats:
+  """Masks the answers of experts in training, each by itself, with `rate`.
+
+  What stays is not scaled up; evaluation multiplies by 1 - `rate` (EOM of
+  arXiv:2212.07571: whole rows of the experts' buffers are masked).
+  """
+  draw = lambda key: jax.random.bernoulli(key, 1 - rate, seats.weight.shape)
+  return _masked(seats, ctx, rng, rate, draw)
+
+
+@about(row='S1-14', paper='arXiv:2212.07571', noisy=True)
+def final_output(
+  seats: Seats, ctx: RouteContext, rng: jax.Array | None, *, rate: Rate
+) -> Seats:
+  """As `expert_output`, all answers of a token together (FOM)."""
+
+  def draw(key):
+    tokens = jax.random.bernoulli(key, 1 - rate, ctx.valid.shape)
+    return jnp.take_along_axis(tokens, seats.token, axis=1)
+
+  return _masked(seats, ctx, rng, rate, draw)
+
+
+def _masked(seats: Seats, ctx: RouteContext, rng, rate: float, draw) -> Seats:
+  if ctx.deterministic:
+    return seats.replace(weight=seats.weight * (1 - rate))
+  if rng is None:
+    raise ValueError(
+      "Masks of answers are drawn: pass rngs={'dropout': key}, or take"
+      ' expert_output and final_output out of moe.weighing.'
+    )
+  return seats.replace(weight=jnp.where(draw(rng), seats.weight, 0))
+
+
+WEIGHING = {'expert_output': expert_output, 'final_output': final_output}

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from st_moe import paths, schedules
 from st_moe.about import about
 from st_moe.config import OptimizerConfig
+from st_moe.fields import Rate
 from st_moe.schedules import Positive
 
 
@@ -36,7 +37,26 @@ def rebalanced(old, new, wanted, step, *, rate: Positive = 1e-3):
   return paths.map_by_path(moved, new)
 
 
-AFTER = {'rebalanced': rebalanced}
+@about(row='S1-02', paper='arXiv:2204.10598')
+def used(old, new, wanted, step, *, decay: Rate = 0.9):
+  """Keeps a running share of what each expert was asked; of `rested`.
+
+  usage = decay * usage + (1 - decay) * wanted / sum(wanted).
+  """
+  del old, step
+
+  def moved(path: str, usage: jax.Array) -> jax.Array:
+    module, _, name = path.rpartition('/')
+    if name != 'kept_usage':
+      return usage
+    asked = wanted[module]
+    share = asked / jnp.maximum(asked.sum(-1, keepdims=True), 1)
+    return decay * usage + (1 - decay) * share
+
+  return paths.map_by_path(moved, new)
+
+
+AFTER = {'rebalanced': rebalanced, 'used': used}
 
 
 def rules_after(config: OptimizerConfig):

@@ -169,8 +169,17 @@ def _dot_flops(jaxpr) -> int:
     tiny(encoder=StackConfig(4, 2, 1, group_size=16), activation='relu'),
     tiny(decoder=None, moe={'train_capacity': Capacity(0.5, minimum=1)}),
     tiny(encoder=None, dense=True),
+    tiny(moe={'beside': Part.of('shared', count=2)}),
+    tiny(moe={'beside': 'conditional'}),
   ],
-  ids=['both', 'scanned relu', 'encoder-only', 'decoder-only dense'],
+  ids=[
+    'both',
+    'scanned relu',
+    'encoder-only',
+    'decoder-only dense',
+    'shared',
+    'conditional',
+  ],
 )
 def test_flops_are_those_of_the_traced_products(config):
   # Two sequences of 8 and 4 tokens fill a group in either stack, so nothing
