@@ -4,17 +4,21 @@
 has no default, so that a config says it (`MoEConfig.k`).
 """
 
-import functools
-from typing import Literal
+import dataclasses
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 
+from st_moe import about as about_lib
+from st_moe import schedules
 from st_moe.about import about
-from st_moe.config import Capacity, ModelConfig, Part
-from st_moe.fields import AtLeast0, Rate, Size
+from st_moe.config import Capacity, ModelConfig, MoEConfig, Part
+from st_moe.fields import Above0, AtLeast0, Range, Size, SizeOr0
+from st_moe.routing.choosing import asked_k, best_of, keeps_k, of_expert
+from st_moe.routing.expert_choice import capped_choice, expert_choice
+from st_moe.routing.sampling import mixed_sampling
 from st_moe.routing.seating import seat
-from st_moe.routing.shaping import near
 from st_moe.routing.types import Assignment, RouteContext, Scores, Seats
 
 _POLICIES = ('all', 'none', 'threshold', 'random')
@@ -57,10 +61,10 @@ def top_k(
       )
   pairs = k > 1
   k, rank = asked_k(ctx, k)
-  best, expert = _best(select, rank + k)
+  best, expert = best_of(select, rank + k)
   best, expert = best[..., rank:], expert[..., rank:]  # [g, s, k]
   there = best > -jnp.inf  # Which rules one out.
-  weight = jnp.where(there, _of(scores.probs, expert), 0)
+  weight = jnp.where(there, of_expert(scores.probs, expert), 0)
   active = ctx.valid[..., None] & there
   if pairs:
     share = weight / (weight.sum(-1, keepdims=True) + 1e-9)
@@ -69,39 +73,6 @@ def top_k(
     active &= _stays(policy, share, threshold, rng).at[..., 0].set(True)
   asked = Assignment(expert, weight, active)
   return seat(asked, num_experts=num_experts, capacity=capacity)
-
-
-def asked_k(ctx: RouteContext, k: int) -> tuple[int, int]:
-  """(experts per token, from which rank on): the config's, or an override's."""
-  if ctx.override is None:
-    return k, 0
-  return ctx.override.k or k, ctx.override.rank
-
-
-def _best(select: jax.Array, k: int):
-  """The k best scores and whose they are, both [g, s, k]; of equals the first.
-
-  Not `jax.lax.top_k`: on CPUs and GPUs it gathers the scores of all devices.
-  """
-  found = []
-  for _ in range(k):
-    expert = select.argmax(-1)
-    found.append((select.max(-1), expert))
-    taken = expert[..., None] == jnp.arange(select.shape[-1])
-    select = jnp.where(taken, -jnp.inf, select)
-  best, expert = (jnp.stack(x, axis=-1) for x in zip(*found, strict=True))
-  return best, expert
-
-
-def _of(probs: jax.Array, expert: jax.Array) -> jax.Array:
-  """probs [g, s, e] of expert [g, s, k]: [g, s, k].
-
-  Not `take_along_axis`: a TPU reads a tile of memory for each number. And
-  choice by choice, or it would copy `probs` into another layout.
-  """
-  each = jnp.arange(probs.shape[-1])
-  of = lambda i: jnp.where(expert[..., i, None] == each, probs, 0).sum(-1)
-  return jnp.stack([of(i) for i in range(expert.shape[-1])], axis=-1)
 
 
 def _stays(policy, share, threshold, rng) -> jax.Array:
@@ -119,78 +90,181 @@ def _stays(policy, share, threshold, rng) -> jax.Array:
   return jax.random.uniform(rng, share.shape) * threshold < share
 
 
-@about(row='S0-12', paper='arXiv:2310.00811', noisy=True)
-def mixed_sampling(
+# A share of the probability, or a schedule of it.
+Mass = Annotated[float, Range(0, 1, above=True)] | schedules.Scheduled
+
+
+def _fits_top_p(model, moe: MoEConfig, *, expected, most=0, **_):
+  del model
+  for name, value in (('expected', expected), ('most', most)):
+    if value > moe.num_experts:
+      raise ValueError(
+        f'config.model.moe.selector.{name} = {value} experts per token; it must'
+        f' be at most {moe.num_experts}.'
+      )
+
+
+@about(row='S2-23', paper='arXiv:2403.07652', fits=_fits_top_p)
+def top_p(
+  scores: Scores,
+  ctx: RouteContext,
+  rng: jax.Array | None,
+  capacity: int,
+  *,
+  p: Mass,
+  expected: Above0,
+  most: SizeOr0 = 0,
+) -> Seats:
+  """The best experts up to the one with which their sum reaches `p`.
+
+  So a token in doubt meets more of them (arXiv:2403.07652). Weights
+  are probabilities as they are. An override's k is followed to the number.
+
+  Args:
+    expected: experts per token on the average, for capacity and costs.
+    most: experts per token; 0: all. They are found one by one, so that a low
+      number makes a small program.
+  """
+  del rng, expected
+  num_experts = scores.select.shape[-1]
+  k, rank = asked_k(ctx, most or num_experts)
+  fixed = ctx.override is not None and ctx.override.k is not None
+  p = 1.0 if fixed else schedules.value(p, ctx.step)
+  best, expert = best_of(scores.select, min(rank + k, num_experts))
+  best, expert = best[..., rank:], expert[..., rank:]
+  there = best > -jnp.inf
+  weight = jnp.where(there, of_expert(scores.probs, expert), 0)
+  # Of those before, as they were added up; 1 may be reached by rounding.
+  before = jnp.pad(weight.cumsum(-1)[..., :-1], [(0, 0)] * 2 + [(1, 0)])
+  wanted = (jax.lax.stop_gradient(before) < p) | (jnp.asarray(p) >= 1)
+  asked = Assignment(expert, weight, ctx.valid[..., None] & there & wanted)
+  return seat(asked, num_experts=num_experts, capacity=capacity)
+
+
+def _divides(name: str, parts: int, total: int, what: str) -> None:
+  if total % parts:
+    raise ValueError(
+      f'{name}={parts} does not divide {what} {total}: set it to a number that'
+      ' does.'
+    )
+
+
+def _fits_group_top_1(model, moe: MoEConfig, *, k, **_):
+  del model
+  _divides('k', k, moe.num_experts, 'num_experts =')
+
+
+@about(row='S1-13', paper='arXiv:2203.14685', fits=_fits_group_top_1)
+def group_top_1(
   scores: Scores,
   ctx: RouteContext,
   rng: jax.Array | None,
   capacity: int,
   *,
   k: Size,
-  jitter: Rate | None = None,
 ) -> Seats:
-  """k experts drawn by their probabilities, with the gradient of the draw.
+  """The best expert of each of k prototypes: of neighbours, equally many.
 
-  A choice is drawn from p, the probabilities of who is left, and its weight is
-  p_i. Of all but the likeliest it is less by chance: slopes of the loss at two
-  points stand for what the experts not drawn would have said. With one choice
-  (second order, SparseMixer, arXiv:2310.00811) it is p_i / 2 with probability
-  1/2, and its slope 2; with more (third order, GRIN, arXiv:2409.12136) p_i / 3
-  with probability 3/4, and its slope 1. Evaluation takes the best, with p_i.
-
-  Args:
-    jitter: each choice is among those `near` the best that is left, as
-      `near_best` has it for the first; None: among all that are left.
+  It weighs what it has of its prototype's probability (arXiv:2105.15082,
+  and arXiv:2203.14685).
   """
-  second = k == 1
-  part, chance, slope = (1 / 2, 1 / 2, 2.0) if second else (1 / 3, 3 / 4, 1.0)
-  k, rank = asked_k(ctx, k)
-  select, num_experts = scores.select, scores.select.shape[-1]
-  if not ctx.deterministic and rng is None:
-    raise ValueError(
-      "mixed_sampling draws experts: pass rngs={'dropout': key}, or use"
-      " moe.selector = 'top_k'."
-    )
-  found = []
-  for i in range(rank + k):
-    there = select > -jnp.inf if jitter is None else near(select, jitter)
-    p = jnp.where(there, scores.probs, 0)
-    p /= jnp.maximum(p.sum(-1, keepdims=True), 1e-37)
-    if ctx.deterministic:
-      expert = jnp.where(there, select, -jnp.inf).argmax(-1)
-    else:
-      draw, mix = jax.random.split(jax.random.fold_in(rng, i))
-      log = jnp.where(there, jnp.log(jnp.maximum(p, 1e-37)), -jnp.inf)
-      expert = jax.random.categorical(draw, log)
-    weight = _of(p, expert[..., None])[..., 0]
-    if not ctx.deterministic:
-      small = jax.random.bernoulli(mix, chance, expert.shape)
-      small &= expert != p.argmax(-1)
-      weight = mixed(weight, jnp.where(small, part, 1.0), slope)
-    found.append((expert, weight, there.any(-1)))
-    taken = expert[..., None] == jnp.arange(num_experts)
-    select = jnp.where(taken, -jnp.inf, select)
-  expert, weight, there = (
-    jnp.stack(x, axis=-1) for x in zip(*found[rank:], strict=True)
+  del rng
+  keeps_k(ctx)
+  _divides('k', k, scores.select.shape[-1], 'num_experts =')
+  select, log = _split(scores, k)
+  chosen = _marked(select, 1)
+  return _among(chosen, _shares(log, chosen, 1), scores, ctx, capacity, k)
+
+
+def _fits_two_level(model, moe: MoEConfig, *, k, groups, chosen=1, **_):
+  del model
+  _divided_twice(moe.num_experts, k, groups, chosen)
+
+
+def _divided_twice(num_experts: int, k: int, groups: int, chosen: int) -> None:
+  _divides('groups', groups, num_experts, 'num_experts =')
+  _divides('chosen', chosen, k, 'k =')
+  for name, value, most in (
+    ('chosen', chosen, groups),
+    ('k / chosen', k // chosen, num_experts // groups),
+  ):
+    if value > most:
+      raise ValueError(
+        f'{name} = {value} of {groups} groups with {num_experts // groups}'
+        f' experts each; it must be at most {most}.'
+      )
+
+
+@about(row='S1-13', paper='arXiv:2203.14685', fits=_fits_two_level)
+def two_level(
+  scores: Scores,
+  ctx: RouteContext,
+  rng: jax.Array | None,
+  capacity: int,
+  *,
+  k: Size,
+  groups: Size,
+  chosen: Size = 1,
+) -> Seats:
+  """The `chosen` best groups of neighbours, and k / chosen experts in each.
+
+  A group is as good as the sum of its probabilities. The weight is the product
+  of the shares at either level, renormalised over those taken there; of one
+  alone it is the probability itself, or the router would have no gradient.
+  With two of two it is the hierarchical gate of arXiv:1701.06538, App. B.
+  """
+  del rng
+  keeps_k(ctx)
+  _divided_twice(scores.select.shape[-1], k, groups, chosen)
+  select, log = _split(scores, groups)
+  of_group = jax.nn.logsumexp(log, axis=-1)  # [g, s, groups]
+  there = (select > -jnp.inf).any(-1)
+  best = _marked(jnp.where(there, of_group, -jnp.inf), chosen)
+  inside = _marked(select, k // chosen)
+  shares = _shares(of_group, best, chosen)[..., None] * _shares(
+    log, inside, k // chosen
   )
+  return _among(best[..., None] & inside, shares, scores, ctx, capacity, k)
+
+
+def _split(scores: Scores, parts: int) -> tuple[jax.Array, jax.Array]:
+  """select and log(probs), [g, s, parts, e / parts]."""
+  split = lambda a: a.reshape(*a.shape[:-1], parts, -1)
+  log = jnp.log(jnp.maximum(scores.probs, 1e-37))
+  return split(scores.select), split(log)
+
+
+def _marked(select: jax.Array, n: int) -> jax.Array:
+  """Whether each is among the n best of the last axis, bool; as `select`."""
+  _, best = best_of(select, n)
+  return (best[..., None] == jnp.arange(select.shape[-1])).any(-2)
+
+
+def _shares(log: jax.Array, chosen: jax.Array, n: int) -> jax.Array:
+  """The softmax over the n `chosen`; of one alone, what it has among all."""
+  return jax.nn.softmax(jnp.where(chosen, log, -jnp.inf) if n > 1 else log)
+
+
+def _among(chosen, shares, scores: Scores, ctx, capacity: int, k: int) -> Seats:
+  """The k `chosen` with their `shares`, both [g, s, parts, e / parts]."""
+  flat = lambda a: a.reshape(scores.select.shape)
+  best, expert = best_of(jnp.where(flat(chosen), scores.select, -jnp.inf), k)
+  there = best > -jnp.inf
+  weight = jnp.where(there, of_expert(flat(shares), expert), 0)
   asked = Assignment(expert, weight, ctx.valid[..., None] & there)
+  num_experts = scores.select.shape[-1]
   return seat(asked, num_experts=num_experts, capacity=capacity)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def mixed(p: jax.Array, part: jax.Array, slope: float) -> jax.Array:
-  """p * part, of which the slope in `p` is `slope`, whatever the part."""
-  del slope
-  return p * part
-
-
-mixed.defvjp(
-  lambda p, part, slope: (p * part, None),
-  lambda slope, kept, dy: (slope * dy, jnp.zeros_like(dy)),
-)
-
-
-SELECTORS = {'mixed_sampling': mixed_sampling, 'top_k': top_k}
+SELECTORS = {
+  'mixed_sampling': mixed_sampling,
+  'top_k': top_k,
+  'expert_choice': expert_choice,
+  'capped_choice': capped_choice,
+  'top_p': top_p,
+  'group_top_1': group_top_1,
+  'two_level': two_level,
+}
 
 
 def dropless(model: ModelConfig) -> ModelConfig:
@@ -198,6 +272,15 @@ def dropless(model: ModelConfig) -> ModelConfig:
 
   Nobody is dropped; where experts choose, they choose within a row.
   """
-  return model.with_moe(
-    eval_capacity=Capacity(dropless=True), dispatcher=Part('auto')
-  )
+
+  def alone(moe: MoEConfig) -> MoEConfig:
+    selector = moe.selector.choose('selector', SELECTORS, ('force',))
+    within = {} if about_lib.of(selector).causal else {'group_by': 'sequence'}
+    return dataclasses.replace(
+      moe,
+      eval_capacity=Capacity(dropless=True),
+      dispatcher=Part('auto'),
+      **within,
+    )
+
+  return model.map_moe(alone)
