@@ -9,7 +9,8 @@ from st_moe import config_file, paths
 from st_moe.config import Part
 from st_moe.model import parts
 from st_moe.model.beside import Scaled
-from st_moe.routing.selectors import mixed, mixed_sampling, top_k
+from st_moe.routing.sampling import mixed, mixed_sampling
+from st_moe.routing.selectors import top_k
 from st_moe.routing.shaping import near_best
 from st_moe.routing.types import RouteContext, RouteOverride, Scores
 from tests.helpers import assert_trees_close, jit, slow_softmax, tiny
