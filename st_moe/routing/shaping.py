@@ -1,9 +1,12 @@
 """Scores to scores: `f(scores, ctx, rng, kept, *, ...) -> Scores`."""
 
+import jax
 import jax.numpy as jnp
 
+from st_moe import schedules
 from st_moe.about import about
 from st_moe.routing.types import RouteContext, Scores
+from st_moe.schedules import Positive
 
 
 @about(row='S2-30', paper='arXiv:2408.15664', keeps=(('bias', 'e'),))
@@ -18,4 +21,34 @@ def balanced(scores: Scores, ctx: RouteContext, rng, kept) -> Scores:
   return scores.replace(select=jnp.where(there, moved, -jnp.inf))
 
 
-SHAPING = {'balanced': balanced}
+@about(row='S1-03', paper='arXiv:2106.05974', noisy=True)
+def noise(
+  scores: Scores, ctx: RouteContext, rng, kept, *, std: Positive = 1.0
+) -> Scores:
+  """Normal noise of deviation `std` / experts on the logits, in training.
+
+  Choice and weights hear of it, the z-loss does not. The deviation is left for
+  the loss `load` (arXiv:2106.05974, section 2.2).
+  """
+  del kept
+  if ctx.deterministic or std == 0:
+    return scores
+  shape = scores.select.shape
+  deviation = schedules.value(std, ctx.step) / shape[-1]
+  noisy = scores.plus(deviation * jax.random.normal(_key(rng, 'noise'), shape))
+  # A gate may have drawn some before.
+  both = jnp.hypot(scores.aside.get('std', 0.0), deviation)
+  aside = {**scores.aside, 'std': jnp.broadcast_to(both, shape)}
+  return noisy.replace(aside=aside)
+
+
+def _key(rng: jax.Array | None, name: str) -> jax.Array:
+  if rng is None:
+    raise ValueError(
+      f"The shaping {name!r} draws numbers: pass rngs={{'dropout': key}}, or"
+      ' leave it out of config.model.moe.shaping.'
+    )
+  return rng
+
+
+SHAPING = {'balanced': balanced, 'noise': noise}
