@@ -5,6 +5,8 @@ divided, so a loss is the same in value and gradient however a batch is cut into
 whole groups, and padding and empty groups count nothing.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
@@ -51,10 +53,74 @@ def _balance(chosen, probs, ctx: RouteContext):
   return (loss * count).sum(), count.sum()
 
 
+@about(row='S1-01', paper='arXiv:1701.06538')
+def importance(
+  of: Routed, *, by: Literal['weights', 'probs', 'logits'] = 'weights'
+):
+  """CV^2 over experts of what the tokens of a group give them: 0 when even.
+
+  weights  those of routes, before anyone is dropped (arXiv:1701.06538, Eq. 7)
+  probs    what the gate gives, to who is not asked as well
+  logits   their softmax, without noise (V-MoE: arXiv:2106.05974, App. A)
+  """
+  scores, seats = of.scores, of.seats
+  if by == 'weights':
+    asked = jnp.where(seats.asked, seats.weight, 0)
+    given = seats.scattered(asked, scores.probs.shape[1])
+  else:
+    given = scores.probs if by == 'probs' else jax.nn.softmax(scores.logits)
+  return _uneven(given, of.ctx)
+
+
+@about(row='S1-01', paper='arXiv:1701.06538')
+def load(of: Routed, *, exclude: bool = True):
+  """CV^2 over experts of how many tokens of a group should choose them.
+
+  That a token chooses expert i, were the noise of i drawn anew, has probability
+  P_i = Phi((logit_i - b_i) / std_i), where b_i is the k-th largest noisy score
+  of the others (arXiv:1701.06538, Eq. 8-11), or of all (`exclude` False: V-MoE,
+  arXiv:2106.05974). Unlike counts it has a gradient. Who draws noise leaves its
+  deviation; where nobody did, as in evaluation, there is nothing to weigh.
+
+  Raises:
+    ValueError: there is noise, and no k.
+  """
+  scores, k = of.scores, of.seats.k
+  std, select = scores.aside.get('std'), scores.select
+  if std is None:
+    return jnp.zeros(()), jnp.zeros(())
+  if not k:
+    raise ValueError(
+      "The loss 'load' asks how likely a token chooses an expert, and here"
+      ' experts choose tokens: take it out of config.model.moe.losses.'
+    )
+  # From the best down; behind the last there is room.
+  ordered = -jnp.sort(-select, axis=-1)
+  ordered = jnp.pad(ordered, [(0, 0)] * 2 + [(0, 1)], constant_values=-jnp.inf)
+  bar, after = ordered[..., k - 1, None], ordered[..., k, None]
+  if exclude:
+    bar = jnp.where(select >= bar, after, bar)
+  barred = bar > -jnp.inf
+  # A deviation may have underflowed.
+  ahead = (scores.logits - jnp.where(barred, bar, 0)) / jnp.maximum(std, 1e-6)
+  chosen = jnp.where(barred, jax.scipy.stats.norm.cdf(ahead), 1)
+  return _uneven(jnp.where(select > -jnp.inf, chosen, 0), of.ctx)
+
+
+def _uneven(given, ctx: RouteContext):
+  """CV^2 over experts of the sums of given [g, s, e] over valid tokens."""
+  valid = ctx.valid.astype(jnp.float32)
+  sums, count = jnp.einsum('gse,gs->ge', given, valid), valid.sum(-1)
+  loss = sums.var(-1) / (sums.mean(-1) ** 2 + 1e-10)  # [g]
+  return (loss * count).sum(), count.sum()
+
+
 LOSSES = {
   'load_balance': load_balance,
   'load_balance_all': load_balance_all,
   'router_z': router_z,
+  'importance': importance,
+  'load': load,
 }
 
 
