@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from st_moe import paths, sharding
+from st_moe import config_file, paths, sharding
 from st_moe.config import (
   Config,
   ModelConfig,
@@ -293,10 +293,8 @@ def first_step(model: ModelConfig, **changes):
   batch[f'{stack}_loss_weights'] = (targets > 0).astype(np.float32)
   made = optimizer.make(config.optimizer, parameter_axes(module))
   inputs = step.inputs_of(batch, model)
-  params, boxed = (
-    random_params(module, **inputs),
-    boxed_shapes(module, **inputs),
-  )
+  params = random_params(module, **inputs)
+  boxed = boxed_shapes(module, **inputs)
 
   def run(params, batch):
     zero = np.zeros((), np.int32)
@@ -307,3 +305,13 @@ def first_step(model: ModelConfig, **changes):
     return state, metrics, terms
 
   return params, *jax.device_get(jit(run)(params, batch))
+
+
+def method_lines(name: str) -> list[str]:
+  """What configs/methods/NAME.py changes in its base, a line a field."""
+  read = lambda arg: config_file.to_dict(
+    config_file.load(f'configs/methods/{name}.py:{arg}')
+  )
+  for arg in ('', 'runlocal,'):
+    lines = config_file.diff(read(f'{arg}base'), read(arg))
+  return lines

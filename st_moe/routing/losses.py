@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from st_moe.about import about
-from st_moe.routing.types import RouteContext, Routed
+from st_moe.routing.types import RouteContext, Routed, Scores
 
 
 @about(row='S0-01', paper='arXiv:2202.08906')
@@ -76,24 +76,31 @@ def importance(
 def load(of: Routed, *, exclude: bool = True):
   """CV^2 over experts of how many tokens of a group should choose them.
 
-  That a token chooses expert i, were the noise of i drawn anew, has probability
-  P_i = Phi((logit_i - b_i) / std_i), where b_i is the k-th largest noisy score
-  of the others (arXiv:1701.06538, Eq. 8-11), or of all (`exclude` False: V-MoE,
-  arXiv:2106.05974). Unlike counts it has a gradient. Who draws noise leaves its
-  deviation; where nobody did, as in evaluation, there is nothing to weigh.
+  The sum of their `chances`, which have a gradient, as counts have none
+  (arXiv:1701.06538, Eq. 10-11). Where nobody drew noise, as in evaluation,
+  there is nothing to weigh.
 
   Raises:
     ValueError: there is noise, and no k.
   """
-  scores, k = of.scores, of.seats.k
-  std, select = scores.aside.get('std'), scores.select
-  if std is None:
+  if 'std' not in of.scores.aside:
     return jnp.zeros(()), jnp.zeros(())
-  if not k:
+  if not of.seats.k:
     raise ValueError(
       "The loss 'load' asks how likely a token chooses an expert, and here"
       ' experts choose tokens: take it out of config.model.moe.losses.'
     )
+  return _uneven(chances(of.scores, of.seats.k, exclude), of.ctx)
+
+
+def chances(scores: Scores, k: int, exclude: bool = True) -> jax.Array:
+  """How likely tokens choose each expert, were its noise drawn anew: [g, s, e].
+
+  Phi((logit - b) / std), where b is the k-th largest noisy score of the others
+  (arXiv:1701.06538, Eq. 8-9), or of all (`exclude` False: as V-MoE does,
+  arXiv:2106.05974). Who draws noise leaves its deviation, `aside['std']`.
+  """
+  select = scores.select
   # From the best down; behind the last there is room.
   ordered = -jnp.sort(-select, axis=-1)
   ordered = jnp.pad(ordered, [(0, 0)] * 2 + [(0, 1)], constant_values=-jnp.inf)
@@ -101,10 +108,10 @@ def load(of: Routed, *, exclude: bool = True):
   if exclude:
     bar = jnp.where(select >= bar, after, bar)
   barred = bar > -jnp.inf
-  # A deviation may have underflowed.
-  ahead = (scores.logits - jnp.where(barred, bar, 0)) / jnp.maximum(std, 1e-6)
+  std = jnp.maximum(scores.aside['std'], 1e-6)  # It may have underflowed.
+  ahead = (scores.logits - jnp.where(barred, bar, 0)) / std
   chosen = jnp.where(barred, jax.scipy.stats.norm.cdf(ahead), 1)
-  return _uneven(jnp.where(select > -jnp.inf, chosen, 0), of.ctx)
+  return jnp.where(select > -jnp.inf, chosen, 0)
 
 
 def _uneven(given, ctx: RouteContext):
