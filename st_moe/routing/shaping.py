@@ -28,7 +28,7 @@ def noise(
   """Normal noise of deviation `std` / experts on the logits, in training.
 
   Choice and weights hear of it, the z-loss does not. The deviation is left for
-  the loss `load` (arXiv:2106.05974, section 2.2).
+  the loss `load` (arXiv:2106.05974, section 2).
   """
   del kept
   if ctx.deterministic or std == 0:
@@ -42,6 +42,26 @@ def noise(
   return noisy.replace(aside=aside)
 
 
+@about(row='S1-17', paper='arXiv:2207.04672', noisy=True)
+def gumbel_second(scores: Scores, ctx: RouteContext, rng, kept) -> Scores:
+  """The best expert stays on top; in training the others come by chance.
+
+  The second is the best of logits + Gumbel noise: drawn by the probabilities of
+  those that are left, as further ones are. Weights are of the probabilities as
+  they were (the code of arXiv:2207.04672).
+  """
+  del kept
+  if ctx.deterministic:
+    return scores
+  select = scores.select
+  drawn = jax.random.gumbel(_key(rng, 'gumbel_second'), select.shape)
+  first = jax.nn.one_hot(select.argmax(-1), select.shape[-1], dtype=bool)
+  noisy = select + drawn
+  # Not inf: what an override adds later may be -inf.
+  above = noisy.max(-1, keepdims=True) + 1
+  return scores.replace(select=jnp.where(first, above, noisy))
+
+
 def _key(rng: jax.Array | None, name: str) -> jax.Array:
   if rng is None:
     raise ValueError(
@@ -51,4 +71,8 @@ def _key(rng: jax.Array | None, name: str) -> jax.Array:
   return rng
 
 
-SHAPING = {'balanced': balanced, 'noise': noise}
+SHAPING = {
+  'balanced': balanced,
+  'noise': noise,
+  'gumbel_second': gumbel_second,
+}
