@@ -20,11 +20,13 @@ class Gate(nn.Module):
 
   num_experts: int
 
-  def logits(self, x: jax.Array) -> jax.Array:
+  def logits(
+    self, x: jax.Array, name: str = 'kernel', scale: float = 0.02
+  ) -> jax.Array:
     """float32 x W_r, [g, s, e], whatever the activations are."""
     kernel = self.param(
-      'kernel',
-      annotate(nn.initializers.normal(0.02), ('embed', 'unmodeled')),
+      name,
+      annotate(nn.initializers.normal(scale), ('embed', 'unmodeled')),
       (x.shape[-1], self.num_experts),
       jnp.float32,
     )
@@ -102,5 +104,29 @@ class ActivatedGate(Gate, kw_only=True):
     return Scores(logits, tempered, jax.nn.softmax(tempered))
 
 
+@about(row='S1-01', paper='arXiv:1701.06538', noisy=True)
+class NoisyGate(Gate, kw_only=True):
+  """Logits x W_g; in training with noise, as much as the token says.
+
+  Choice and weights are of h = x W_g + N(0, 1) * softplus(x W_n), of which the
+  deviation is left for the loss `load` (arXiv:1701.06538, Eq. 3-5). Both
+  matrices are born 0: no expert is ahead, and noise alone decides (App. A).
+  """
+
+  @nn.compact
+  def __call__(self, x: jax.Array, ctx: RouteContext, experts) -> Scores:
+    del experts
+    logits = self.logits(x, scale=0.0)
+    std = jax.nn.softplus(self.logits(x, 'noise_kernel', scale=0.0))
+    if ctx.deterministic:
+      return Scores.of(logits)
+    noise = jax.random.normal(self.make_rng('dropout'), logits.shape)
+    return Scores.of(logits, std=std).plus(std * noise)
+
+
 # module (num_experts, *, ...)(x, ctx, experts) -> Scores.
-GATES = {'linear': LinearGate, 'activated': ActivatedGate}
+GATES = {
+  'activated': ActivatedGate,
+  'linear': LinearGate,
+  'noisy': NoisyGate,
+}

@@ -22,9 +22,15 @@ from st_moe.routing.seating import seat
 from st_moe.routing.types import Assignment, RouteContext, Scores, Seats
 
 _POLICIES = ('all', 'none', 'threshold', 'random')
+_PRIORITIES = ('position', 'score', 'random')
 
 
-@about(row='S0-01', paper='arXiv:2202.08906', noisy=True)
+@about(
+  row='S0-01',
+  paper='arXiv:2202.08906',
+  causal=lambda priority='position', **_: priority != 'score',
+  noisy=True,
+)
 def top_k(
   scores: Scores,
   ctx: RouteContext,
@@ -36,6 +42,7 @@ def top_k(
   eval_policy: Literal[_POLICIES] = 'all',
   threshold: AtLeast0 = 0.2,
   normalize: bool = True,
+  priority: Literal[_PRIORITIES] = 'position',
 ) -> Seats:
   """The k best experts of each token.
 
@@ -49,6 +56,13 @@ def top_k(
     none       never
     threshold  if its weight exceeds `threshold`
     random     with probability min(1, weight / `threshold`)
+
+  First choices are seated before second ones, and inside a choice by `priority`
+
+    position   left to right
+    score      by the largest probability of the token's choices, highest first:
+               Batch Prioritised Routing (V-MoE, arXiv:2106.05974)
+    random     by a draw in training: Random Token Selection (arXiv:2109.10465)
   """
   select, num_experts = scores.select, scores.select.shape[-1]
   if not 1 <= k <= num_experts:
@@ -65,13 +79,14 @@ def top_k(
   best, expert = best[..., rank:], expert[..., rank:]  # [g, s, k]
   there = best > -jnp.inf  # Which rules one out.
   weight = jnp.where(there, of_expert(scores.probs, expert), 0)
+  order = _order(priority, weight, ctx, rng)
   active = ctx.valid[..., None] & there
   if pairs:
     share = weight / (weight.sum(-1, keepdims=True) + 1e-9)
     weight = share if normalize else weight
     policy = eval_policy if ctx.deterministic else train_policy
     active &= _stays(policy, share, threshold, rng).at[..., 0].set(True)
-  asked = Assignment(expert, weight, active)
+  asked = Assignment(expert, weight, active, order)
   return seat(asked, num_experts=num_experts, capacity=capacity)
 
 
@@ -256,13 +271,34 @@ def _among(chosen, shares, scores: Scores, ctx, capacity: int, k: int) -> Seats:
   return seat(asked, num_experts=num_experts, capacity=capacity)
 
 
+def _order(priority, probs, ctx: RouteContext, rng) -> jax.Array | None:
+  """As `Assignment.priority` has it, of probabilities [g, s, k] of choices."""
+  if priority not in _PRIORITIES:
+    raise ValueError(
+      f'priority {priority!r} is none of {", ".join(_PRIORITIES)}.'
+    )
+  if priority == 'score':
+    # Not of weights: renormalised, a token in doubt would pass for a sure one.
+    best = jax.lax.stop_gradient(probs).max(-1, keepdims=True)
+    return jnp.broadcast_to(-best, probs.shape)
+  if priority == 'position' or ctx.deterministic:
+    return None
+  if rng is None:
+    raise ValueError(
+      "The priority 'random' draws numbers: pass rngs={'dropout': key}, or use"
+      " 'position' or 'score'."
+    )
+  # A key of its own: who stays is drawn as without.
+  return jax.random.uniform(jax.random.fold_in(rng, 1), probs.shape)
+
+
 SELECTORS = {
+  'capped_choice': capped_choice,
+  'expert_choice': expert_choice,
+  'group_top_1': group_top_1,
   'mixed_sampling': mixed_sampling,
   'top_k': top_k,
-  'expert_choice': expert_choice,
-  'capped_choice': capped_choice,
   'top_p': top_p,
-  'group_top_1': group_top_1,
   'two_level': two_level,
 }
 

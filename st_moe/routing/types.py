@@ -77,13 +77,13 @@ class Scores:
 
   def steered(self, override: RouteOverride | None) -> 'Scores':
     """As if the override's bias [e] had been added before the softmax."""
-    if override is None:
-      return self
+    return self if override is None else self.plus(override.bias)
+
+  def plus(self, more: jax.Array) -> 'Scores':
+    """As if `more` [..., e] had been added before the softmax."""
     # Where all that is left had underflowed, 0 would become NaN.
-    probs = jnp.log(jnp.maximum(self.probs, 1e-37)) + override.bias
-    return self.replace(
-      select=self.select + override.bias, probs=jax.nn.softmax(probs)
-    )
+    probs = jnp.log(jnp.maximum(self.probs, 1e-37)) + more
+    return self.replace(select=self.select + more, probs=jax.nn.softmax(probs))
 
 
 @flax.struct.dataclass

@@ -33,7 +33,8 @@ PLAIN = {
 
 def _route(logits, valid, capacity=99, k=K):
   ctx = RouteContext(valid=jnp.asarray(valid))
-  scores = Scores.of(logits)
+  # As if noise had been drawn: `load` asks how much.
+  scores = Scores.of(logits, std=jnp.full(logits.shape, 0.5))
   seats = top_k(scores, ctx, None, capacity, k=k)
   return Routed(None, scores, seats, ctx, None, {})
 
