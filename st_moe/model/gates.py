@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from st_moe.about import about
 from st_moe.fields import Rate
+from st_moe.model.layers import keep
 from st_moe.routing.types import RouteContext, Scores
 from st_moe.sharding import annotate
 
@@ -15,14 +16,17 @@ class Gate(nn.Module):
 
   num_experts: int
 
-  def logits(self, x: jax.Array) -> jax.Array:
-    """float32 x W_r, [g, s, e], whatever the activations are."""
-    kernel = self.param(
-      'kernel',
-      annotate(nn.initializers.normal(0.02), ('embed', 'unmodeled')),
-      (x.shape[-1], self.num_experts),
-      jnp.float32,
-    )
+  def logits(self, x: jax.Array, frozen: bool = False) -> jax.Array:
+    """float32 x W_r, [g, s, e], whatever the activations are.
+
+    `frozen`: by a W_r that stays as it was born.
+    """
+    born, shape = nn.initializers.normal(0.02), (x.shape[-1], self.num_experts)
+    if frozen:
+      kernel = keep(self, 'kernel', shape, born)
+    else:
+      born = annotate(born, ('embed', 'unmodeled'))
+      kernel = self.param('kernel', born, shape, jnp.float32)
     # TPUs multiply float32 in bfloat16 unless told otherwise.
     x = x.astype(jnp.float32)
     return jnp.einsum('gsd,de->gse', x, kernel, precision='highest')
@@ -33,10 +37,12 @@ class LinearGate(Gate, kw_only=True):
   """Logits x W_r and their softmax.
 
   `jitter` multiplies the router's input by U[1 - jitter, 1 + jitter] in
-  training (arXiv:2101.03961); ST-MoE does without it.
+  training (arXiv:2101.03961); ST-MoE does without it. `frozen` keeps the
+  random router a run begins with (SMoE-dropout, arXiv:2303.01610).
   """
 
   jitter: Rate = 0.0
+  frozen: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, ctx: RouteContext, experts) -> Scores:
@@ -46,7 +52,7 @@ class LinearGate(Gate, kw_only=True):
       rng = self.make_rng('dropout')
       x = x.astype(jnp.float32)
       x *= jax.random.uniform(rng, x.shape, minval=low, maxval=high)
-    return Scores.of(self.logits(x))
+    return Scores.of(self.logits(x, self.frozen))
 
 
 # module (num_experts, *, ...)(x, ctx, experts) -> Scores.

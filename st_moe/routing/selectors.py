@@ -4,14 +4,15 @@
 has no default, so that a config says it (`MoEConfig.k`).
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 
+from st_moe import schedules
 from st_moe.about import about
 from st_moe.config import Capacity, ModelConfig, Part
-from st_moe.fields import AtLeast0, Size
+from st_moe.fields import AtLeast0, Range, Size
 from st_moe.routing.seating import seat
 from st_moe.routing.types import Assignment, RouteContext, Scores, Seats
 
@@ -30,6 +31,7 @@ def top_k(
   eval_policy: Literal[_POLICIES] = 'all',
   threshold: AtLeast0 = 0.2,
   normalize: bool = True,
+  k_at: schedules.Scheduled | Annotated[float, Range(1)] | None = None,
 ) -> Seats:
   """The k best experts of each token.
 
@@ -43,6 +45,11 @@ def top_k(
     none       never
     threshold  if its weight exceeds `threshold`
     random     with probability min(1, weight / `threshold`)
+
+  `k_at` asks fewer of them for a while: the first round(k_at) at each step, at
+  least one, and in evaluation its last; weights are of those alone
+  (SMoE-dropout, arXiv:2303.01610). Places and time stay those of k, and an
+  override's k goes before it.
   """
   select, num_experts = scores.select, scores.select.shape[-1]
   if not 1 <= k <= num_experts:
@@ -53,11 +60,14 @@ def top_k(
         f'Policy {policy!r} for choices past the first is none of'
         f' {", ".join(_POLICIES)}.'
       )
-  pairs = k > 1
+  pairs, steered = k > 1, ctx.override is not None and ctx.override.k
   k, rank = asked_k(ctx, k)
   best, expert = _best(select, rank + k)
   best, expert = best[..., rank:], expert[..., rank:]  # [g, s, k]
   there = best > -jnp.inf  # Which rules one out.
+  if k_at is not None and not steered:
+    now = jnp.round(schedules.value(k_at, ctx.step))
+    there &= jnp.arange(k) < jnp.maximum(now, 1)
   weight = jnp.where(there, _of(scores.probs, expert), 0)
   active = ctx.valid[..., None] & there
   if pairs:
