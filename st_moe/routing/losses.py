@@ -2,14 +2,34 @@
 
 Sums and weights are added over microbatches and devices before they are
 divided, so a loss is the same in value and gradient however a batch is cut into
-whole groups, and padding and empty groups count nothing.
+whole groups, and padding and empty groups count nothing. What is no sum over
+tokens is of each group, weighted by its valid tokens, or of the whole batch.
 """
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from st_moe.about import about
 from st_moe.routing.types import RouteContext, Routed
+
+Scope = Literal['group', 'batch']
+
+
+def scoped(sums: jax.Array, scope: Scope) -> jax.Array:
+  """Sums of each group [g, ...], or of all groups on all devices [1, ...].
+
+  A loss of such sums that is not linear in them is `whole_batch`: no
+  microbatch knows those of the others.
+  """
+  return sums.sum(0, keepdims=True) if scope == 'batch' else sums
+
+
+def whole_batch(scope: Scope = 'group', **rest) -> bool:
+  """`About.whole` of a loss with the option `scope`."""
+  del rest
+  return scope == 'batch'
 
 
 @about(row='S0-01', paper='arXiv:2202.08906')
@@ -19,33 +39,36 @@ def router_z(of: Routed):
   return _over(z, of.ctx.valid)
 
 
-@about(row='S0-01', paper='arXiv:2202.08906')
-def load_balance(of: Routed):
+@about(row='S0-01', paper='arXiv:2202.08906', whole=whole_batch)
+def load_balance(of: Routed, *, scope: Scope = 'group'):
   """e * sum_e f_e p_e per group: 1 when even, e when one expert takes all.
 
   f_e is the share of valid tokens whose first choice is e, counted before
   anyone is dropped; gradient flows through the mean probability p_e alone
   (arXiv:2202.08906, Eq. 7-9). Groups weigh as much as their valid tokens.
+  With `scope` 'batch' f and p are those of the whole batch, so that a group may
+  favour experts that another leaves alone (arXiv:2501.11873).
   """
   probs, seats = of.scores.probs, of.seats
   first = seats.first if seats.k else probs.argmax(-1)
-  return _balance(jax.nn.one_hot(first, probs.shape[-1]), probs, of.ctx)
+  chosen = jax.nn.one_hot(first, probs.shape[-1])
+  return _balance(chosen, probs, of.ctx, scope)
 
 
-@about(row='S0-01', paper='arXiv:2202.08906')
-def load_balance_all(of: Routed):
+@about(row='S0-01', paper='arXiv:2202.08906', whole=whole_batch)
+def load_balance_all(of: Routed, *, scope: Scope = 'group'):
   """`load_balance` with all that was asked in f_e: k when even (Flaxformer)."""
   probs = of.scores.probs
-  return _balance(of.seats.chosen(probs.shape[1]), probs, of.ctx)
+  return _balance(of.seats.chosen(probs.shape[1]), probs, of.ctx, scope)
 
 
-def _balance(chosen, probs, ctx: RouteContext):
+def _balance(chosen, probs, ctx: RouteContext, scope: Scope):
   """e * sum_e f_e p_e, f_e the share of valid tokens with chosen [g, s, e]."""
   e = probs.shape[-1]
   valid = ctx.valid.astype(jnp.float32)
-  count = valid.sum(-1)  # [g]
-  f = jnp.einsum('gse,gs->ge', chosen, valid)
-  p = jnp.einsum('gse,gs->ge', probs, valid)
+  count = scoped(valid.sum(-1), scope)  # [g], or [1] of the batch.
+  f = scoped(jnp.einsum('gse,gs->ge', chosen, valid), scope)
+  p = scoped(jnp.einsum('gse,gs->ge', probs, valid), scope)
   safe = jnp.maximum(count, 1)[:, None]
   loss = e * (f / safe * (p / safe)).sum(-1)  # [g]
   return (loss * count).sum(), count.sum()

@@ -21,7 +21,8 @@ def rebalanced(old, new, wanted, step, *, rate: Positive = 1e-3):
   """Moves the bias of each expert by `rate` towards an even load.
 
   bias += rate * sign(mean - wanted); of the shaping `balanced`. No loss is
-  needed, and no gradient (arXiv:2408.15664, Algorithm 1).
+  needed, and no gradient (arXiv:2408.15664, Algorithm 1). Even is the whole
+  batch, over all groups, microbatches and devices, and no group by itself.
   """
   del old
 
