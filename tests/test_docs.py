@@ -10,12 +10,16 @@ import sys
 import pytest
 
 from st_moe import cli, config_file
-from st_moe.config import DataConfig
+from st_moe.config import DataConfig, OptimizerConfig, Part
 from st_moe.data import pipeline, vocabulary
+from st_moe.model import parts
+from st_moe.routing import shaping
 from st_moe.run import grid
 from tests import experiments
+from tests.methods import steps
 
-PAGE = (pathlib.Path(__file__).parents[1] / 'docs' / 'tasks.md').read_text()
+ROOT = pathlib.Path(__file__).parents[1]
+PAGE = (ROOT / 'docs' / 'tasks.md').read_text()
 
 
 def test_the_task_of_the_page_is_trained_and_scored(tmp_path, monkeypatch):
@@ -54,6 +58,40 @@ def test_the_task_of_the_page_is_trained_and_scored(tmp_path, monkeypatch):
   scores = source.scores(source.examples, ['happy', 'happy'])
   assert scores == {'accuracy': 50.0}
   sys.modules.pop('my_tasks')
+
+
+def test_the_mechanism_of_the_page_takes_a_step(tmp_path, monkeypatch):
+  page = (ROOT / 'CONTRIBUTING.md').read_text()
+  (code,) = re.findall(r'```python\n(.*?)```', page, re.DOTALL)
+  lines = [line for line in code.splitlines() if line]
+  assert sum('import ' not in line for line in lines) < 30
+  assert 'tempered' not in shaping.SHAPING
+  table = dict(shaping.SHAPING)
+  monkeypatch.setattr(shaping, 'SHAPING', table)
+  monkeypatch.setitem(parts.TABLES, 'shaping', table)
+  path = tmp_path / 'tempered.py'
+  path.write_text(code)
+  # As a file of configs it enters itself into the table.
+  base, config = (
+    config_file.load(f'{path}:{arg}runlocal') for arg in ('base,', '')
+  )
+  changed = config_file.diff(*map(config_file.to_dict, (base, config)))
+  assert len(changed) == 1 and changed[0].startswith('model.moe.shaping.')
+  parts.check(config.model)
+  named = {'__name__': 'tempered'}
+  exec(code, named)
+  named['test_twice_as_warm_is_the_root']()
+
+  with pytest.raises(ValueError, match='shaping.at = 0 should be .* above 0'):
+    parts.choose('shaping', Part.of('tempered', at=0))
+  # Where nothing learns routers cool down nevertheless.
+  model = steps.encoder(moe={'shaping': config.model.moe.shaping})
+  still = OptimizerConfig(learning_rate=0.0)
+  run = steps.Run(steps.config_of(model, optimizer=still))
+  entropy = [run.take()['encoder/router_entropy'] for _ in range(10)]
+  assert entropy[:9] == sorted(entropy[:9], reverse=True)
+  assert entropy[0] > entropy[8] == entropy[9]
+  assert 0 < run.evaluated() < 100
 
 
 def _commands(verb):

@@ -11,6 +11,7 @@ from st_moe import schedules
 from st_moe.about import about
 from st_moe.config import Part
 from st_moe.fields import Above0, Rate
+from st_moe.model.layers import keep
 from st_moe.routing.types import RouteContext, Scores
 from st_moe.sharding import annotate
 
@@ -21,15 +22,23 @@ class Gate(nn.Module):
   num_experts: int
 
   def logits(
-    self, x: jax.Array, name: str = 'kernel', scale: float = 0.02
+    self,
+    x: jax.Array,
+    name: str = 'kernel',
+    scale: float = 0.02,
+    frozen: bool = False,
   ) -> jax.Array:
-    """float32 x W_r, [g, s, e], whatever the activations are."""
-    kernel = self.param(
-      name,
-      annotate(nn.initializers.normal(scale), ('embed', 'unmodeled')),
-      (x.shape[-1], self.num_experts),
-      jnp.float32,
-    )
+    """float32 x W_r, [g, s, e], whatever the activations are.
+
+    `frozen`: by a W_r that stays as it was born.
+    """
+    born = nn.initializers.normal(scale)
+    shape = x.shape[-1], self.num_experts
+    if frozen:
+      kernel = keep(self, name, shape, born)
+    else:
+      born = annotate(born, ('embed', 'unmodeled'))
+      kernel = self.param(name, born, shape, jnp.float32)
     # TPUs multiply float32 in bfloat16 unless told otherwise.
     x = x.astype(jnp.float32)
     return jnp.einsum('gsd,de->gse', x, kernel, precision='highest')
@@ -40,10 +49,12 @@ class LinearGate(Gate, kw_only=True):
   """Logits x W_r and their softmax.
 
   `jitter` multiplies the router's input by U[1 - jitter, 1 + jitter] in
-  training (arXiv:2101.03961); ST-MoE does without it.
+  training (arXiv:2101.03961); ST-MoE does without it. `frozen` keeps the
+  random router a run begins with (SMoE-dropout, arXiv:2303.01610).
   """
 
   jitter: Rate = 0.0
+  frozen: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, ctx: RouteContext, experts) -> Scores:
@@ -53,7 +64,7 @@ class LinearGate(Gate, kw_only=True):
       rng = self.make_rng('dropout')
       x = x.astype(jnp.float32)
       x *= jax.random.uniform(rng, x.shape, minval=low, maxval=high)
-    return Scores.of(self.logits(x))
+    return Scores.of(self.logits(x, frozen=self.frozen))
 
 
 _ACTS = {

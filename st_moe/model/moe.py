@@ -97,6 +97,7 @@ def record(module: nn.Module, moe: MoEConfig, routed: Routed) -> None:
     'load': seats.load.sum(0),
     # Routes that were asked for, by expert: what balance is about.
     'wanted': seats.chosen(routed.ctx.valid.shape[1]).sum((0, 1)),
+    'kept': routed.scores.aside.get('kept', {}),
   }
   module.sow('intermediates', 'record', found, reduce_fn=replace)
   if not module.is_initializing():  # Or it would be born a variable.

@@ -2,7 +2,8 @@
 
 Sums and weights are added over microbatches and devices before they are
 divided, so a loss is the same in value and gradient however a batch is cut into
-whole groups, and padding and empty groups count nothing.
+whole groups, and padding and empty groups count nothing. What is no sum over
+tokens is of each group, weighted by its valid tokens, or of the whole batch.
 """
 
 from typing import Literal
@@ -14,6 +15,23 @@ from st_moe.about import about
 from st_moe.fields import Share, Size
 from st_moe.routing.types import RouteContext, Routed, Scores
 
+Scope = Literal['group', 'batch']
+
+
+def scoped(sums: jax.Array, scope: Scope) -> jax.Array:
+  """Sums of each group [g, ...], or of all groups on all devices [1, ...].
+
+  A loss of such sums that is not linear in them is `whole_batch`: no
+  microbatch knows those of the others.
+  """
+  return sums.sum(0, keepdims=True) if scope == 'batch' else sums
+
+
+def whole_batch(scope: Scope = 'group', **rest) -> bool:
+  """`About.whole` of a loss with the option `scope`."""
+  del rest
+  return scope == 'batch'
+
 
 @about(row='S0-01', paper='arXiv:2202.08906')
 def router_z(of: Routed):
@@ -22,21 +40,26 @@ def router_z(of: Routed):
   return _over(z, of.ctx.valid)
 
 
-@about(row='S0-01', paper='arXiv:2202.08906')
-def load_balance(of: Routed):
+@about(row='S0-01', paper='arXiv:2202.08906', whole=whole_batch)
+def load_balance(of: Routed, *, scope: Scope = 'group'):
   """e * sum_e f_e p_e per group: 1 when even, e when one expert takes all.
 
   f_e is the share of valid tokens whose first choice is e, counted before
   anyone is dropped; gradient flows through the mean probability p_e alone
   (arXiv:2202.08906, Eq. 7-9). Groups weigh as much as their valid tokens.
+  With `scope` 'batch' f and p are those of the whole batch, so that a group may
+  favour experts that another leaves alone (arXiv:2501.11873).
   """
   probs, seats = of.scores.probs, of.seats
   first = seats.first if seats.k else probs.argmax(-1)
-  return _balance(jax.nn.one_hot(first, probs.shape[-1]), probs, of.ctx)
+  chosen = jax.nn.one_hot(first, probs.shape[-1])
+  return _balance(chosen, probs, of.ctx, scope)
 
 
-@about(row='S0-01', paper='arXiv:2202.08906')
-def load_balance_all(of: Routed, *, normalized: bool = False):
+@about(row='S0-01', paper='arXiv:2202.08906', whole=whole_batch)
+def load_balance_all(
+  of: Routed, *, normalized: bool = False, scope: Scope = 'group'
+):
   """`load_balance` with all that was asked in f_e: k when even (Flaxformer).
 
   With `normalized` f_e is a share of what was asked, and not of tokens: 1 when
@@ -44,7 +67,7 @@ def load_balance_all(of: Routed, *, normalized: bool = False):
   """
   probs = of.scores.probs
   chosen = of.seats.chosen(probs.shape[1])
-  return _balance(chosen, probs, of.ctx, normalized)
+  return _balance(chosen, probs, of.ctx, scope, normalized)
 
 
 def _fits_groups(model, moe, *, groups: int):
@@ -67,7 +90,7 @@ def load_balance_groups(of: Routed, *, groups: Size):
   probs = of.scores.probs
   sums = lambda a: a.reshape(*a.shape[:2], groups, -1).sum(-1)
   chosen = of.seats.chosen(probs.shape[1])
-  return _balance(sums(chosen), sums(probs), of.ctx, normalized=True)
+  return _balance(sums(chosen), sums(probs), of.ctx, 'group', normalized=True)
 
 
 @about(row='S1-02', paper='arXiv:2204.10598')
@@ -111,7 +134,9 @@ def budget(of: Routed, *, share: Share):
   return used - share * there, there
 
 
-def _balance(chosen, probs, ctx: RouteContext, normalized: bool = False):
+def _balance(
+  chosen, probs, ctx: RouteContext, scope: Scope, normalized: bool = False
+):
   """e * sum_e f_e p_e, f_e the share of valid tokens with chosen [g, s, e].
 
   Args:
@@ -119,9 +144,9 @@ def _balance(chosen, probs, ctx: RouteContext, normalized: bool = False):
   """
   e = probs.shape[-1]
   valid = ctx.valid.astype(jnp.float32)
-  count = valid.sum(-1)  # [g]
-  f = jnp.einsum('gse,gs->ge', chosen, valid)
-  p = jnp.einsum('gse,gs->ge', probs, valid)
+  count = scoped(valid.sum(-1), scope)  # [g], or [1] of the batch.
+  f = scoped(jnp.einsum('gse,gs->ge', chosen, valid), scope)
+  p = scoped(jnp.einsum('gse,gs->ge', probs, valid), scope)
   safe = jnp.maximum(count, 1)[:, None]
   of_what = jnp.maximum(f.sum(-1, keepdims=True), 1) if normalized else safe
   loss = e * (f / of_what * (p / safe)).sum(-1)  # [g]

@@ -43,6 +43,7 @@ def top_k(
   threshold: AtLeast0 = 0.2,
   normalize: bool = True,
   priority: Literal[_PRIORITIES] = 'position',
+  k_at: schedules.Scheduled | Annotated[float, Range(1)] | None = None,
 ) -> Seats:
   """The k best experts of each token.
 
@@ -63,6 +64,11 @@ def top_k(
     score      by the largest probability of the token's choices, highest first:
                Batch Prioritised Routing (V-MoE, arXiv:2106.05974)
     random     by a draw in training: Random Token Selection (arXiv:2109.10465)
+
+  `k_at` asks fewer of them for a while: the first round(k_at) at each step, at
+  least one, and in evaluation its last; weights are of those alone
+  (SMoE-dropout, arXiv:2303.01610). Places and time stay those of k, and an
+  override's k goes before it.
   """
   select, num_experts = scores.select, scores.select.shape[-1]
   if not 1 <= k <= num_experts:
@@ -73,11 +79,14 @@ def top_k(
         f'Policy {policy!r} for choices past the first is none of'
         f' {", ".join(_POLICIES)}.'
       )
-  pairs = k > 1
+  pairs, steered = k > 1, ctx.override is not None and ctx.override.k
   k, rank = asked_k(ctx, k)
   best, expert = best_of(select, rank + k)
   best, expert = best[..., rank:], expert[..., rank:]  # [g, s, k]
   there = best > -jnp.inf  # Which rules one out.
+  if k_at is not None and not steered:
+    now = jnp.round(schedules.value(k_at, ctx.step))
+    there &= jnp.arange(k) < jnp.maximum(now, 1)
   weight = jnp.where(there, of_expert(scores.probs, expert), 0)
   order = _order(priority, weight, ctx, rng)
   active = ctx.valid[..., None] & there

@@ -56,7 +56,8 @@ class Scores:
   logits: jax.Array  # Clean, for the z-loss.
   select: jax.Array  # The order of choice; -inf rules an expert out.
   probs: jax.Array  # What weights and balance are made of.
-  # What a gate leaves for losses of its own: noise, factors.
+  # What a gate leaves for losses of its own: noise, factors. And under 'kept'
+  # (sum, weight) of what the rule `averaged` moves state of that name towards.
   aside: dict = flax.struct.field(default_factory=dict)
 
   @classmethod

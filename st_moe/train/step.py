@@ -12,11 +12,11 @@ from st_moe.train.after import rules_after
 from st_moe.train.state import TrainState
 from st_moe.train.terms import (
   coefficients,
+  for_rules,
   records,
   router_terms,
   token_terms_of,
   total,
-  wanted,
   weights_of,
 )
 
@@ -59,7 +59,7 @@ def forward(model, config: Config, params, batch, *, rng, step=None):
   sown = sown.get('intermediates', {})
   by_stack, asked = (
     records(sown),
-    wanted(sown) if config.optimizer.after else {},
+    for_rules(sown) if config.optimizer.after else {},
   )
   terms = token_terms_of(
     lambda x: model.apply(variables, x, method='project'),

@@ -101,14 +101,17 @@ def records(intermediates: Mapping) -> dict[str, list]:
   return {stack: jax.tree.map(join, *rows) for stack, rows in found.items()}
 
 
-def wanted(intermediates: Mapping) -> dict[str, jax.Array]:
-  """Routes asked for, float32 [..., e], by the path of each sparse module."""
-  end = '/record/wanted'
-  return {
-    path.removesuffix(end): leaf
-    for path, leaf in paths.by_path(intermediates).items()
-    if path.endswith(end)
-  }
+def for_rules(intermediates: Mapping) -> dict:
+  """What rules after the update hear of a batch: see `train/after.py`."""
+  found = {}
+  for path, leaf in paths.by_path(intermediates).items():
+    module, _, name = path.partition('/record/')
+    if name == 'wanted':
+      found[module] = leaf
+    elif name.startswith('kept/'):
+      kept = f'{module}/kept_{name.split("/")[1]}'
+      found[kept] = *found.get(kept, ()), leaf  # The sum, then the weight.
+  return found
 
 
 def router_terms(by_stack: dict) -> dict:
