@@ -44,9 +44,10 @@ def smallest_inputs(config: ModelConfig) -> dict:
   """
   # Not of jnp: the mesh in force may be of devices that are not there.
   tokens = np.ones((sharding.shards('batch'), 1), np.int32)
+  task = np.zeros(len(tokens), np.int32)
   named = [f'{stack}_input_tokens' for stack in config.stacks]
   named += ['decoder_target_tokens'] if config.decoder else []
-  return dict.fromkeys(named, tokens)
+  return dict.fromkeys(named, tokens) | {'task': task}
 
 
 def init_state(model, optimizer, key) -> TrainState:
