@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from st_moe.about import about
-from st_moe.fields import Count, Rate, Seed, SizeOr0
+from st_moe.fields import Count, CountOr0, Rate, Seed, Size, SizeOr0
 from st_moe.model.layers import by_hand, keep
 from st_moe.routing import tables
 from st_moe.routing.types import RouteContext, Scores
@@ -197,5 +197,74 @@ def _read(option: str, path: str, shape):
   return found.astype(np.float32)
 
 
+def _skills_fit(model, moe, *, table, **_):
+  """Raises where a task has no experts, or others than there are."""
+  what = 'config.model.moe.gate.table'
+  for task, experts in enumerate(table or ((),)):
+    if not experts or len(set(experts)) < len(experts):
+      raise ValueError(
+        f'{what}[{task}] = {experts}: it should be experts, each of them once.'
+      )
+    if max(experts) >= moe.num_experts:
+      raise ValueError(
+        f'{what}[{task}] = {experts}: the experts are 0 to'
+        f' {moe.num_experts - 1}.'
+      )
+    if len(experts) > moe.k:
+      raise ValueError(
+        f'{what}[{task}] = {experts} are {len(experts)} experts, and a token'
+        f' asks {moe.k} at most: set the k of config.model.moe.selector.'
+      )
+
+
+@about(row='S2-26', paper='arXiv:2203.03312', needs=('task',), fits=_skills_fit)
+class SkillsGate(Gate, kw_only=True):
+  """Experts are skills, and a task lists those it takes: all, evenly.
+
+  `table` has the experts of each task, by its number; the last are those of
+  any task past it, which may be made of skills that others have taught. k of
+  the selector is the longest list, `train_policy` 'all'.
+  """
+
+  table: tuple[tuple[CountOr0, ...], ...]
+
+  @nn.compact
+  def __call__(self, x: jax.Array, ctx: RouteContext, experts) -> Scores:
+    del x, experts
+    each = jnp.arange(self.num_experts)
+    takes = jnp.stack([jnp.isin(each, jnp.array(row)) for row in self.table])
+    return Scores.certain(takes[ctx.told_task(len(self.table))])
+
+
+@about(row='S2-12', paper='arXiv:2210.14793', needs=('task',))
+class TaskGate(Gate, kw_only=True):
+  """A router for each of `tasks`: logits x W_task and their softmax.
+
+  A task past the last has that of the last.
+  """
+
+  tasks: Size
+
+  @nn.compact
+  def __call__(self, x: jax.Array, ctx: RouteContext, experts) -> Scores:
+    del experts
+    kernel = self.param(
+      'kernel',
+      annotate(nn.initializers.normal(0.02), ('unmodeled', 'embed', None)),
+      (self.tasks, x.shape[-1], self.num_experts),
+      jnp.float32,
+    )
+    x = x.astype(jnp.float32)
+    every = jnp.einsum('gsd,tde->gste', x, kernel, precision='highest')
+    task = ctx.told_task(self.tasks)[..., None, None]
+    mine = task == jnp.arange(self.tasks)[:, None]
+    return Scores.of(jnp.where(mine, every, 0).sum(-2))
+
+
 # module (num_experts, *, ...)(x, ctx, experts) -> Scores.
-GATES = {'linear': LinearGate, 'hash': HashGate}
+GATES = {
+  'linear': LinearGate,
+  'hash': HashGate,
+  'skills': SkillsGate,
+  'per_task': TaskGate,
+}
