@@ -52,7 +52,7 @@ def read(data: pipeline.TrainData, batches: int) -> dict[str, float]:
     start = time.perf_counter()
     found = [*itertools.islice(stream, batches)]
     seconds = time.perf_counter() - start
-  examples = sum(len(batch['source']) for batch in found)
+  examples = sum(len(batch['task']) for batch in found)
   return rates(seconds, examples, sum(map(tokens_of, found)))
 
 
@@ -60,7 +60,6 @@ def trained(config, batch, steps: int) -> dict[str, float]:
   """Rates of the train step of `config` on the same batch again and again."""
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   model = Transformer(config.model)
-  batch = {k: v for k, v in batch.items() if k != 'source'}
   times = []
   with sharding.use(mesh):
     tx = optimizer.make(config.optimizer, parameter_axes(model))

@@ -6,6 +6,7 @@ sharding a weight never shards an activation by accident.
 """
 
 import contextlib
+import contextvars
 import functools
 import logging
 import math
@@ -326,6 +327,24 @@ def whole_groups(tokens: int, size: int, parts: int) -> int:
   """Groups of `size` that hold `tokens`, as many on each of `parts` devices."""
   groups = -(-tokens // size)
   return -(-groups // parts) * parts
+
+
+_SHAPES_ALONE = contextvars.ContextVar('shapes_alone', default=False)
+
+
+def shapes_of(init):
+  """What `init()` makes, as shapes: no initializer has to read its files."""
+  token = _SHAPES_ALONE.set(True)
+  try:
+    # A function of its own: JAX remembers what it has traced.
+    return jax.eval_shape(lambda: init())
+  finally:
+    _SHAPES_ALONE.reset(token)
+
+
+def shapes_alone() -> bool:
+  """Whether nobody will see more than a shape of what is made."""
+  return _SHAPES_ALONE.get()
 
 
 def placed(shapes, shardings):

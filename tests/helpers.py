@@ -54,7 +54,7 @@ def boxed_shapes(model: nn.Module, *args, **kwargs):
     kwargs['enable_dropout'] = False
   key = jax.random.key(0)
   init = lambda: model.init(key, *args, **kwargs)['params']
-  return jax.eval_shape(init)
+  return sharding.shapes_of(init)
 
 
 def random_params(model: nn.Module, *args, seed: int = 0, **kwargs):

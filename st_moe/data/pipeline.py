@@ -11,7 +11,7 @@ A batch has, for batch size B and lengths Li, Lt:
   decoder_input_tokens   int32 [B, Lt]   targets shifted right, a 0 in front
   decoder_target_tokens  int32 [B, Lt]
   decoder_loss_weights   float32 [B, Lt] 1 on targets, 0 on padding
-  source                 int32 [B]       place of the source in `sources`
+  task                   int32 [B]       place of its source in `sources`
 """
 
 import dataclasses
@@ -136,11 +136,20 @@ class EvalData:
       self.score_fns, self.aux_fns = registry.other_metric_fns(name)
       self.left_out = registry.metric_objects(name)
       self.comparable = registry.comparable(name)
-    config = library.config
+    self._library, config = library, library.config
     self._convert = _Convert(config, library.vocabulary, self.is_text, 0)
 
   def __len__(self) -> int:
     return len(self._records)
+
+  @functools.cached_property
+  def task(self) -> int:
+    """Its number in the mixture; what is not in there is the next.
+
+    Not in `batches`, which are for whoever knows none: SeqIO takes seconds.
+    """
+    names = self._library.sources()
+    return [*names, self.name].index(self.name)
 
   def example(self, index: int) -> Batch:
     """One row of a batch."""
@@ -421,7 +430,7 @@ class _Convert:
   """A record and an rng -> one row of a batch."""
 
   def __init__(
-    self, config: DataConfig, vocabulary: Vocabulary, is_text: bool, source: int
+    self, config: DataConfig, vocabulary: Vocabulary, is_text: bool, task: int
   ):
     self._lengths = config.inputs_length, config.targets_length
     self._corrupt = is_text and functools.partial(
@@ -432,7 +441,7 @@ class _Convert:
       num_sentinels=len(vocabulary.sentinels),
       eos=vocabulary.eos,
     )
-    self._eos, self._source = vocabulary.eos, source
+    self._eos, self._task = vocabulary.eos, task
 
   def __call__(self, record: bytes, rng: np.random.Generator) -> Batch:
     if self._corrupt:
@@ -450,7 +459,7 @@ class _Convert:
       'decoder_input_tokens': shifted,
       'decoder_target_tokens': targets,
       'decoder_loss_weights': (np.arange(len(targets)) < used).astype('f4'),
-      'source': np.int32(self._source),
+      'task': np.int32(self._task),
     }
 
 

@@ -9,6 +9,7 @@ Axes: b prompt, r row of a prompt (beam or sample), t token, v vocabulary.
 
 import functools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,12 @@ from st_moe.decode.methods import (
   truncated,
 )
 from st_moe.routing.types import RouteOverride
+
+
+def of_task(model, task):
+  """`model` as all below know it, for prompts of `task` int32 [b]."""
+  apply = functools.partial(model.apply, task=task)
+  return types.SimpleNamespace(config=model.config, apply=apply)
 
 
 def encode(model, params, encoder_input_tokens, override=None) -> jax.Array:

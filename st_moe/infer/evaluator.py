@@ -10,6 +10,7 @@ from st_moe.config import Config
 from st_moe.data import superglue
 from st_moe.data.task import SENTINEL
 from st_moe.infer.questions import Asker, Question
+from st_moe.model import parts
 from st_moe.routing.selectors import dropless
 from st_moe.train import step
 
@@ -33,6 +34,8 @@ class Evaluator:
         mesh, jax.sharding.PartitionSpec()
       ),
     )
+    moes = map(model.config.moe_of, model.config.stacks)
+    self._by_task = any('task' in parts.needs(moe) for moe in moes)
     asked = config.evaluate
     # Another name: the lambda above looks at `model` when it is traced.
     answers = model
@@ -101,7 +104,8 @@ class Evaluator:
       if asked.batches and n == asked.batches:
         break
       real = int(batch['valid'].sum())
-      del batch['valid'], batch['source']
+      del batch['valid']
+      batch['task'] = np.full_like(batch['task'], self._task(source))
       with sharding.use(self._mesh):
         batch = hosts.spread_whole(batch, sharding.batch_sharding(self._mesh))
         terms.append(jax.device_get(self._terms(params, batch)))
@@ -123,8 +127,12 @@ class Evaluator:
       # The target is scored in any case, for the loss.
       if source.told(e) and tuple(e.targets) not in answers:
         answers.append(tuple(e.targets))
-      questions.append(Question(e.inputs, answers, room))
+      questions.append(Question(e.inputs, answers, room, self._task(source)))
     return examples, questions
+
+  def _task(self, source) -> int:
+    """Its number, if the model wants to know."""
+    return source.task if self._by_task else 0
 
   def _ids(self, source, text: str) -> tuple[int, ...]:
     ids = self._vocabulary.encode(text)

@@ -33,6 +33,7 @@ class Question:
   prompt: Sequence[int]
   answers: Sequence[Sequence[int]] = ()  # Each with its EOS.
   room: int = 0  # Tokens of an own answer at most; 0: none is asked.
+  task: int = 0  # Whose question it is.
 
 
 class Shape(NamedTuple):
@@ -88,14 +89,16 @@ class Asker:
     return max(-(-size // self._shards), 1) * self._shards
 
   def _compile(self, room: int):
-    def reply(params, prompts, answers):
+    def reply(params, prompts, answers, tasks):
+      model = decoding.of_task(self._model, tasks)
       # Both encode the prompts; the compiler does it once.
       scores = spoken = None
       if answers is not None:
-        scores = decoding.score(self._model, params, prompts, answers)
+        scores = decoding.score(model, params, prompts, answers)
       if room:
+        method = Method(max_length=room)
         spoken = decoding.generate(
-          self._model, params, prompts, Method(max_length=room), eos=self._eos
+          model, params, prompts, method, eos=self._eos
         )
       return scores, spoken
 
@@ -158,13 +161,13 @@ class Asker:
   def _run(self, params, batch, shape: Shape, size: int):
     batch = [*batch, *[Question(())] * (size - len(batch))]  # Asks nothing.
     prompts = [q.prompt[: self._longest] for q in batch]
-    answers = None
+    answers, tasks = None, np.array([q.task for q in batch], np.int32)
     if shape.rows:
       cells = shape.rows, shape.length
       answers = np.stack([_stacked(q.answers, *cells) for q in batch])
     with sharding.use(self._mesh):
       given = hosts.spread_whole(
-        (padded(prompts, shape.prompt), answers),
+        (padded(prompts, shape.prompt), answers, tasks),
         sharding.batch_sharding(self._mesh),
       )
       return self._compiled(shape.room)(params, *given)

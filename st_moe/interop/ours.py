@@ -1,7 +1,6 @@
 """Our own checkpoints, as a source and a target like the others."""
 
 import dataclasses
-import functools
 
 import jax
 from etils import epath
@@ -47,8 +46,8 @@ class Source:
       )
     model = Transformer(own.model)
     made = optimizer.make(own.optimizer, parameter_axes(model))
-    boxed = jax.eval_shape(
-      functools.partial(init_state, model, made), jax.random.key(0)
+    boxed = sharding.shapes_of(
+      lambda: init_state(model, made, jax.random.key(0))
     )
     state = checkpoint.load_rest(self.where, sharding.unbox(boxed))
     found = paths.by_path(state['opt_state'][0])

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from st_moe import sharding
 from st_moe.config import ModelConfig
 from st_moe.sharding import annotate, constrain
 
@@ -68,6 +69,22 @@ def keep(
   return jax.lax.stop_gradient(
     module.param(f'kept_{name}', born, shape, jnp.float32)
   )
+
+
+def by_hand(module: nn.Module, make):
+  """An initializer: the array that `make()` of numpy returns.
+
+  It is asked where parameters of `module` are born and nowhere else: what it
+  reads need not be there for shapes, or for a checkpoint to be used.
+  """
+
+  def init(key, shape, dtype):
+    del key
+    if sharding.shapes_alone() or not module.is_initializing():
+      return jnp.zeros(shape, dtype)
+    return jnp.asarray(make(), dtype)
+
+  return init
 
 
 def light(function):

@@ -334,13 +334,16 @@ class Transformer(nn.Module):
     return paths.as_read(params, activation_dtype(self.config.dtype))
 
   def _context(
-    self, tokens, valid, segments, positions, step, dropout, override
+    self, tokens, valid, segments, positions, *, dropout, task, **rest
   ):
     tokens, (rows, length) = tokens.astype(jnp.int32), tokens.shape
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
     before = lambda a: jnp.pad(a[:, :-1], ((0, 0), (1, 0)))
     segment = jnp.zeros_like(tokens) if segments is None else segments
+    if task is not None:  # Several rows may share one.
+      task = task.reshape(len(task), -1).repeat(rows // len(task), axis=0)
+      task = jnp.broadcast_to(task, tokens.shape)
     return RouteContext(
       valid=valid,
       tokens=tokens,
@@ -348,9 +351,9 @@ class Transformer(nn.Module):
       segments=segments,
       example=jnp.arange(rows)[:, None] * (length + 1) + segment,
       before=jnp.where(segment == before(segment), before(tokens), 0),
-      step=step,
-      override=override,
+      task=task,
       deterministic=not dropout,
+      **rest,
     )
 
   def encode(
@@ -362,17 +365,16 @@ class Transformer(nn.Module):
     enable_dropout: bool = True,
     step=None,
     override: RouteOverride | None = None,
+    task=None,
   ) -> jax.Array:
-    """Token ids [batch, length], 0 is padding, to [batch, length, embed]."""
+    """Token ids [batch, length], 0 is padding, to [batch, length, embed].
+
+    `task` is the source of each row, int32 [batch], or of each token.
+    """
     tokens = encoder_input_tokens
+    told = dict(dropout=enable_dropout, step=step, override=override, task=task)
     ctx = self._context(
-      tokens,
-      tokens > 0,
-      encoder_segment_ids,
-      encoder_positions,
-      step,
-      enable_dropout,
-      override,
+      tokens, tokens > 0, encoder_segment_ids, encoder_positions, **told
     )
     return self.encoder(self.token_embedder(tokens), ctx)
 
@@ -391,26 +393,20 @@ class Transformer(nn.Module):
     max_decode_length: int | None = None,
     step=None,
     override: RouteOverride | None = None,
+    task=None,
     project: bool = True,
   ) -> jax.Array:
     """Logits float32 [batch, length, vocab] of the token after each input.
 
-    `encoded` [batch / r, ...] is shared by each r rows of the decoder. Without
-    `project`, what logits are made of: [batch, length, embed].
+    `encoded` [batch / r, ...] and `task` are shared by each r rows of the
+    decoder. Without `project`, what logits are made of: [batch, length, embed].
     """
     tokens = decoder_input_tokens
     # Inputs begin with a 0 that is no padding; targets say what is.
-    valid = decoder_target_tokens > 0
-    if decode:
-      valid = jnp.full(tokens.shape, True)
+    valid = (decoder_target_tokens > 0) | decode
+    told = dict(dropout=enable_dropout, step=step, override=override, task=task)
     ctx = self._context(
-      tokens,
-      valid,
-      decoder_segment_ids,
-      decoder_positions,
-      step,
-      enable_dropout,
-      override,
+      tokens, valid, decoder_segment_ids, decoder_positions, **told
     )
     encoded_ctx = None
     if encoded is not None:
@@ -451,17 +447,15 @@ class Transformer(nn.Module):
     enable_dropout: bool = True,
     decode: bool = False,
     step=None,
+    task=None,
     project: bool = True,
   ) -> jax.Array:
     """Logits of the last stack, for teacher forcing; or their input."""
+    told = dict(enable_dropout=enable_dropout, step=step, task=task)
     encoded = None
     if self.config.encoder:
       encoded = self.encode(
-        encoder_input_tokens,
-        encoder_segment_ids,
-        encoder_positions,
-        enable_dropout=enable_dropout,
-        step=step,
+        encoder_input_tokens, encoder_segment_ids, encoder_positions, **told
       )
     if not self.config.decoder:
       return self.project(encoded) if project else encoded
@@ -473,8 +467,7 @@ class Transformer(nn.Module):
       encoder_segment_ids,
       decoder_segment_ids,
       decoder_positions,
-      enable_dropout=enable_dropout,
       decode=decode,
-      step=step,
       project=project,
+      **told,
     )

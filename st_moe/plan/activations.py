@@ -110,6 +110,7 @@ def _residuals(config: Config, train: str, lengths, rows: int):
   batch = {f'{stack}_input_tokens': tokens(n) for stack, n in lengths}
   stack, n = lengths[-1]
   batch[f'{stack}_target_tokens'] = batch[f'{stack}_loss_weights'] = tokens(n)
+  batch['task'] = jax.ShapeDtypeStruct((rows,), jnp.int32)
 
   def backward(params, batch):
     trained, frozen = paths.split(params, train)

@@ -154,7 +154,7 @@ def same_parameters(config: Config) -> Config:
 def _first_state(model, optimizer_config):
   module = Transformer(model)
   tx = optimizer.make(optimizer_config, parameter_axes(module))
-  return jax.eval_shape(lambda: init_state(module, tx, jax.random.key(0)))
+  return sharding.shapes_of(lambda: init_state(module, tx, jax.random.key(0)))
 
 
 def _is_box(x) -> bool:

@@ -126,6 +126,7 @@ def lower(config: Config, mesh):
     **{f'{s}_input_tokens': array(s) for s in config.model.stacks},
     f'{last}_target_tokens': array(last),
     f'{last}_loss_weights': array(last, jnp.float32),
+    'task': jax.ShapeDtypeStruct((data.batch_size,), jnp.int32, sharding=split),
   }
   run = jax.jit(
     step.make_train_step(model, tx, config),

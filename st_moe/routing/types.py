@@ -44,6 +44,15 @@ class RouteContext:
   # Whether a token must hear nothing of later ones.
   causal: bool = flax.struct.field(pytree_node=False, default=False)
 
+  def told_task(self, tasks: int) -> jax.Array:
+    """`task` for what knows `tasks` and no more: any other is the last."""
+    if self.task is None:
+      raise ValueError(
+        'This model routes by task and was not told which: pass task, the'
+        ' number of the source of each row, int32 [batch].'
+      )
+    return jnp.minimum(self.task, tasks - 1)
+
 
 @flax.struct.dataclass
 class Scores:

@@ -228,11 +228,9 @@ def _counting(train_step, sources: int):
   """
 
   def counted(state, batch):
-    batch = dict(batch)
-    source = batch.pop('source')
     targets = jnp.sum(batch['decoder_loss_weights'] > 0, axis=-1)
     inputs = jnp.count_nonzero(batch['encoder_input_tokens'])
-    mine = source[:, None] == jnp.arange(sources)[None]  # [b, source]
+    mine = batch['task'][:, None] == jnp.arange(sources)[None]  # [b, source]
     state, metrics = train_step(state, batch)
     counts = inputs + targets.sum(), (mine * targets[:, None]).sum(0)
     return state, metrics, counts

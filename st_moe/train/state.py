@@ -30,7 +30,7 @@ def init_params(model, key) -> dict:
 
 def abstract_params(model, mesh=None):
   """Shapes of the parameters; with a mesh also where each array goes."""
-  boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  boxed = sharding.shapes_of(lambda: init_params(model, jax.random.key(0)))
   shapes = sharding.unbox(boxed)
   if mesh is None:
     return shapes
@@ -44,9 +44,10 @@ def smallest_inputs(config: ModelConfig) -> dict:
   """
   # Not of jnp: the mesh in force may be of devices that are not there.
   tokens = np.ones((sharding.shards('batch'), 1), np.int32)
+  task = np.zeros(len(tokens), np.int32)
   named = [f'{stack}_input_tokens' for stack in config.stacks]
   named += ['decoder_target_tokens'] if config.decoder else []
-  return dict.fromkeys(named, tokens)
+  return dict.fromkeys(named, tokens) | {'task': task}
 
 
 def init_state(model, optimizer, key) -> TrainState:
@@ -61,7 +62,7 @@ def _first_state(optimizer, params) -> TrainState:
 
 def parameter_axes(model):
   """The logical axes of every parameter, from shapes alone."""
-  boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  boxed = sharding.shapes_of(lambda: init_params(model, jax.random.key(0)))
   return sharding.axis_names(boxed)
 
 
@@ -82,7 +83,7 @@ class Start:
 
 def starting(model, optimizer, mesh) -> Start:
   """From shapes alone: no array is made before it is asked for."""
-  boxed = jax.eval_shape(
+  boxed = sharding.shapes_of(
     lambda: init_state(model, optimizer, jax.random.key(0))
   )
   shardings = sharding.of_boxed(boxed, mesh)

@@ -29,9 +29,9 @@ def inputs_of(batch: dict, config: ModelConfig) -> dict:
     for k, v in batch.items()
     if k.startswith(config.stacks) and k.endswith(read)
   }
-  if config.decoder:
-    found['decoder_target_tokens'] = batch['decoder_target_tokens']
-  return found
+  also = ['task'] * ('task' in batch)
+  also += ['decoder_target_tokens'] if config.decoder else []
+  return found | {name: batch[name] for name in also}
 
 
 def targets_of(batch: dict, config: ModelConfig):

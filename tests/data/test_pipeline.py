@@ -80,7 +80,7 @@ def restore(inputs, targets):
 
 def chunks_of(data, rows, source=0):
   """Chunks of `source` in the first `rows` examples, in order."""
-  size = len(data.batch(0)['source'])
+  size = len(data.batch(0)['task'])
   return [
     restore(inputs, targets)
     for n in range(rows // size)
@@ -88,7 +88,7 @@ def chunks_of(data, rows, source=0):
     for inputs, targets, row_source in zip(
       batch['encoder_input_tokens'],
       batch['decoder_target_tokens'],
-      batch['source'],
+      batch['task'],
       strict=True,
     )
     if row_source == source
@@ -134,10 +134,10 @@ def test_a_batch_of_text(folder):
     'decoder_input_tokens': ((8, 16), 'int32'),
     'decoder_target_tokens': ((8, 16), 'int32'),
     'decoder_loss_weights': ((8, 16), 'float32'),
-    'source': ((8,), 'int32'),
+    'task': ((8,), 'int32'),
   }
   # 67 raw tokens: 10 of noise in 3 spans, so 61 inputs and 14 targets.
-  first = batch['source'].tolist().index(0)
+  first = batch['task'].tolist().index(0)
   row = {k: v[first] for k, v in batch.items()}
   assert (row['encoder_input_tokens'] > 0).all()
   assert row['encoder_input_tokens'][-1] == 1
@@ -234,7 +234,7 @@ def test_sources_do_not_share_their_noise(folder):
 def test_examples_are_drawn_at_the_rates(folder, rates):
   mix = dict(zip(('big', 'small'), rates, strict=True))
   data = pipeline.TrainData(config(folder, mixture=mix, batch_size=100), BYTES)
-  drawn = np.concatenate([data.batch(n)['source'] for n in range(10)])
+  drawn = np.concatenate([data.batch(n)['task'] for n in range(10)])
   expected = rates[0] / sum(rates)
   assert (drawn == 0).mean() == pytest.approx(expected, abs=0.01)
   assert data.rates[0] == pytest.approx(expected)
@@ -251,7 +251,7 @@ def test_no_source_has_rows_of_its_own(folder):
   batches = 150
   seen, seated = np.zeros((4, 8), int), np.zeros(4, int)
   for n in range(batches):
-    sources = data.batch(n)['source']
+    sources = data.batch(n)['task']
     # The mixture is exact in every batch: two rows a source.
     assert sorted(sources) == [0, 0, 1, 1, 2, 2, 3, 3]
     seen[sources, range(8)] += 1
@@ -263,7 +263,7 @@ def test_no_source_has_rows_of_its_own(folder):
   # Another seed, another order; the same batch whoever asks for it.
   other = pipeline.TrainData(dataclasses.replace(c, seed=1), BYTES)
   orders = [
-    [each.batch(n)['source'].tolist() for n in range(20)]
+    [each.batch(n)['task'].tolist() for n in range(20)]
     for each in (data, other, pipeline.TrainData(c, BYTES))
   ]
   assert orders[0] == orders[2] != orders[1]

@@ -106,7 +106,7 @@ class Source(pipeline.EvalData):
       'decoder_input_tokens': np.roll(targets, 1) * (np.arange(12) > 0),
       'decoder_target_tokens': targets,
       'decoder_loss_weights': (targets > 0).astype('f4'),
-      'source': np.int32(0),
+      'task': np.int32(0),
     }
 
   @functools.cached_property

@@ -195,7 +195,7 @@ def test_tokens_are_counted_by_source(run, written):
   for n, row in enumerate(rows):
     batch = data.batch(n)
     for i in range(8):
-      source = data.sources[batch['source'][i]]
+      source = data.sources[batch['task'][i]]
       seen[source] += np.count_nonzero(batch['decoder_target_tokens'][i])
     assert {k: row[f'tokens_seen/{k}'] for k in seen} == seen
   assert min(seen.values()) > 0
