@@ -56,6 +56,15 @@ def test_a_token_meets_as_much_however_fine_the_experts():
   assert [s.dim for s in twin.model.plan('encoder').layers[1]][1:] == [512]
 
 
+def test_the_config_balances_devices_too():
+  found = config_file.load(f'{FILE}:devices=4,runlocal').model
+  parts.check(found)
+  assert found.moe.losses == (
+    Part.of('load_balance_all', weight=1e-2, normalized=True),
+    Part.of('load_balance_groups', weight=0.05, groups=4),
+  )
+
+
 def test_the_config_with_a_bias_has_no_loss_of_balance():
   config = config_file.load(f'{FILE}:bias,runlocal')
   assert config.model.moe.losses == ()

@@ -16,8 +16,9 @@ from st_moe.model.experts import Bank
 from st_moe.model.layers import Mlp
 from st_moe.model.moe import MoE
 from st_moe.model.rows import Room
+from st_moe.routing.losses import budget
 from st_moe.routing.selectors import top_k
-from st_moe.routing.types import RouteContext, Scores
+from st_moe.routing.types import RouteContext, Routed, Scores
 from st_moe.routing.weighing import expert_output, final_output
 from st_moe.train import terms
 from tests.helpers import assert_trees_close, jit, random_params, tiny
@@ -227,7 +228,11 @@ def _joined(used, there, share=0.8, weight=1.0):
   used, there = jnp.float32(used), jnp.float32(there)
 
   def loss(used):
-    found = {'budget': (used - share * there, there)}
+    layer = lambda used, there: budget(
+      Routed(None, None, None, None, None, {'used': used, 'there': there}),
+      share=share,
+    )
+    found = {'budget': jax.vmap(layer)(used, there)}
     weights = {'budget': there}
     counts = {'budget': jnp.full(len(used), weight)}
     return terms.total(found, weights, counts, 'sum')
