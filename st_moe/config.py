@@ -249,8 +249,8 @@ class MoEConfig(Checked):
     super().__post_init__()
 
   @property
-  def k(self) -> int:
-    """Experts that a token may ask at most."""
+  def k(self) -> float:
+    """Experts that a token may ask at most; where these choose, the mean."""
     given = self.selector.kwargs
     return given.get('most') or given.get('k') or self.num_experts
 

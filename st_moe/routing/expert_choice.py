@@ -39,10 +39,10 @@ def expert_choice(
 ) -> Seats:
   """Each expert takes its most probable tokens (arXiv:2202.09368, 3.2).
 
-  Of n valid tokens in a group round(n * k / e), at most `capacity`; k is the
-  mean of experts per token, and a token may meet none of them or all. Weights
-  are probabilities as they are; of equals the earlier token is taken. A group
-  of very few tokens may get no place at all.
+  Of n valid tokens in a group round(n * k / e), at most `capacity`, which has
+  to allow it (`times_k`). k is the mean of experts per token, and a token may
+  meet none of them or all. Weights are probabilities as they are; of equals the
+  earlier token is taken. A group of very few tokens may get no place at all.
   """
   del rng
   probs, there, count, places = _by_expert(scores, ctx, capacity, k)

@@ -18,6 +18,9 @@ from tests.helpers import jit, slow_seat, slow_softmax, with_moe
 from tests.methods import steps
 
 HAND = [0.15, 0.5, 0.05, 0.3]
+# One program for all: a step for each.
+PS = (1e-6, 0.1, 0.4, 0.5, 0.6, 0.7, 0.9, 0.96, 1.0)
+EACH_P = Part.of('steps', values=PS, at=tuple(range(1, len(PS))))
 
 
 def _scores(logits):
@@ -50,6 +53,8 @@ def _pick(
   logits = np.log(np.float32([probs]))
   valid = np.full(logits.shape[:2], True) if valid is None else valid
   bias = np.broadcast_to(np.float32(bias), logits.shape[-1:])
+  if not isinstance(p, Part):
+    p, step = EACH_P, PS.index(p)
   pick = _compiled(capacity, k, rank, p=p, **options)
   return jax.device_get(pick(logits, valid, bias, np.int32(step)))
 
