@@ -175,7 +175,7 @@ class Capacity(Checked):
   multiple: Count = 1
   dropless: bool = False  # Everyone sits; all of the above is moot.
 
-  def slots(self, group_size: int, num_experts: int, k: int = 1) -> int:
+  def slots(self, group_size: int, num_experts: int, k: float = 1) -> int:
     """Places per expert in a group of `group_size` tokens, never more."""
     if self.dropless:
       return group_size
@@ -183,7 +183,8 @@ class Capacity(Checked):
       return min(self.count, group_size)
     # Fractions, because floor(1.15 * 100 / 5) must not depend on float noise.
     share = fractions.Fraction(str(self.factor)) * group_size / num_experts
-    slots = _ROUND[self.rounding](share * (k if self.times_k else 1))
+    share *= fractions.Fraction(str(k)) if self.times_k else 1
+    slots = _ROUND[self.rounding](share)
     slots = max(slots, self.minimum)
     slots = -(-slots // self.multiple) * self.multiple
     return min(slots, group_size)
@@ -239,21 +240,23 @@ class MoEConfig(Checked):
     super().__post_init__()
 
   @property
-  def k(self) -> int:
-    """Experts that a token may ask at most."""
-    return self.selector.kwargs.get('k') or self.num_experts
+  def k(self) -> float:
+    """Experts that a token may ask at most; where these choose, the mean."""
+    given = self.selector.kwargs
+    return given.get('most') or given.get('k') or self.num_experts
 
   @property
   def expected_k(self) -> float:
     """Experts that a token asks, on the average."""
-    return self.selector.kwargs.get('expected') or self.k
+    given = self.selector.kwargs
+    return given.get('expected') or given.get('k') or self.k
 
   def capacity(self, deterministic: bool) -> Capacity:
     return self.eval_capacity if deterministic else self.train_capacity
 
   def slots(self, group_size: int, deterministic: bool) -> int:
     return self.capacity(deterministic).slots(
-      group_size, self.num_experts, self.k
+      group_size, self.num_experts, self.expected_k
     )
 
   @property
@@ -392,15 +395,16 @@ class ModelConfig(Checked):
 
   def with_moe(self, **changes) -> 'ModelConfig':
     """The same model with fields of every `MoEConfig` changed."""
+    return self.map_moe(lambda moe: dataclasses.replace(moe, **changes))
+
+  def map_moe(self, change) -> 'ModelConfig':
+    """The same model with every `MoEConfig` as `change` makes it."""
     own = lambda stack: (
-      stack
-      and dataclasses.replace(
-        stack, moe=stack.moe and dataclasses.replace(stack.moe, **changes)
-      )
+      stack and dataclasses.replace(stack, moe=stack.moe and change(stack.moe))
     )
     return dataclasses.replace(
       self,
-      moe=dataclasses.replace(self.moe, **changes),
+      moe=change(self.moe),
       encoder=own(self.encoder),
       decoder=own(self.decoder),
     )

@@ -4,14 +4,16 @@
 has no default, so that a config says it (`MoEConfig.k`).
 """
 
+import dataclasses
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from st_moe import about as about_lib
 from st_moe.about import about
-from st_moe.config import Capacity, ModelConfig, Part
-from st_moe.fields import AtLeast0, Size
+from st_moe.config import Capacity, ModelConfig, MoEConfig, Part
+from st_moe.fields import Above0, AtLeast0, Count, Size
 from st_moe.routing.seating import seat
 from st_moe.routing.types import Assignment, RouteContext, Scores, Seats
 
@@ -117,7 +119,168 @@ def _stays(policy, share, threshold, rng) -> jax.Array:
   return jax.random.uniform(rng, share.shape) * threshold < share
 
 
-SELECTORS = {'top_k': top_k}
+def _held_by_experts(k: float, num_experts: int, most: int | None = None):
+  """Raises for a k that no group has room for."""
+  if k > num_experts:
+    raise ValueError(
+      f'k={k} experts per token; it must be at most {num_experts}.'
+    )
+  if most is not None and most < k:
+    raise ValueError(
+      f'most={most} experts of a token leave places of k={k} empty: it must be'
+      ' at least k.'
+    )
+
+
+def _fits_experts(model, moe: MoEConfig, *, k, most=None, **_):
+  del model
+  _held_by_experts(k, moe.num_experts, most)
+
+
+@about(row='S0-14', paper='arXiv:2202.09368', causal=False, fits=_fits_experts)
+def expert_choice(
+  scores: Scores,
+  ctx: RouteContext,
+  rng: jax.Array | None,
+  capacity: int,
+  *,
+  k: Above0,
+) -> Seats:
+  """Each expert takes its most probable tokens (arXiv:2202.09368, 3.2).
+
+  Of n valid tokens in a group round(n * k / e), at most `capacity`, which has
+  to allow it (`times_k`). k is the mean of experts per token, and a token may
+  meet none of them or all. Weights are probabilities as they are; of equals the
+  earlier token is taken. A group of very few tokens may get no place at all.
+  """
+  del rng
+  probs, there, count, places = _by_expert(scores, ctx, capacity, k)
+  token, taken = _best_tokens(probs, there, count[:, None], places)
+  return _picked(probs, token, taken)
+
+
+@about(row='S0-14', paper='arXiv:2202.09368', causal=False, fits=_fits_experts)
+def capped_choice(
+  scores: Scores,
+  ctx: RouteContext,
+  rng: jax.Array | None,
+  capacity: int,
+  *,
+  k: Above0,
+  most: Size,
+  sweeps: Count = 100,
+  temperature: Above0 = 1e-3,
+) -> Seats:
+  """`expert_choice` with at most `most` experts a token (section 3.3).
+
+  Experts take their best tokens of the assignment that is best for all of them
+  together, relaxed by an entropy of weight `temperature`. What `sweeps` leave
+  undecided the experts decide in turn: a token with `most` of them is gone, and
+  the last of them may find too few.
+  """
+  del rng
+  _held_by_experts(k, scores.probs.shape[-1], most)
+  probs, there, count, places = _by_expert(scores, ctx, capacity, k)
+  order = _relaxed(probs / temperature, there, count, most, sweeps)
+
+  def pick(left, expert):
+    order, there = expert  # [g, s]
+    token, taken = _best_tokens(order, there & (left > 0), count, places)
+    less = lambda left, token, taken: left.at[token].add(-taken)
+    return jax.vmap(less)(left, token, taken.astype(jnp.int32)), (token, taken)
+
+  in_turn = lambda a: a.swapaxes(0, 1)
+  left = jnp.full(ctx.valid.shape, most)
+  turns = in_turn(order), in_turn(there)
+  token, taken = map(in_turn, jax.lax.scan(pick, left, turns)[1])
+  return _picked(probs, token, taken)
+
+
+def _by_expert(scores: Scores, ctx: RouteContext, capacity: int, k: float):
+  """What experts choose from, and how many.
+
+  Returns:
+    probs, there: [g, e, s]; whom an expert may take.
+    count: [g], tokens that each takes.
+    places: what `count` never exceeds.
+  """
+  g, s, e = scores.probs.shape
+  _keeps_k(ctx)
+  _held_by_experts(k, e)
+  there = (scores.select > -jnp.inf) & ctx.valid[..., None]
+  # Of valid tokens: a row must not hear of the padding behind it.
+  count = jnp.minimum(jnp.round(ctx.valid.sum(-1) * k / e), capacity)
+  places = max(1, min(capacity, round(s * k / e)))
+  return scores.probs.swapaxes(1, 2), there.swapaxes(1, 2), count, places
+
+
+def _best_tokens(order: jax.Array, there: jax.Array, count, places: int):
+  """The `count` highest in `order` [..., s] that are there.
+
+  Returns:
+    token, taken: [..., places]; of equals the earlier.
+  """
+  order = jnp.where(there, -jax.lax.stop_gradient(order), jnp.inf)
+  number = jax.lax.broadcasted_iota(jnp.int32, order.shape, order.ndim - 1)
+  order, token = jax.lax.sort((order, number), num_keys=2)
+  order, token = order[..., :places], token[..., :places]
+  return token, (order < jnp.inf) & (jnp.arange(places) < count[..., None])
+
+
+def _picked(probs: jax.Array, token: jax.Array, taken: jax.Array) -> Seats:
+  """Seats of tokens [g, e, c] that experts took, in the order of places."""
+  g, e, c = token.shape
+  flat = lambda a: jnp.broadcast_to(a, (g, e, c)).reshape(g, e * c)
+  weight = jnp.take_along_axis(probs, token, axis=-1)
+  return Seats(
+    token=flat(token),
+    expert=flat(jnp.arange(e)[:, None]),
+    weight=flat(jnp.where(taken, weight, 0)),
+    asked=flat(taken),
+    place=flat(jnp.where(taken, jnp.arange(c), -1)),
+    load=taken.sum(-1, dtype=jnp.int32),
+  )
+
+
+def _relaxed(score: jax.Array, there, count, most: int, sweeps: int):
+  """The order in which experts prefer tokens, prices paid: [g, e, s].
+
+  Maximises sum(a * score) + H(a) over 0 <= a <= 1 where rows of experts add up
+  to `count` and columns of tokens to `most` at the most: Dykstra's projections
+  in turn, as logs of the factors that each of the three has left.
+  """
+  score = jnp.where(there, jax.lax.stop_gradient(score), -jnp.inf)
+  total = lambda log, axis: jax.nn.logsumexp(log, axis=axis, keepdims=True)
+  count = jnp.log(count)[:, None, None]
+
+  def sweep(_, factors):
+    price, cap = factors
+    taken = total(score + price + cap, -1)  # -inf: nobody is there.
+    log = score + jnp.where(taken > -jnp.inf, count - taken, 0)
+    price = jnp.minimum(0, jnp.log(most) - total(log + cap, 1))
+    return price, jnp.minimum(0, -(log + price))
+
+  start = jnp.zeros_like(score[:, :1]), jnp.zeros_like(score)
+  # Not the cap: it only makes equals of what is taken for certain.
+  price, _ = jax.lax.fori_loop(0, sweeps, sweep, start)
+  return score + price
+
+
+def _keeps_k(ctx: RouteContext) -> None:
+  """Raises where a caller asks for another k, which has no meaning here."""
+  override = ctx.override
+  if override is not None and (override.k is not None or override.rank):
+    raise ValueError(
+      f'This selector takes no k={override.k} or rank={override.rank} of a'
+      ' caller: only top_k and top_p do. It follows experts on and off.'
+    )
+
+
+SELECTORS = {
+  'top_k': top_k,
+  'expert_choice': expert_choice,
+  'capped_choice': capped_choice,
+}
 
 
 def dropless(model: ModelConfig) -> ModelConfig:
@@ -125,6 +288,15 @@ def dropless(model: ModelConfig) -> ModelConfig:
 
   Nobody is dropped; where experts choose, they choose within a row.
   """
-  return model.with_moe(
-    eval_capacity=Capacity(dropless=True), dispatcher=Part('auto')
-  )
+
+  def alone(moe: MoEConfig) -> MoEConfig:
+    selector = moe.selector.choose('selector', SELECTORS, ('force',))
+    within = {} if about_lib.of(selector).causal else {'group_by': 'sequence'}
+    return dataclasses.replace(
+      moe,
+      eval_capacity=Capacity(dropless=True),
+      dispatcher=Part('auto'),
+      **within,
+    )
+
+  return model.map_moe(alone)
