@@ -51,10 +51,25 @@ def _balance(chosen, probs, ctx: RouteContext):
   return (loss * count).sum(), count.sum()
 
 
+@about(row='S2-23', paper='arXiv:2403.07652')
+def entropy(of: Routed):
+  """Sum over valid tokens of -sum_e p ln p: 0 when sure, ln e when even.
+
+  Keeps a router from spreading where more experts are asked for it (`top_p`;
+  arXiv:2403.07652).
+  """
+  return _over(_entropy(of.scores.probs), of.ctx.valid)
+
+
+def _entropy(probs: jax.Array) -> jax.Array:
+  return -(probs * jnp.log(probs + 1e-9)).sum(-1)
+
+
 LOSSES = {
   'load_balance': load_balance,
   'load_balance_all': load_balance_all,
   'router_z': router_z,
+  'entropy': entropy,
 }
 
 
@@ -67,10 +82,9 @@ def _over(value: jax.Array, mask: jax.Array):
 def gauges(of: Routed) -> dict:
   """Health of one sparse layer: (sum, weight) each."""
   probs, seats, valid = of.scores.probs, of.seats, of.ctx.valid
-  entropy = -(probs * jnp.log(probs + 1e-9)).sum(-1)
   asked = seats.asked.astype(jnp.float32)
   found = {
-    'router_entropy': _over(entropy, valid),
+    'router_entropy': _over(_entropy(probs), valid),
     'router_confidence': _over(probs.max(-1), valid),
     'active_experts': (asked.sum(), valid.astype(jnp.float32).sum()),
     # Of the routes asked for, those that found no seat.

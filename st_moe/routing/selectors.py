@@ -5,15 +5,16 @@ has no default, so that a config says it (`MoEConfig.k`).
 """
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 
 from st_moe import about as about_lib
+from st_moe import schedules
 from st_moe.about import about
 from st_moe.config import Capacity, ModelConfig, MoEConfig, Part
-from st_moe.fields import Above0, AtLeast0, Count, Size
+from st_moe.fields import Above0, AtLeast0, Count, Range, Size, SizeOr0
 from st_moe.routing.seating import seat
 from st_moe.routing.types import Assignment, RouteContext, Scores, Seats
 
@@ -276,10 +277,62 @@ def _keeps_k(ctx: RouteContext) -> None:
     )
 
 
+# A share of the probability, or a schedule of it.
+Mass = Annotated[float, Range(0, 1, above=True)] | schedules.Scheduled
+
+
+def _fits_top_p(model, moe: MoEConfig, *, expected, most=0, **_):
+  del model
+  for name, value in (('expected', expected), ('most', most)):
+    if value > moe.num_experts:
+      raise ValueError(
+        f'config.model.moe.selector.{name} = {value} experts per token; it must'
+        f' be at most {moe.num_experts}.'
+      )
+
+
+@about(row='S2-23', paper='arXiv:2403.07652', fits=_fits_top_p)
+def top_p(
+  scores: Scores,
+  ctx: RouteContext,
+  rng: jax.Array | None,
+  capacity: int,
+  *,
+  p: Mass,
+  expected: Above0,
+  most: SizeOr0 = 0,
+) -> Seats:
+  """The best experts up to the one with which their sum reaches `p`.
+
+  So a token in doubt meets more of them (arXiv:2403.07652). Weights
+  are probabilities as they are. An override's k is followed to the number.
+
+  Args:
+    expected: experts per token on the average, for capacity and costs.
+    most: experts per token; 0: all. They are found one by one, so that a low
+      number makes a small program.
+  """
+  del rng, expected
+  num_experts = scores.select.shape[-1]
+  k, rank = asked_k(ctx, most or num_experts)
+  fixed = ctx.override is not None and ctx.override.k is not None
+  p = 1.0 if fixed else schedules.value(p, ctx.step)
+  best, expert = _best(scores.select, min(rank + k, num_experts))
+  best, expert = best[..., rank:], expert[..., rank:]
+  there = best > -jnp.inf
+  weight = jnp.where(there, _of(scores.probs, expert), 0)
+  # Of those before, as they were added up; 1 may be reached by rounding.
+  before = jnp.pad(weight.cumsum(-1)[..., :-1], [(0, 0)] * 2 + [(1, 0)])
+  wanted = (jax.lax.stop_gradient(before) < p) | (jnp.asarray(p) >= 1)
+  asked = Assignment(expert, weight, ctx.valid[..., None] & there & wanted)
+  return seat(asked, num_experts=num_experts, capacity=capacity)
+
+
 SELECTORS = {
   'top_k': top_k,
   'expert_choice': expert_choice,
   'capped_choice': capped_choice,
+  'top_p': top_p,
 }
 
 
