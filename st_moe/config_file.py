@@ -88,6 +88,14 @@ def parse_arg(arg: str | None, **defaults) -> types.SimpleNamespace:
   return types.SimpleNamespace(**values)
 
 
+def own_arg(arg: str | None, **defaults) -> tuple[types.SimpleNamespace, str]:
+  """A method's own arguments, as `parse_arg`; and the others, for its base."""
+  words = [word for word in (arg or '').split(',') if word]
+  mine = [word for word in words if word.partition('=')[0] in defaults]
+  rest = [word for word in words if word not in mine]
+  return parse_arg(','.join(mine), **defaults), ','.join(rest)
+
+
 def choose(what: str, name: str, table: Mapping):
   """The entry of `table` that a config argument names."""
   if name not in table:
@@ -472,7 +480,8 @@ def arguments(path: pathlib.Path) -> dict[str, str]:
 def _parses(node: ast.AST) -> bool:
   if not isinstance(node, ast.Call):
     return False
-  return ast.unparse(node.func).rpartition('.')[2] == parse_arg.__name__
+  called = ast.unparse(node.func).rpartition('.')[2]
+  return called in (parse_arg.__name__, own_arg.__name__)
 
 
 def read(name: str) -> dict:

@@ -328,11 +328,128 @@ def top_p(
   return seat(asked, num_experts=num_experts, capacity=capacity)
 
 
+def _divides(name: str, parts: int, total: int, what: str) -> None:
+  if total % parts:
+    raise ValueError(
+      f'{name}={parts} does not divide {what} {total}: set it to a number that'
+      ' does.'
+    )
+
+
+def _fits_group_top_1(model, moe: MoEConfig, *, k, **_):
+  del model
+  _divides('k', k, moe.num_experts, 'num_experts =')
+
+
+@about(row='S1-13', paper='arXiv:2203.14685', fits=_fits_group_top_1)
+def group_top_1(
+  scores: Scores,
+  ctx: RouteContext,
+  rng: jax.Array | None,
+  capacity: int,
+  *,
+  k: Size,
+) -> Seats:
+  """The best expert of each of k prototypes: of neighbours, equally many.
+
+  It weighs what it has of its prototype's probability (arXiv:2105.15082,
+  and arXiv:2203.14685).
+  """
+  del rng
+  _keeps_k(ctx)
+  _divides('k', k, scores.select.shape[-1], 'num_experts =')
+  select, log = _split(scores, k)
+  chosen = _marked(select, 1)
+  return _among(chosen, _shares(log, chosen, 1), scores, ctx, capacity, k)
+
+
+def _fits_two_level(model, moe: MoEConfig, *, k, groups, chosen=1, **_):
+  del model
+  _divided_twice(moe.num_experts, k, groups, chosen)
+
+
+def _divided_twice(num_experts: int, k: int, groups: int, chosen: int) -> None:
+  _divides('groups', groups, num_experts, 'num_experts =')
+  _divides('chosen', chosen, k, 'k =')
+  for name, value, most in (
+    ('chosen', chosen, groups),
+    ('k / chosen', k // chosen, num_experts // groups),
+  ):
+    if value > most:
+      raise ValueError(
+        f'{name} = {value} of {groups} groups with {num_experts // groups}'
+        f' experts each; it must be at most {most}.'
+      )
+
+
+@about(row='S1-13', paper='arXiv:2203.14685', fits=_fits_two_level)
+def two_level(
+  scores: Scores,
+  ctx: RouteContext,
+  rng: jax.Array | None,
+  capacity: int,
+  *,
+  k: Size,
+  groups: Size,
+  chosen: Size = 1,
+) -> Seats:
+  """The `chosen` best groups of neighbours, and k / chosen experts in each.
+
+  A group is as good as the sum of its probabilities. The weight is the product
+  of the shares at either level, renormalised over those taken there; of one
+  alone it is the probability itself, or the router would have no gradient.
+  With two of two it is the hierarchical gate of arXiv:1701.06538, App. B.
+  """
+  del rng
+  _keeps_k(ctx)
+  _divided_twice(scores.select.shape[-1], k, groups, chosen)
+  select, log = _split(scores, groups)
+  of_group = jax.nn.logsumexp(log, axis=-1)  # [g, s, groups]
+  there = (select > -jnp.inf).any(-1)
+  best = _marked(jnp.where(there, of_group, -jnp.inf), chosen)
+  inside = _marked(select, k // chosen)
+  shares = _shares(of_group, best, chosen)[..., None] * _shares(
+    log, inside, k // chosen
+  )
+  return _among(best[..., None] & inside, shares, scores, ctx, capacity, k)
+
+
+def _split(scores: Scores, parts: int) -> tuple[jax.Array, jax.Array]:
+  """select and log(probs), [g, s, parts, e / parts]."""
+  split = lambda a: a.reshape(*a.shape[:-1], parts, -1)
+  log = jnp.log(jnp.maximum(scores.probs, 1e-37))
+  return split(scores.select), split(log)
+
+
+def _marked(select: jax.Array, n: int) -> jax.Array:
+  """Whether each is among the n best of the last axis, bool; as `select`."""
+  _, best = _best(select, n)
+  return (best[..., None] == jnp.arange(select.shape[-1])).any(-2)
+
+
+def _shares(log: jax.Array, chosen: jax.Array, n: int) -> jax.Array:
+  """The softmax over the n `chosen`; of one alone, what it has among all."""
+  return jax.nn.softmax(jnp.where(chosen, log, -jnp.inf) if n > 1 else log)
+
+
+def _among(chosen, shares, scores: Scores, ctx, capacity: int, k: int) -> Seats:
+  """The k `chosen` with their `shares`, both [g, s, parts, e / parts]."""
+  flat = lambda a: a.reshape(scores.select.shape)
+  best, expert = _best(jnp.where(flat(chosen), scores.select, -jnp.inf), k)
+  there = best > -jnp.inf
+  weight = jnp.where(there, _of(flat(shares), expert), 0)
+  asked = Assignment(expert, weight, ctx.valid[..., None] & there)
+  num_experts = scores.select.shape[-1]
+  return seat(asked, num_experts=num_experts, capacity=capacity)
+
+
 SELECTORS = {
   'top_k': top_k,
   'expert_choice': expert_choice,
   'capped_choice': capped_choice,
   'top_p': top_p,
+  'group_top_1': group_top_1,
+  'two_level': two_level,
 }
 
 
