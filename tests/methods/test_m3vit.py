@@ -6,6 +6,8 @@ import pytest
 
 from st_moe import config_file, sharding
 from st_moe.config import Part, StackConfig
+from st_moe.data import pipeline
+from st_moe.infer.evaluator import Evaluator
 from st_moe.infer.questions import Asker, Question
 from st_moe.model.transformer import Transformer
 from tests.helpers import random_params, slow_softmax, tiny
@@ -89,6 +91,23 @@ def test_questions_of_several_tasks_share_a_batch():
     np.testing.assert_allclose(alone.scores, scores[task], rtol=1e-5)
     assert alone.tokens == mixed[task].tokens
   assert len({tuple(reply.tokens) for reply in mixed}) > 1
+
+
+def test_what_is_measured_has_the_number_it_had_in_training():
+  class Library:
+    def sources(self):
+      return ['boolq', 'cb', 'copa']
+
+  def number(name, by_task=True):
+    source = pipeline.EvalData.__new__(pipeline.EvalData)
+    source.name, source._library = name, Library() if by_task else None
+    evaluator = Evaluator.__new__(Evaluator)
+    evaluator._by_task = by_task
+    return evaluator._task(source)
+
+  assert [number(name) for name in ('boolq', 'copa', 'cb')] == [0, 2, 1]
+  assert number('wic') == 3  # Of no task that was seen.
+  assert number('copa', by_task=False) == 0  # Nobody asks the library.
 
 
 def test_the_config_is_its_base_with_routers_and_their_losses():
