@@ -18,7 +18,11 @@ from st_moe.routing.types import Assignment, RouteContext, Scores, Seats
 _POLICIES = ('all', 'none', 'threshold', 'random')
 
 
-@about(row='S0-01', paper='arXiv:2202.08906', noisy=True)
+def _draws(*, k=2, train_policy='random', **_) -> bool:
+  return k > 1 and train_policy == 'random'
+
+
+@about(row='S0-01', paper='arXiv:2202.08906', noisy=_draws)
 def top_k(
   scores: Scores,
   ctx: RouteContext,
