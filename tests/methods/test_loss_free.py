@@ -23,10 +23,6 @@ def test_a_bias_counts_in_the_choice_and_in_no_weight():
   logits = [np.log(3.0), 0.0]
   cases = (0.0, 0, 0.75), (0.49, 0, 0.75), (0.51, 1, 0.25)
   for bias, expert, weight in cases:
-    (0.0, 0, 0.75),
-    (0.49, 0, 0.75),
-    (0.51, 1, 0.25),
-  ):
     seats = _seats(logits, [0.0, bias])
     assert seats.expert[0, 0] == expert
     np.testing.assert_allclose(seats.weight[0, 0], weight, rtol=1e-6)

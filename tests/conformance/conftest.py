@@ -1,0 +1,22 @@
+"""Which methods are tried whole: three by turn, or all of them."""
+
+import datetime
+
+from tests.conformance import tables
+
+BY_TURN = 3
+
+
+def by_turn(day: int) -> list[str]:
+  """Three methods of a day, others the next."""
+  names = [*tables.METHODS]
+  first = day * BY_TURN
+  return sorted({names[(first + i) % len(names)] for i in range(BY_TURN)})
+
+
+def pytest_generate_tests(metafunc):
+  if 'method' in metafunc.fixturenames:
+    every = metafunc.config.getoption('all_methods')
+    day = datetime.date.today().toordinal()
+    names = [*tables.METHODS] if every else by_turn(day)
+    metafunc.parametrize('method', names, scope='session')
