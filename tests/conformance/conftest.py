@@ -2,6 +2,8 @@
 
 import datetime
 
+import pytest
+
 from tests.conformance import tables
 
 BY_TURN = 3
@@ -19,4 +21,6 @@ def pytest_generate_tests(metafunc):
     every = metafunc.config.getoption('all_methods')
     day = datetime.date.today().toordinal()
     names = [*tables.METHODS] if every else by_turn(day)
-    metafunc.parametrize('method', names, scope='session')
+    # Of one method all in one process: programs are compiled once.
+    marked = [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in names]
+    metafunc.parametrize('method', marked, scope='session')

@@ -19,7 +19,6 @@ from tests.test_fuzz import _ruled as ruled
 
 ROOT = pathlib.Path(__file__).parents[2]
 TESTS = [*ROOT.glob('tests/**/test_*.py')]
-# What it takes to be named there, of a table that chooses by `choose`.
 every_entry = pytest.mark.parametrize('case', tables.entries(), ids=str)
 every_case = pytest.mark.parametrize('case', tables.cases(), ids=str)
 
@@ -189,11 +188,8 @@ def test_no_mechanism_adds_a_branch(file):
 def test_a_config_is_its_base_and_its_own_lines(name):
   path = tables.METHODS[name]
   text, doc = path.read_text(), ast.get_docstring(ast.parse(path.read_text()))
-  rows = {about.of(case.entry).row for case in tables.uses(name)}
-  assert re.search(r'\(S\d-\d\d, (arXiv:[\d.]+|.+)\)', doc.split('\n')[0]), doc
+  assert re.search(r'\(S\d-\d\d, [^)]+\)', doc.split('\n')[0]), doc
   assert 'Claim: ' in doc, 'what would an experiment show?'
-  said = re.search(r'S\d-\d\d', doc)[0]
-  assert rows and said
   whole, base = (
     config_file.to_dict(config_file.load(f'{path}:{arg}runlocal'))
     for arg in ('', 'base,')
@@ -202,7 +198,6 @@ def test_a_config_is_its_base_and_its_own_lines(name):
   assert lines, 'it is its base'
   body = text.partition('return c\n')[2]
   for line in lines:
-    field = line.partition(':')[0].split('.')
-    assert field[0] in ('model', 'loss', 'optimizer', 'init', 'microbatches')
-    named = [word for word in field if re.search(rf'\b{word}\b', body)]
-    assert len(named) >= 2, f'{line}: not among its lines'
+    words = line.partition(':')[0].split('.')
+    said = [word for word in words if re.search(rf'\b{word}\b', body)]
+    assert len(said) >= min(2, len(words)), f'{line}: not among its lines'
