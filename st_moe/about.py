@@ -17,12 +17,18 @@ class About:
   paper: str = ''  # 'arXiv:2202.09368'.
   # No token hears of later ones; a function of the options where it depends.
   causal: bool | Callable[..., bool] = True
-  noisy: bool = False  # Draws numbers in training.
+  # Draws numbers in training; likewise.
+  noisy: bool | Callable[..., bool] = False
+  # The options at which it is what stands there without it, or why there are
+  # none. A loss has its weight.
+  neutral: dict | str | None = None
   # State that is a parameter no optimizer moves: its name, its axes as letters
   # ('e': one number an expert).
   keeps: tuple[tuple[str, str], ...] = ()
   # What else of a context: 'task', 'before'; likewise.
   needs: tuple[str, ...] | Callable[..., tuple[str, ...]] = ()
+  # Of a loss: which parts of a layer its gradient reaches.
+  moves: tuple[str, ...] = ('router',)
   # Of a loss that needs the batch in one piece: no microbatches; likewise.
   whole: bool | Callable[..., bool] = False
   # Of a loss that layers do not have one by one: (sums, weights), each
@@ -51,7 +57,7 @@ def of(entry) -> About:
   found = getattr(entry, 'about', About())
   settled = {
     name: value(**options)
-    for name in ('causal', 'needs', 'whole')
+    for name in ('causal', 'noisy', 'needs', 'whole')
     if callable(value := getattr(found, name))
   }
   return dataclasses.replace(found, **settled) if settled else found

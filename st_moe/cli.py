@@ -20,7 +20,8 @@ _VERBS = {
   'prepare': 'train a vocabulary, write a mixture to indexed shards',
   'report': 'stages and task scores of finished runs, side by side',
   'doctor': 'devices, versions, memory, write access, data found',
-  'list': 'configs, tasks or methods there are',
+  'methods': 'mechanisms of the literature that are here, or one of them',
+  'list': 'configs, tasks or mechanisms there are',
   'config': 'show a resolved config, or `diff` two of them',
 }
 
@@ -269,6 +270,9 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     help='draw validation losses over steps (.png, .svg or .pdf)',
   )
   made['doctor'].add_argument('--workdir', default='.')
+  made['methods'].add_argument(
+    'name', nargs='?', default='', help='an entry, a row (S0-14) or a config'
+  )
   made['list'].add_argument('what', choices=('configs', 'tasks', 'methods'))
   made['config'].add_argument(
     'files', nargs='*', help='diff CONFIG CONFIG, each FILE[:ARG] or a workdir'
@@ -291,7 +295,7 @@ def run(argv: list[str]) -> int:
     field = 'data.data_dir'
     if overrides.setdefault(field, flags.data_dir) != flags.data_dir:
       raise twice('--data_dir', flags.data_dir, overrides[field])
-  if overrides and verb in ('report', 'doctor', 'list', 'generate'):
+  if overrides and verb in ('report', 'doctor', 'methods', 'list', 'generate'):
     raise ValueError(f'`st-moe {verb}` has no config to set fields of.')
   return _RUN[verb](flags, overrides) or 0
 
@@ -498,6 +502,14 @@ def _doctor(flags, overrides):
   return doctor.examine(flags.workdir)
 
 
+def _methods(flags, overrides):
+  _start(flags)
+  from st_moe import methods
+
+  cards = methods.cards(flags.name) if flags.name else [methods.listed()]
+  terminal.say('\n\n\n'.join(cards))
+
+
 def _list(flags, overrides):
   from st_moe import config_file
 
@@ -516,20 +528,10 @@ def _list(flags, overrides):
     terminal.say('\n'.join(task_shards.registered()))
   else:
     _start(flags)
-    from st_moe.model import dispatch, gates
-    from st_moe.routing import losses, selectors
+    from st_moe import methods
 
-    kinds = {
-      'gate': gates.GATES,
-      'selector': selectors.SELECTORS,
-      'dispatcher': dispatch.DISPATCHERS,
-      'loss': losses.LOSSES,
-    }
-    _print_columns(
-      (kind, name, (method.__doc__ or '').strip().partition('\n')[0])
-      for kind, table in kinds.items()
-      for name, method in table.items()
-    )
+    tables = methods.entries()
+    _print_columns(dict.fromkeys((m.kind, m.name, m.summary) for m in tables))
 
 
 def _print_columns(rows) -> None:
@@ -571,6 +573,7 @@ _RUN = {
   'prepare': _prepare,
   'report': _report,
   'doctor': _doctor,
+  'methods': _methods,
   'list': _list,
   'config': _config,
 }

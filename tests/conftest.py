@@ -18,6 +18,14 @@ import pytest  # noqa: E402
 from tests.store import Store  # noqa: E402
 
 
+def pytest_addoption(parser):
+  parser.addoption(
+    '--all-methods',
+    action='store_true',
+    help='try every config of configs/methods whole, and not three by turn',
+  )
+
+
 @pytest.fixture
 def store(tmp_path):
   """What `gs://` is in a test: see `tests.store`."""

@@ -276,6 +276,7 @@ def of_flags() -> Iterator[Case]:
     'convert': ('--from=model', '--to=st_moe:out'),
     'report': ('nowhere',),
     'doctor': (),
+    'methods': (),
     'list': ('configs',),
   }
   more = {
@@ -363,6 +364,7 @@ def of_flags() -> Iterator[Case]:
     ('train', '--workdir=run'),
     ('config', 'dif', 'a', 'b'),
     ('list', 'tusks'),
+    ('methods', 'rebalance'),
     ('trane',),
     ('evaluate', '--checkpoint=model', '--submission', '--mixture=tiny_cb'),
   ):
@@ -372,6 +374,7 @@ def of_flags() -> Iterator[Case]:
         '--',
         'trane',
         'tusks',
+        'rebalance',
         'dif',
         'num_',
         'top_k',

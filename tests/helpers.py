@@ -53,7 +53,7 @@ def boxed_shapes(model: nn.Module, *args, **kwargs):
   if isinstance(model, Transformer):
     kwargs['enable_dropout'] = False
   key = jax.random.key(0)
-  init = lambda: model.init(key, *args, **kwargs)['params']
+  init = lambda: model.init(key, *args, **kwargs).get('params', {})
   return sharding.shapes_of(init)
 
 

@@ -189,6 +189,36 @@ def test_lists(capsys):
   } <= named
 
 
+def test_the_table_of_methods(capsys):
+  lines = _runs(capsys, 'methods').splitlines()
+  assert max(map(len, lines)) <= 80
+  rows = [line.split() for line in lines]
+  assert rows[0] == 'row name paper kind causal noisy config'.split()
+  assert 'S1-18 top_k 2006.16668 selector yes yes gshard'.split() in rows
+  # A row is named once.
+  assert sum(row[:1] == ['S2-30'] for row in rows) == 1
+  assert 'rebalanced 2408.15664 after yes no loss_free'.split() in rows
+
+
+@pytest.mark.parametrize(
+  'name', ['rebalanced', 'loss_free', 'S2-30', 'configs/methods/loss_free.py']
+)
+def test_the_card_of_a_method(capsys, name):
+  said = _runs(capsys, 'methods', name)
+  assert max(map(len, said.splitlines())) <= 80
+  assert 'S2-30, arXiv:2408.15664' in said and 'optimizer.after' in said
+  assert 'Moves the bias of each expert' in said
+  assert '  rate: a float, at least 0, finite, or a Part, one of lin' in said
+  assert 'Claim: biases that count in the choice alone' in said
+  both = name != 'rebalanced'
+  assert ('balanced: S2-30' in said.replace('rebalanced', '')) == both
+
+
+def test_a_method_that_is_not_there():
+  with pytest.raises(ValueError, match="Did you mean 'rebalanced'"):
+    cli.run(['methods', 'rebalance'])
+
+
 def test_a_resolved_config(capsys):
   text = _runs(
     capsys, 'config', f'--config={TINY}', '--config.model.moe.num_experts=2'

@@ -15,7 +15,7 @@ from st_moe.data import pipeline, vocabulary
 from st_moe.model import parts
 from st_moe.routing import shaping
 from st_moe.run import grid
-from tests import experiments
+from tests import experiments, methods_page
 from tests.methods import steps
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -121,3 +121,8 @@ def test_every_experiment_has_its_verdict_in_the_table():
   assert experiments.anchor("2026-11-22 `a_b` of c's: 0.5, d") == (
     '2026-11-22-a_b-of-cs-05-d'
   )
+
+
+def test_the_page_of_methods_is_that_of_the_tables():
+  said = methods_page.PAGE.read_text()
+  assert said == methods_page.page(), 'python -m tests.methods_page writes it'

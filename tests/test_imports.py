@@ -37,7 +37,7 @@ LINES = (
   ('history', 'listing', 'checkpoint', 'interop'),
   ('infer',),
   ('run',),
-  ('analysis', 'surgery', 'plan', 'doctor'),
+  ('analysis', 'surgery', 'plan', 'doctor', 'methods'),
   ('cli', 't5x_bridge', '__init__', '__main__', 'train.__init__'),  # Leaves.
 )
 LINE_OF = {room: i for i, line in enumerate(LINES) for room in line}

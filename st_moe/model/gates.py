@@ -47,7 +47,11 @@ class Gate(nn.Module):
     return jnp.einsum('gsd,de->gse', x, kernel, precision='highest')
 
 
-@about(row='S0-01', paper='arXiv:2202.08906')
+@about(
+  row='S0-01',
+  paper='arXiv:2202.08906',
+  noisy=lambda jitter=0.0, **_: jitter > 0,
+)
 class LinearGate(Gate, kw_only=True):
   """Logits x W_r and their softmax.
 

@@ -25,11 +25,15 @@ _POLICIES = ('all', 'none', 'threshold', 'random')
 _PRIORITIES = ('position', 'score', 'random')
 
 
+def _draws(*, k=2, train_policy='random', priority='position', **_) -> bool:
+  return k > 1 and train_policy == 'random' or priority == 'random'
+
+
 @about(
   row='S0-01',
   paper='arXiv:2202.08906',
   causal=lambda priority='position', **_: priority != 'score',
-  noisy=True,
+  noisy=_draws,
 )
 def top_k(
   scores: Scores,

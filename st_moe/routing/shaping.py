@@ -10,7 +10,9 @@ from st_moe.routing.types import RouteContext, Scores
 from st_moe.schedules import Positive
 
 
-@about(row='S2-30', paper='arXiv:2408.15664', keeps=(('bias', 'e'),))
+@about(
+  row='S2-30', paper='arXiv:2408.15664', keeps=(('bias', 'e'),), neutral={}
+)
 def balanced(scores: Scores, ctx: RouteContext, rng, kept) -> Scores:
   """A bias for each expert that counts in the choice and in no weight.
 

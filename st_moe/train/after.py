@@ -19,7 +19,7 @@ from st_moe.fields import Range, Rate
 from st_moe.schedules import Positive, Scheduled
 
 
-@about(row='S2-30', paper='arXiv:2408.15664')
+@about(row='S2-30', paper='arXiv:2408.15664', neutral={'rate': 0})
 def rebalanced(old, new, heard, step, *, rate: Positive = 1e-3):
   """Moves the bias of each expert by `rate` towards an even load.
 

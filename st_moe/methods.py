@@ -1,0 +1,235 @@
+"""The mechanisms of the literature that are here: `st-moe methods`.
+
+All of it is read from their tables, what they say of themselves, the configs
+that have them and the experiments.
+"""
+
+import ast
+import dataclasses
+import functools
+import inspect
+import pathlib
+import re
+import textwrap
+from collections.abc import Callable
+
+from st_moe import about, config_file, fields
+from st_moe.config import Config, Part
+from st_moe.config import options as options_of
+from st_moe.model import parts
+from st_moe.train.after import AFTER
+
+# Field of a config -> the table it chooses from.
+PLACES = {
+  **{f'model.moe.{field}': table for field, table in parts.TABLES.items()},
+  'optimizer.after': AFTER,
+}
+_EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
+_WIDTH = 80
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A line of a table, and what a config makes of it."""
+
+  place: str  # 'model.moe.selector'.
+  name: str
+  made: Callable
+  row: str
+  paper: str
+  config: str = ''  # Of configs/methods, 'gshard'.
+  part: Part | None = None  # As it is there.
+
+  @property
+  def kind(self) -> str:
+    return {'losses': 'loss'}.get(field := self.place.split('.')[-1], field)
+
+  @property
+  def about(self) -> about.About:
+    """What it says of itself, with the options of its config."""
+    given = self.part.kwargs if self.part else {}
+    known = options_of(self.made)
+    mine = {name: value for name, value in given.items() if name in known}
+    return about.of(functools.partial(self.made, **mine))
+
+  @property
+  def summary(self) -> str:
+    return (inspect.getdoc(self.made) or '').partition('\n')[0]
+
+
+def entries() -> list[Method]:
+  """All of all tables by row, and rows that are options of others' entries."""
+  found, configs = [], _configs()
+  for place, table in PLACES.items():
+    for name, made in table.items():
+      said = about.of(made)
+      mine = [
+        (config, part)
+        for config, (row, _, parts_of_it) in configs.items()
+        for where, part in parts_of_it
+        if (row, where, part.name) == (said.row, place, name)
+      ]
+      more = mine[0] if mine else ()
+      found.append(Method(place, name, made, said.row, said.paper, *more))
+  rows = {method.row for method in found}
+  for config, (row, paper, parts_of_it) in configs.items():
+    for place, part in parts_of_it if row not in rows else ():
+      made = PLACES[place][part.name]
+      found.append(Method(place, part.name, made, row, paper, config, part))
+  return sorted(found, key=lambda method: (not method.row, method.row))
+
+
+@functools.cache
+def _configs() -> dict[str, tuple[str, str, list[tuple[str, Part]]]]:
+  """Config of a method -> its row, its paper, and what it has beside its base.
+
+  The first line of its docstring is 'GShard (S1-18, arXiv:2006.16668): ...'.
+  """
+  found = {}
+  for path in config_file.methods():
+    said = re.search(r'\((S\d-\d\d), ([^)]*)\)', config_file.summary(path))
+    whole, base = (
+      _parts(config_file.load(f'{path}{arg}')) for arg in ('', ':base')
+    )
+    own = [part for part in dict.fromkeys(whole) if part not in base]
+    found[path.stem] = *(said.groups() if said else ('', '')), own
+  return found
+
+
+def _parts(config: Config) -> list[tuple[str, Part]]:
+  """(place, part) of everything that a config has of the tables."""
+  model = config.model
+  sparse = [s for s in model.stacks if model.plan(s).num_sparse]
+  of = (each for stack in sparse for each in parts.of(model.moe_of(stack)))
+  found = [(f'model.moe.{field}', part) for field, part in of]
+  return found + [('optimizer.after', part) for part in config.optimizer.after]
+
+
+COLUMNS = 'row', 'name', 'paper', 'kind', 'causal', 'noisy', 'config'
+
+
+def table() -> list[tuple[str, ...]]:
+  """A line of `COLUMNS` for each entry that stands for a row."""
+  say = lambda value: 'yes' if value else 'no'
+  return [
+    (
+      m.row,
+      m.name,
+      m.paper.removeprefix('arXiv:'),
+      m.kind,
+      say(m.about.causal),
+      say(m.about.noisy),
+      m.config,
+    )
+    for m in entries()
+    if m.row
+  ]
+
+
+def listed() -> str:
+  """`table` for a terminal; a row is named once."""
+  rows = [COLUMNS, *table()]
+  sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  gap = '  ' if sum(sizes) + 2 * len(sizes) - 2 <= _WIDTH else ' '
+  lines, last = [], ''
+  for row in rows:
+    words = ['' if row[0] == last else row[0], *row[1:]]
+    padded = (w.ljust(size) for w, size in zip(words, sizes, strict=True))
+    lines.append(gap.join(padded).rstrip())
+    last = row[0]
+  return '\n'.join(
+    [
+      *lines,
+      '',
+      'Kinds are fields of config.model.moe, `after` of config.optimizer.',
+      '`st-moe methods NAME` shows one: a row, a name or a config.',
+    ]
+  )
+
+
+# One of them.
+
+
+def cards(name: str) -> list[str]:
+  """The cards of an entry, of a row ('S0-14') or of a config.
+
+  Raises:
+    ValueError: nothing is called so.
+  """
+  name = pathlib.PurePath(name).stem if name.endswith('.py') else name
+  every = entries()
+  found = [m for m in every if name in (m.name, m.row, m.config)]
+  if not found and name in _configs():  # All it has is named by others.
+    return [_claim(name)]
+  if not found:
+    known = {word for m in every for word in (m.name, m.row) if word}
+    raise fields.unknown('method', name, known | {*_configs()})
+  return [_card(method) for method in found]
+
+
+def _card(method: Method) -> str:
+  """All that is said of an entry, in paragraphs."""
+  said = method.about
+  facts = {
+    f'{method.row}, {method.paper}': method.row,
+    f'config.{method.place}': True,
+    'a token hears of later ones': not said.causal,
+    'draws numbers in training': said.noisy,
+    f'keeps {_words(said.keeps)} from step to step': said.keeps,
+    f'reads the {_words(said.needs)} of a token': said.needs,
+    'takes a batch in one piece': said.whole or said.joins,
+  }
+  if isinstance(said.neutral, dict) and said.neutral:
+    options = (f'{name}={value}' for name, value in said.neutral.items())
+    facts[f'changes nothing at {", ".join(options)}'] = True
+  told = '; '.join(text for text, holds in facts.items() if holds)
+  options = [_fill(line) for line in _options(method.made)]
+  return '\n\n'.join(
+    [
+      _fill(f'{method.name}: {told}.'),
+      *filter(None, [inspect.getdoc(method.made)]),
+      *(['\n'.join(['Options:', *options])] if options else []),
+      *([_claim(method.config)] if method.config else []),
+      *_verdicts(method),
+    ]
+  )
+
+
+def _words(names) -> str:
+  return ', '.join(n if isinstance(n, str) else n[0] for n in names)
+
+
+def _fill(text: str) -> str:
+  return textwrap.fill(text, _WIDTH, subsequent_indent='    ')
+
+
+def _options(made: Callable) -> list[str]:
+  """'  rate: a float, at least 0 and finite; 0.001'."""
+  parameters, found = inspect.signature(made).parameters, []
+  for name, hint in options_of(made).items():
+    rule = ', or '.join(map(fields.described, fields.alternatives(hint)))
+    default = parameters[name].default
+    needed = default is inspect.Parameter.empty
+    value = 'needed' if needed else default
+    found.append(f'  {name}: {rule}; {value}')
+  return found
+
+
+def _claim(config: str) -> str:
+  """What the docstring of a config of configs/methods says."""
+  (path,) = (p for p in config_file.methods() if p.stem == config)
+  text = ast.get_docstring(ast.parse(path.read_text())) or ''
+  return f'configs/methods/{config}.py:\n\n{text}'
+
+
+def _verdicts(method: Method) -> list[str]:
+  """Of experiments whose heading has its row, or `name` or `config` so."""
+  names = [method.row, f'`{method.name}`', f'`{method.config}`']
+  found = []
+  for path in sorted(_EXPERIMENTS.glob('*.md')):
+    for entry in re.split(r'^## ', path.read_text(), flags=re.MULTILINE)[1:]:
+      heading, _, rest = entry.partition('\n')
+      said = rest.partition('*Verdict.*')[2].partition('\n\n')[0]
+      if said and any(name.strip('`') and name in heading for name in names):
+        found.append(_fill(f'{heading}: {" ".join(said.split())}'))
+  return found
