@@ -44,7 +44,9 @@ class Nothing(Beside):
     return y, {}
 
 
-@about(row='S2-30', paper='arXiv:2401.06066')
+@about(
+  row='S2-30', paper='arXiv:2401.06066', neutral='one at least always answers'
+)
 class Shared(Beside, kw_only=True):
   """y + FFN(x): `count` experts that answer every token, with weight 1.
 
@@ -59,7 +61,12 @@ class Shared(Beside, kw_only=True):
     return y + self.dense(x, ctx), {}
 
 
-@about(row='S1-14', paper='arXiv:2212.07571', noisy=True)
+@about(
+  row='S1-14',
+  paper='arXiv:2212.07571',
+  noisy=True,
+  neutral='a gate is never quite open',
+)
 class Conditional(Beside, kw_only=True):
   """(1 - u) FFN(x) + u y, u = sigmoid(x w + b): who needs experts at all?
 
@@ -90,7 +97,9 @@ class Conditional(Beside, kw_only=True):
     return mixed.astype(y.dtype), {'used': u.sum(), 'there': there}
 
 
-@about(row='S0-12', paper='arXiv:2310.00811')
+@about(
+  row='S0-12', paper='arXiv:2310.00811', neutral='born neutral, and trained'
+)
 class Scaled(Beside):
   """y * omega, omega [d] trained and born 1 (arXiv:2310.00811)."""
 

@@ -122,6 +122,7 @@ def _fits_budget(model, moe, *, share: float):
     sums.sum() / jnp.maximum(weights.sum(), 1)
   ),
   fits=_fits_budget,
+  moves=('shared',),
 )
 def budget(of: Routed, *, share: Share):
   """|mean u - `share`| over all layers together: 0 at the budget.

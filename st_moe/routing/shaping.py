@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from st_moe import schedules
 from st_moe.about import about
-from st_moe.fields import AtLeast0, Count, Rate, Size
+from st_moe.fields import AtLeast0, Count, Share, Size
 from st_moe.routing.types import RouteContext, Scores
 from st_moe.schedules import Positive
 
@@ -24,9 +24,13 @@ def balanced(scores: Scores, ctx: RouteContext, rng, kept) -> Scores:
   return scores.replace(select=jnp.where(there, moved, -jnp.inf))
 
 
-@about(row='S0-12', paper='arXiv:2310.00811')
+@about(
+  row='S0-12',
+  paper='arXiv:2310.00811',
+  neutral={'jitter': 1.0},
+)
 def near_best(
-  scores: Scores, ctx: RouteContext, rng, kept, *, jitter: Rate = 0.1
+  scores: Scores, ctx: RouteContext, rng, kept, *, jitter: Share = 0.1
 ) -> Scores:
   """Rules out experts that no jitter of the scores would bring to the front.
 
@@ -47,7 +51,12 @@ def near(select: jax.Array, jitter: float) -> jax.Array:
   return there & (best - z <= 2 * jitter * jnp.maximum(jnp.abs(z), best))
 
 
-@about(row='S1-02', paper='arXiv:2204.10598', keeps=(('usage', 'e'),))
+@about(
+  row='S1-02',
+  paper='arXiv:2204.10598',
+  keeps=(('usage', 'e'),),
+  neutral={'threshold': 1e9},
+)
 def rested(
   scores: Scores, ctx: RouteContext, rng, kept, *, threshold: AtLeast0 = 0.5
 ) -> Scores:
@@ -77,7 +86,7 @@ def _without(scores: Scores, out: jax.Array) -> Scores:
   )
 
 
-@about(row='S1-03', paper='arXiv:2106.05974', noisy=True)
+@about(row='S1-03', paper='arXiv:2106.05974', noisy=True, neutral={'std': 0.0})
 def noise(
   scores: Scores, ctx: RouteContext, rng, kept, *, std: Positive = 1.0
 ) -> Scores:
@@ -98,13 +107,20 @@ def noise(
   return noisy.replace(aside=aside)
 
 
-@about(row='S1-17', paper='arXiv:2207.04672', noisy=True)
-def gumbel_second(scores: Scores, ctx: RouteContext, rng, kept) -> Scores:
+@about(
+  row='S1-17',
+  paper='arXiv:2207.04672',
+  noisy=True,
+  neutral={'scale': 0.0},
+)
+def gumbel_second(
+  scores: Scores, ctx: RouteContext, rng, kept, *, scale: Positive = 1.0
+) -> Scores:
   """The best expert stays on top; in training the others come by chance.
 
-  The second is the best of logits + Gumbel noise: drawn by the probabilities of
-  those that are left, as further ones are. Weights are of the probabilities as
-  they were (the code of arXiv:2207.04672).
+  The second is the best of logits + `scale` * Gumbel noise: at 1 drawn by the
+  probabilities of those that are left, as further ones are. Weights are of the
+  probabilities as they were (the code of arXiv:2207.04672).
   """
   del kept
   if ctx.deterministic:
@@ -112,7 +128,7 @@ def gumbel_second(scores: Scores, ctx: RouteContext, rng, kept) -> Scores:
   select = scores.select
   drawn = jax.random.gumbel(_key(rng, 'gumbel_second'), select.shape)
   first = jax.nn.one_hot(select.argmax(-1), select.shape[-1], dtype=bool)
-  noisy = select + drawn
+  noisy = select + schedules.value(scale, ctx.step) * drawn
   # Not inf: what an override adds later may be -inf.
   above = noisy.max(-1, keepdims=True) + 1
   return scores.replace(select=jnp.where(first, above, noisy))
@@ -139,6 +155,7 @@ def _asks_k(model, moe, *, k: int) -> None:
 @about(
   paper='https://kexue.fm/archives/11619',
   keeps=(('threshold', 'e'),),
+  neutral={},
   fits=_asks_k,
 )
 def quantile(
@@ -198,7 +215,9 @@ def _own_experts_fit(model, moe, *, tasks, **_):
     )
 
 
-@about(row='S1-12', needs=('task',), fits=_own_experts_fit)
+@about(
+  row='S1-12', needs=('task',), neutral={'tasks': 1}, fits=_own_experts_fit
+)
 def own_experts(
   scores: Scores, ctx: RouteContext, rng, kept, *, tasks: Count
 ) -> Scores:

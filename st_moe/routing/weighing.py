@@ -11,7 +11,7 @@ from st_moe.fields import Rate
 from st_moe.routing.types import RouteContext, Seats
 
 
-@about(row='S1-14', paper='arXiv:2212.07571', noisy=True)
+@about(row='S1-14', paper='arXiv:2212.07571', noisy=True, neutral={'rate': 0.0})
 def expert_output(
   seats: Seats, ctx: RouteContext, rng: jax.Array | None, *, rate: Rate
 ) -> Seats:
@@ -24,7 +24,7 @@ def expert_output(
   return _masked(seats, ctx, rng, rate, draw)
 
 
-@about(row='S1-14', paper='arXiv:2212.07571', noisy=True)
+@about(row='S1-14', paper='arXiv:2212.07571', noisy=True, neutral={'rate': 0.0})
 def final_output(
   seats: Seats, ctx: RouteContext, rng: jax.Array | None, *, rate: Rate
 ) -> Seats:
@@ -48,7 +48,11 @@ def _masked(seats: Seats, ctx: RouteContext, rng, rate: float, draw) -> Seats:
   return seats.replace(weight=jnp.where(draw(rng), seats.weight, 0))
 
 
-@about(row='S1-17', paper='arXiv:2207.04672')
+@about(
+  row='S1-17',
+  paper='arXiv:2207.04672',
+  neutral='what sums to 1 already stays, and nothing else',
+)
 def renormalised(seats: Seats, ctx: RouteContext, rng) -> Seats:
   """The weights of a token's seated routes sum to 1, whoever was dropped.
 

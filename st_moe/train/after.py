@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from st_moe import paths, schedules
 from st_moe.about import about
 from st_moe.config import OptimizerConfig
-from st_moe.fields import Range, Rate
+from st_moe.fields import Range, Share
 from st_moe.schedules import Positive, Scheduled
 
 
@@ -40,8 +40,8 @@ def rebalanced(old, new, heard, step, *, rate: Positive = 1e-3):
   return paths.map_by_path(moved, new)
 
 
-@about(row='S1-02', paper='arXiv:2204.10598')
-def used(old, new, heard, step, *, decay: Rate = 0.9):
+@about(row='S1-02', paper='arXiv:2204.10598', neutral={'decay': 1.0})
+def used(old, new, heard, step, *, decay: Share = 0.9):
   """Keeps a running share of what each expert was asked; of `rested`.
 
   usage = decay * usage + (1 - decay) * wanted / sum(wanted).
@@ -59,7 +59,7 @@ def used(old, new, heard, step, *, decay: Rate = 0.9):
   return paths.map_by_path(moved, new)
 
 
-@about(paper='https://kexue.fm/archives/11619')
+@about(paper='https://kexue.fm/archives/11619', neutral={'rate': 0.0})
 def averaged(
   old,
   new,

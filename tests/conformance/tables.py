@@ -133,13 +133,28 @@ def uses(name: str) -> list[Case]:
   return [*dict.fromkeys(cases)]
 
 
+def variants(name: str) -> list[str]:
+  """A method's config, and the same with each of its own arguments switched."""
+  arguments = config_file.arguments(METHODS[name])
+  changes = {'False': [''], '0': ['=2']}
+  found = [name]
+  for argument, default in arguments.items():
+    found += [f'{name}:{argument}{v}' for v in changes.get(default, [])]
+  return found
+
+
+@functools.cache
+def every_config() -> tuple[str, ...]:
+  return (BASE, *(each for name in METHODS for each in variants(name)))
+
+
 @functools.cache
 def cases() -> tuple[Case, ...]:
   """Every entry with its defaults, and as each config has it.
 
   What has no default is as the first config that has the entry says.
   """
-  every = [case for name in [BASE, *METHODS] for case in uses(name)]
+  every = [case for name in every_config() for case in uses(name)]
   found = {}
   for kind, table in TABLES.items():
     for name, entry in table.items():
@@ -182,4 +197,4 @@ def entries() -> list[Case]:
 def is_used(case: Case) -> bool:
   """Whether a config has this entry: of a method, or the base."""
   same = lambda c: (c.kind, c.part.name) == (case.kind, case.part.name)
-  return any(same(c) for name in [*METHODS, BASE] for c in uses(name))
+  return any(same(c) for name in every_config() for c in uses(name))

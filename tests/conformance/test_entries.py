@@ -64,9 +64,9 @@ def test_its_options_are_keywords_with_rules(case):
 def test_it_says_whether_it_has_a_neutral(case):
   """The options at which it changes nothing; a loss has its weight."""
   neutral = case.about.neutral
-  if case.kind in ('shaping', 'weighing', 'after'):
+  if case.kind in ('shaping', 'after'):
     assert isinstance(neutral, dict), 'about(neutral={...}) is missing'
-  if case.kind == 'beside' and case.about.row:
+  if case.kind == 'weighing' or case.kind == 'beside' and case.about.row:
     assert neutral is not None, 'neutral: options, or why there are none'
   if isinstance(neutral, dict):
     case.at(**neutral).made  # noqa: B018

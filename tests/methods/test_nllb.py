@@ -212,5 +212,6 @@ def test_the_config_changes_the_method_alone():
     'model.moe.train_capacity.minimum: 4 -> 0',
     'model.moe.train_capacity.multiple: 1 -> 2',
     "model.moe.train_capacity.rounding: 'floor' -> 'ceil'",
+    "model.moe.weighing.expert_output: None -> {'rate': 0.2}",
     'model.moe.weighing.renormalised: None -> {}',
   ]

@@ -468,7 +468,7 @@ def test_bfloat16_leaves_the_router_in_float32():
   [
     ({'dispatcher': 'indx'}, "dispatcher 'indx'. Did you mean 'index'?"),
     ({'gate': Part('liner')}, "gate 'liner'. Did you mean 'linear'?"),
-    ({'selector': Part('top2')}, "selector 'top2'. Did you mean 'top_k'?"),
+    ({'selector': Part('topk')}, "selector 'topk'. Did you mean 'top_k'?"),
     ({'gate': Part.of('linear', jiter=1)}, "'jiter'. Did you mean 'jitter'?"),
     ({'selector': Part.of('top_k', k=9)}, 'k=9 experts per token.* 1 to 4'),
   ],
