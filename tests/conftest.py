@@ -22,7 +22,7 @@ def pytest_addoption(parser):
   parser.addoption(
     '--all-methods',
     action='store_true',
-    help='try every config of configs/methods whole, and not three by turn',
+    help='try every config of configs/methods whole, and not one by turn',
   )
 
 

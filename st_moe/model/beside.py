@@ -68,7 +68,7 @@ class Shared(Beside, kw_only=True):
   neutral='a gate is never quite open',
 )
 class Conditional(Beside, kw_only=True):
-  """(1 - u) FFN(x) + u y, u = sigmoid(x w + b): who needs experts at all?
+  """(1 - u) FFN(x) + u y, u = sigmoid(x w + b): not all tokens need experts.
 
   Training drops u with rate `dropout`, which leaves a token the dense FFN, and
   scales up what stays. u of padding is 0. For the loss `budget`, `aside` has

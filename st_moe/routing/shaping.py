@@ -80,9 +80,10 @@ def rested(
 def _without(scores: Scores, out: jax.Array) -> Scores:
   """As if the logits of those `out` [..., e] had been -inf."""
   probs = jnp.where(out, 0, scores.probs)
+  share = probs / jnp.maximum(probs.sum(-1, keepdims=True), 1e-37)
   return scores.replace(
     select=jnp.where(out, -jnp.inf, scores.select),
-    probs=probs / jnp.maximum(probs.sum(-1, keepdims=True), 1e-37),
+    probs=jnp.where(out.any(-1, keepdims=True), share, scores.probs),
   )
 
 
@@ -216,7 +217,11 @@ def _own_experts_fit(model, moe, *, tasks, **_):
 
 
 @about(
-  row='S1-12', needs=('task',), neutral={'tasks': 1}, fits=_own_experts_fit
+  row='S1-12',
+  paper='arXiv:2505.14336',
+  needs=('task',),
+  neutral={'tasks': 1},
+  fits=_own_experts_fit,
 )
 def own_experts(
   scores: Scores, ctx: RouteContext, rng, kept, *, tasks: Count

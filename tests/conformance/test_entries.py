@@ -188,7 +188,9 @@ def test_no_mechanism_adds_a_branch(file):
 def test_a_config_is_its_base_and_its_own_lines(name):
   path = tables.METHODS[name]
   text, doc = path.read_text(), ast.get_docstring(ast.parse(path.read_text()))
-  assert re.search(r'\(S\d-\d\d, [^)]+\)', doc.split('\n')[0]), doc
+  assert re.search(
+    r'\((S\d-\d\d, )?(arXiv:|https://)[^)]+\)', doc.split('\n')[0]
+  ), doc
   assert 'Claim: ' in doc, 'what would an experiment show?'
   whole, base = (
     config_file.to_dict(config_file.load(f'{path}:{arg}runlocal'))

@@ -1,6 +1,6 @@
 """Every method's model, tiny: trained, laid out, saved, asked, exported.
 
-Three methods by turn of the day; all of them with --all-methods.
+One method by turn of the day; all of them with --all-methods.
 """
 
 import dataclasses
