@@ -76,6 +76,11 @@ def entries() -> list[Method]:
         if (where, part.name) == (place, name)
         if config.source == method.source
       ]
+      mine += [  # Which has it where its argument says so.
+        dataclasses.replace(method, config=config.name)
+        for config in _configs().values()
+        if config.source == method.source and name in config.words
+      ]
       found.append(mine[0] if mine else method)
   sources = {method.source for method in found}
   for config in _configs().values():
@@ -94,6 +99,7 @@ class _Config:
   row: str
   paper: str
   parts: tuple[tuple[str, Part], ...]
+  words: frozenset[str]  # Of its file.
 
   @property
   def source(self) -> str:
@@ -111,7 +117,8 @@ def _configs() -> dict[str, _Config]:
       _parts(config_file.load(f'{path}{arg}')) for arg in ('', ':base')
     )
     own = tuple(part for part in dict.fromkeys(whole) if part not in base)
-    found[path.stem] = _Config(path.stem, row, paper, own)
+    words = frozenset(re.findall(r'\w+', path.read_text()))
+    found[path.stem] = _Config(path.stem, row, paper, own, words)
   return found
 
 

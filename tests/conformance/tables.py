@@ -6,6 +6,7 @@ A mechanism enters by its line in a table and by its config.
 import dataclasses
 import functools
 import inspect
+import re
 
 from st_moe import about, config_file, schedules
 from st_moe.config import Config, ModelConfig, MoEConfig, Part
@@ -182,6 +183,8 @@ def entries() -> list[Case]:
 
 
 def is_used(case: Case) -> bool:
-  """Whether a config has this entry: of a method, or the base."""
+  """Whether a config has this entry: of a method, if asked so, or the base."""
   same = lambda c: (c.kind, c.part.name) == (case.kind, case.part.name)
-  return any(same(c) for name in [*METHODS, BASE] for c in uses(name))
+  word = re.compile(rf'\b{case.part.name}\b')
+  named = any(word.search(path.read_text()) for path in METHODS.values())
+  return named or any(same(c) for c in uses(BASE))

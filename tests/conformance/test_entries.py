@@ -31,7 +31,7 @@ def test_it_says_where_it_comes_from(case):
     r'arXiv:\d{4}\.\d{4,5}$|doi:|https?://|\S+ \d{4}$', said.paper
   )
   first = (case.entry.__doc__ or '').strip().partition('\n')[0]
-  assert len(first) > 10 and first.endswith(('.', ':')), first
+  assert len(first) > 10 and first.endswith(('.', ':', '?')), first
 
 
 @every_entry

@@ -15,8 +15,8 @@ from st_moe.model.rows import Room
 from st_moe.model.transformer import Transformer
 from st_moe.routing.seating import seat
 from st_moe.routing.types import Assignment
-from st_moe.train.state import abstract_params
-from tests.conformance import chain, tables
+from st_moe.train import step
+from tests.conformance import chain, programs, tables
 from tests.conformance.chain import KEYS, TOKENS, WIDTH
 from tests.helpers import assert_trees_close, jit
 
@@ -226,27 +226,32 @@ def test_what_stands_beside_is_nothing_at_its_neutral_and_else_is_not(case):
 
 @functools.cache
 def _trees(of: str):
-  """Parameters of a config before and after an update, and who was asked."""
+  """Parameters of a config before and after an update, and what rules hear."""
   config, rng = tables.config(of), np.random.default_rng(0)
   draw = lambda a: rng.standard_normal(a.shape, np.float32)
-  shapes = abstract_params(Transformer(config.model))
-  old, new = (jax.tree.map(draw, shapes) for _ in range(2))
-  asked = {}
-  for path, leaf in paths.by_path(shapes).items():
-    module, found, rest = path.partition('/moe/')
-    if found and rest.startswith('router') and leaf.ndim > 1:
-      e = config.model.moe_of(path.partition('/')[0]).num_experts
-      asked[f'{module}/moe'] = rng.integers(0, 9, (len(leaf), e)).astype('f4')
-  return config, old, new, asked
+  old = programs.params(of)
+  new = jax.tree.map(draw, old)
+  hears = jit(
+    lambda params: step.forward(
+      Transformer(config.model),
+      config,
+      params,
+      programs.batch(config),
+      rng=KEYS[0],
+      step=jnp.int32(3),
+    )
+  )
+  _, _, heard = jax.device_get(hears(old))
+  return config, old, new, heard
 
 
 @every('after')
 def test_a_rule_is_nothing_at_its_neutral_and_else_is_not(case):
-  _, old, new, asked = _trees(case.of)
+  _, old, new, heard = _trees(case.of)
   if isinstance(case.about.neutral, dict):
     neutral = case.at(**case.about.neutral)
-    assert chain.same(neutral.made(old, new, asked, jnp.int32(3)), new)
-  found = case.made(old, new, asked, jnp.int32(3))
+    assert chain.same(neutral.made(old, new, heard, jnp.int32(3)), new)
+  found = case.made(old, new, heard, jnp.int32(3))
   assert not chain.same(found, new), f'{case.of} has nothing that it moves'
   shapes = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
   assert shapes(found) == shapes(new)
@@ -254,12 +259,12 @@ def test_a_rule_is_nothing_at_its_neutral_and_else_is_not(case):
 
 @every('after')
 def test_a_rule_does_not_know_how_layers_are_laid_out(case):
-  config, old, new, asked = _trees(case.of)
-  scanned = case.made(old, new, asked, jnp.int32(3))
+  config, old, new, heard = _trees(case.of)
+  scanned = case.made(old, new, heard, jnp.int32(3))
   unroll = lambda tree: paths.unroll(tree, config.model)
   apart = {
-    where: rows[i]
-    for path, rows in asked.items()
+    where: jax.tree.map(lambda rows, i=i: rows[i], said)
+    for path, said in heard.items()
     for where, i in paths.unrolled_paths(f'{path}/x', config.model)
     for where in [where.removesuffix('/x')]
   }
