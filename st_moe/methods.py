@@ -41,6 +41,11 @@ class Method:
   part: Part | None = None  # As it is there.
 
   @property
+  def source(self) -> str:
+    """What it comes from: its row, or else its paper."""
+    return self.row or self.paper
+
+  @property
   def kind(self) -> str:
     return {'losses': 'loss'}.get(field := self.place.split('.')[-1], field)
 
@@ -59,40 +64,61 @@ class Method:
 
 def entries() -> list[Method]:
   """All of all tables by row, and rows that are options of others' entries."""
-  found, configs = [], _configs()
+  found = []
   for place, table in PLACES.items():
     for name, made in table.items():
       said = about.of(made)
+      method = Method(place, name, made, said.row, said.paper)
       mine = [
-        (config, part)
-        for config, (row, _, parts_of_it) in configs.items()
-        for where, part in parts_of_it
-        if (row, where, part.name) == (said.row, place, name)
+        dataclasses.replace(method, config=config.name, part=part)
+        for config in _configs().values()
+        for where, part in config.parts
+        if (where, part.name) == (place, name)
+        if config.source == method.source
       ]
-      more = mine[0] if mine else ()
-      found.append(Method(place, name, made, said.row, said.paper, *more))
-  rows = {method.row for method in found}
-  for config, (row, paper, parts_of_it) in configs.items():
-    for place, part in parts_of_it if row not in rows else ():
-      made = PLACES[place][part.name]
-      found.append(Method(place, part.name, made, row, paper, config, part))
-  return sorted(found, key=lambda method: (not method.row, method.row))
+      mine += [  # Which has it where its argument says so.
+        dataclasses.replace(method, config=config.name)
+        for config in _configs().values()
+        if config.source == method.source and name in config.words
+      ]
+      found.append(mine[0] if mine else method)
+  sources = {method.source for method in found}
+  for config in _configs().values():
+    for place, part in config.parts if config.source not in sources else ():
+      made, said = PLACES[place][part.name], (config.row, config.paper)
+      found.append(Method(place, part.name, made, *said, config.name, part))
+  order = lambda m: (not m.row, not m.paper, m.row, m.paper)
+  return sorted(found, key=order)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Config:
+  """A config of a method, and what of the tables it has beside its base."""
+
+  name: str
+  row: str
+  paper: str
+  parts: tuple[tuple[str, Part], ...]
+  words: frozenset[str]  # Of its file.
+
+  @property
+  def source(self) -> str:
+    return self.row or self.paper
 
 
 @functools.cache
-def _configs() -> dict[str, tuple[str, str, list[tuple[str, Part]]]]:
-  """Config of a method -> its row, its paper, and what it has beside its base.
-
-  The first line of its docstring is 'GShard (S1-18, arXiv:2006.16668): ...'.
-  """
+def _configs() -> dict[str, _Config]:
+  """By name; a docstring begins 'GShard (S1-18, arXiv:2006.16668): ...'."""
   found = {}
   for path in config_file.methods():
-    said = re.search(r'\((S\d-\d\d), ([^)]*)\)', config_file.summary(path))
+    said = re.search(r'\((?:(S\d-\d\d), )?([^);,]*)', config_file.summary(path))
+    row, paper = said.groups('') if said else ('', '')
     whole, base = (
       _parts(config_file.load(f'{path}{arg}')) for arg in ('', ':base')
     )
-    own = [part for part in dict.fromkeys(whole) if part not in base]
-    found[path.stem] = *(said.groups() if said else ('', '')), own
+    own = tuple(part for part in dict.fromkeys(whole) if part not in base)
+    words = frozenset(re.findall(r'\w+', path.read_text()))
+    found[path.stem] = _Config(path.stem, row, paper, own, words)
   return found
 
 
@@ -109,20 +135,20 @@ COLUMNS = 'row', 'name', 'paper', 'kind', 'causal', 'noisy', 'config'
 
 
 def table() -> list[tuple[str, ...]]:
-  """A line of `COLUMNS` for each entry that stands for a row."""
+  """A line of `COLUMNS` for each entry that comes from the literature."""
   say = lambda value: 'yes' if value else 'no'
   return [
     (
-      m.row,
+      m.row or '-',
       m.name,
-      m.paper.removeprefix('arXiv:'),
+      m.paper.removeprefix('arXiv:').removeprefix('https://').split('/')[0],
       m.kind,
       say(m.about.causal),
       say(m.about.noisy),
       m.config,
     )
     for m in entries()
-    if m.row
+    if m.paper
   ]
 
 
@@ -171,7 +197,7 @@ def _card(method: Method) -> str:
   """All that is said of an entry, in paragraphs."""
   said = method.about
   facts = {
-    f'{method.row}, {method.paper}': method.row,
+    ', '.join(filter(None, [method.row, method.paper])): method.paper,
     f'config.{method.place}': True,
     'a token hears of later ones': not said.causal,
     'draws numbers in training': said.noisy,

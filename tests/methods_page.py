@@ -17,6 +17,8 @@ does, its options and what its config claims. Made by
 
 
 def _paper(name: str) -> str:
+  if name.startswith('http'):
+    return f'<{name}>'
   number = name.removeprefix('arXiv:')
   return (
     f'[{number}](https://arxiv.org/abs/{number})' if number != name else name
@@ -27,12 +29,12 @@ def page() -> str:
   """docs/methods.md as it should be."""
   heads = *methods.COLUMNS[:4], 'field', *methods.COLUMNS[4:]
   lines = [HEAD, f'| {" | ".join(heads)} |', '| --- ' * len(heads) + '|']
-  named = [m for m in methods.entries() if m.row]
+  named = [m for m in methods.entries() if m.paper]
   for method, row in zip(named, methods.table(), strict=True):
-    _, name, _, kind, causal, noisy, config = row
+    source, name, _, kind, causal, noisy, config = row
     link = f'[{config}](../configs/methods/{config}.py)' if config else ''
     cells = (
-      *(method.row, f'`{name}`', _paper(method.paper), kind),
+      *(source, f'`{name}`', _paper(method.paper), kind),
       *(f'`{method.place}`', causal, noisy, link),
     )
     lines.append(f'| {" | ".join(cells)} |')

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from st_moe import paths, sharding
-from st_moe.config import Config, ModelConfig
+from st_moe.config import Config, MoEConfig
 from st_moe.decode import decoding
 from st_moe.decode.methods import Method
 from st_moe.model.transformer import Transformer
@@ -121,13 +121,18 @@ def one_stack(config: Config) -> Config:
   return dataclasses.replace(config, model=model)
 
 
-def _seats_as_in_training(model: ModelConfig) -> ModelConfig:
-  """Quiet models are evaluated."""
-  stack = lambda of, moe: dataclasses.replace(
-    of, moe=dataclasses.replace(moe, eval_capacity=moe.train_capacity)
-  )
+def with_each_moe(config: Config, change) -> Config:
+  """`config` with the sparse layers of each stack changed."""
+  stack = lambda of, moe: dataclasses.replace(of, moe=change(moe))
+  model = config.model
   changed = {s: stack(model.stack(s), model.moe_of(s)) for s in model.stacks}
-  return dataclasses.replace(model, **changed)
+  model = dataclasses.replace(model, **changed)
+  return dataclasses.replace(config, model=model)
+
+
+def _seats_as_in_training(moe: MoEConfig) -> MoEConfig:
+  """Quiet models are evaluated."""
+  return dataclasses.replace(moe, eval_capacity=moe.train_capacity)
 
 
 def quiet(config: Config, params: dict, mesh=None, steps: int = 2) -> list:
@@ -136,8 +141,8 @@ def quiet(config: Config, params: dict, mesh=None, steps: int = 2) -> list:
   Args:
     params: in a scan; of more stacks than `config` has, perhaps.
   """
-  model = _seats_as_in_training(config.model)
-  config, scanned = dataclasses.replace(config, model=model), model.scan_layers
+  config = with_each_moe(config, _seats_as_in_training)
+  model, scanned = config.model, config.model.scan_layers
   module = Quiet(model)
   with sharding.use(
     mesh or sharding.make_mesh(devices=jax.devices()[:1])

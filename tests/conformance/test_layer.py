@@ -15,8 +15,8 @@ from st_moe.model.rows import Room
 from st_moe.model.transformer import Transformer
 from st_moe.routing.seating import seat
 from st_moe.routing.types import Assignment
-from st_moe.train.state import abstract_params
-from tests.conformance import chain, tables
+from st_moe.train import step
+from tests.conformance import chain, programs, tables
 from tests.conformance.chain import KEYS, TOKENS, WIDTH
 from tests.helpers import assert_trees_close, jit
 
@@ -32,9 +32,9 @@ GROUPS = np.random.default_rng(0).standard_normal((3, TOKENS, WIDTH))
 
 @functools.cache
 def _layer(case: tables.Case):
-  """The layer of `case`, its parameters, and what it records of x [g, s, d].
+  """(sum, weight) of a loss in a layer with it alone, of x [g, s, d].
 
-  One program an evaluation, and one a step of training, with its gradient.
+  One program of an evaluation, and one of training that has slopes, too.
   """
   alone = dataclasses.replace(case.moe, losses=(case.part,))
   moe = MoE(case.model, alone, TOKENS)
@@ -42,11 +42,9 @@ def _layer(case: tables.Case):
   params = chain.weights(moe, jnp.zeros((3, TOKENS, WIDTH)), ctx)
   name = case.part.name
 
-  def found(params, x, valid, train, order=(0, 1, 2)):
+  def found(params, x, valid, train):
     valid = jnp.asarray(valid)
     ctx_ = chain.context(train=train, valid=np.full((3, TOKENS), True))
-    order = jnp.asarray(order)
-    ctx_ = jax.tree.map(lambda a: a[order] if a.ndim else a, ctx_)
     tokens = jnp.where(valid, ctx_.tokens, 0)
     _, sown = moe.apply(
       {'params': params},
@@ -57,50 +55,50 @@ def _layer(case: tables.Case):
     )
     return sown['intermediates']['record']['losses'][name]
 
-  evaluate = jit(lambda x, valid, order: found(params, x, valid, False, order))
-  slope = jit(
-    jax.grad(lambda p, x, valid: found(p, x, valid, True)[0], argnums=(0, 1))
-  )
-  return params, evaluate, functools.partial(slope, params)
+  def of_sum(params, x, valid):
+    both = found(params, x, valid, True)
+    return both[0], both
+
+  evaluate = jit(functools.partial(found, params, train=False))
+  slope = jit(jax.grad(of_sum, argnums=(0, 1), has_aux=True))
+  return evaluate, functools.partial(slope, params)
 
 
-def _loss(case, order=(0, 1, 2), x=GROUPS):
-  valid = np.stack([FULL, SHORT, EMPTY])[[*order]]
-  x = np.asarray(x, np.float32)[[*order]]
-  return np.array(_layer(case)[1](x, valid, np.array(order)), np.float64)
+VALID = np.stack([FULL, SHORT, EMPTY])
+GROUPS = GROUPS.astype(np.float32)
 
 
 @every('losses')
 def test_padding_and_empty_groups_move_no_loss(case):
-  before = _loss(case)
-  assert np.isfinite(before).all()
-  if case.part.name == 'load':
-    pytest.skip('without noise it has no weight; test_losses gives it some')
-  assert before[1] > 0
+  # In training: some are of its noise.
+  _, slope = _layer(case)
+  _, before = slope(GROUPS, VALID)
+  assert np.isfinite(before).all() and before[1] > 0
   x = GROUPS.copy()
   x[1, 5:] = x[2] = 100 * GROUPS[0, 0]
-  np.testing.assert_allclose(_loss(case, x=x), before, rtol=1e-6)
+  np.testing.assert_allclose(slope(x, VALID)[1], before, rtol=1e-6)
   # Of padding alone there is none, nor a slope that is no number.
-  summed, weight = _loss(case, (2, 2, 2))
+  slopes, (summed, weight) = slope(GROUPS, VALID[[2, 2, 2]])
   assert summed == weight == 0
-  slopes = _layer(case)[2](GROUPS.astype('f4'), np.zeros((3, TOKENS), bool))
   assert all(np.isfinite(a).all() for a in jax.tree.leaves(slopes))
 
 
 @every('losses')
 def test_groups_add_up_in_any_order(case):
-  whole = _loss(case)
-  np.testing.assert_allclose(_loss(case, (2, 1, 0)), whole, rtol=2e-5)
+  def loss(*order):
+    order = [*order]
+    return np.array(_layer(case)[0](GROUPS[order], VALID[order]), np.float64)
+
+  whole = loss(0, 1, 2)
+  np.testing.assert_allclose(loss(2, 1, 0), whole, rtol=2e-5)
   if not case.about.whole and not case.about.joins:
-    parts = _loss(case, (0, 2, 2)) + _loss(case, (2, 1, 2))
-    np.testing.assert_allclose(parts, whole, rtol=2e-5)
+    np.testing.assert_allclose(loss(0, 2, 2) + loss(2, 1, 2), whole, rtol=2e-5)
 
 
 @every('losses')
 def test_a_loss_reaches_what_it_says_and_no_more(case):
-  valid = np.stack([FULL, SHORT, EMPTY])
-  slopes, of_x = _layer(case)[2](GROUPS.astype('f4'), valid)
-  assert not np.asarray(of_x)[~valid].any(), 'padding has a slope'
+  (slopes, of_x), _ = _layer(case)[1](GROUPS, VALID)
+  assert not np.asarray(of_x)[~VALID].any(), 'padding has a slope'
   reached = {
     path.partition('/')[0]
     for path, slope in paths.by_path(slopes).items()
@@ -228,29 +226,32 @@ def test_what_stands_beside_is_nothing_at_its_neutral_and_else_is_not(case):
 
 @functools.cache
 def _trees(of: str):
-  """Parameters of a config before and after an update, and who was asked."""
+  """Parameters of a config before and after an update, and what rules hear."""
   config, rng = tables.config(of), np.random.default_rng(0)
   draw = lambda a: rng.standard_normal(a.shape, np.float32)
-  shapes = abstract_params(Transformer(config.model))
-  old, new = (jax.tree.map(draw, shapes) for _ in range(2))
-  asked = {}
-  for path, leaf in paths.by_path(shapes).items():
-    module, found, rest = path.partition('/moe/')
-    if found and rest.startswith('kept_'):  # What it should be: sum, weight.
-      weight = rng.integers(1, 9, len(leaf)).astype('f4')
-      asked[path] = draw(leaf), weight
-    if found and rest.startswith('router') and leaf.ndim > 1:
-      e = config.model.moe_of(path.partition('/')[0]).num_experts
-      asked[f'{module}/moe'] = rng.integers(0, 9, (len(leaf), e)).astype('f4')
-  return config, old, new, asked
+  old = programs.params(of)
+  new = jax.tree.map(draw, old)
+  hears = jit(
+    lambda params: step.forward(
+      Transformer(config.model),
+      config,
+      params,
+      programs.batch(config),
+      rng=KEYS[0],
+      step=jnp.int32(3),
+    )
+  )
+  _, _, heard = jax.device_get(hears(old))
+  return config, old, new, heard
 
 
 @every('after')
 def test_a_rule_is_nothing_at_its_neutral_and_else_is_not(case):
-  _, old, new, asked = _trees(case.of)
-  neutral = case.at(**case.about.neutral)
-  assert chain.same(neutral.made(old, new, asked, jnp.int32(3)), new)
-  found = case.made(old, new, asked, jnp.int32(3))
+  _, old, new, heard = _trees(case.of)
+  if isinstance(case.about.neutral, dict):
+    neutral = case.at(**case.about.neutral)
+    assert chain.same(neutral.made(old, new, heard, jnp.int32(3)), new)
+  found = case.made(old, new, heard, jnp.int32(3))
   assert not chain.same(found, new), f'{case.of} has nothing that it moves'
   shapes = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
   assert shapes(found) == shapes(new)
@@ -258,15 +259,13 @@ def test_a_rule_is_nothing_at_its_neutral_and_else_is_not(case):
 
 @every('after')
 def test_a_rule_does_not_know_how_layers_are_laid_out(case):
-  config, old, new, asked = _trees(case.of)
-  scanned = case.made(old, new, asked, jnp.int32(3))
+  config, old, new, heard = _trees(case.of)
+  scanned = case.made(old, new, heard, jnp.int32(3))
   unroll = lambda tree: paths.unroll(tree, config.model)
   apart = {
-    where: jax.tree.map(lambda a, i=i: a[i], rows)
-    for path, rows in asked.items()
-    for where, i in paths.unrolled_paths(
-      path if '/kept_' in path else f'{path}/x', config.model
-    )
+    where: jax.tree.map(lambda rows, i=i: rows[i], said)
+    for path, said in heard.items()
+    for where, i in paths.unrolled_paths(f'{path}/x', config.model)
     for where in [where.removesuffix('/x')]
   }
   found = case.made(unroll(old), unroll(new), apart, jnp.int32(3))

@@ -60,18 +60,18 @@ def test_four_microbatches_or_the_reason(name):
 
 
 def _flops(jaxpr) -> int:
-  """Of its large products: in a loop by its turns, of branches the largest.
+  """Of its products: in a loop by its turns, of branches the largest.
 
-  Sums over tokens, as losses take, are products with a row for each group.
+  A weighted sum is none, as losses take them: one side has no axis of its own.
   """
   found = 0
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == 'dot_general':
-      (into, _), _ = eqn.params['dimension_numbers']
-      lhs, rhs = (v.aval for v in eqn.invars)
-      depth = np.prod([lhs.shape[i] for i in into], dtype=int)
-      size = eqn.outvars[0].aval.size
-      found += 2 * depth * size * (depth * size > max(lhs.size, rhs.size))
+      (into, _), (alike, _) = eqn.params['dimension_numbers']
+      sides = [v.aval for v in eqn.invars]
+      depth = np.prod([sides[0].shape[i] for i in into], dtype=int)
+      own = all(side.ndim > len(into) + len(alike) for side in sides)
+      found += 2 * depth * eqn.outvars[0].aval.size * own
     turns = eqn.params.get('length', 1) if eqn.primitive.name == 'scan' else 1
     each = [_flops(inner) for inner in _inner(eqn.params.values())]
     one_of_them = eqn.primitive.name == 'cond'
@@ -101,6 +101,14 @@ def test_parameters_have_roles_and_products_are_counted(method):
     n for field, _, said in _parts(config) for n, _ in said.keeps
     if field == 'shaping'
   }  # fmt: skip
+  # Of a loop that ends when all are served, no program says the turns.
+  places = lambda moe: dataclasses.replace(
+    moe,
+    dispatcher='index',
+    train_capacity=dataclasses.replace(moe.train_capacity, dropless=False),
+  )
+  config = programs.with_each_moe(config, places)
+  model = Transformer(config.model)
   inputs = step.inputs_of(programs.batch(config), config.model)
   traced = jax.make_jaxpr(
     lambda params: model.apply(
@@ -114,7 +122,8 @@ def test_parameters_have_roles_and_products_are_counted(method):
   products = counts.products(config.model, n, m)
   expected = tables.ROWS * sum(p.flops for p in products)
   expected += 2 * heads * buckets * chosen  # Of positions, once for all rows.
-  assert _flops(traced.jaxpr) == expected
+  # Hidden units of a token are rounded.
+  assert _flops(traced.jaxpr) == pytest.approx(expected, rel=2e-3)
 
 
 def test_a_plan_is_arithmetic_and_its_state_that_of_the_run(method):
@@ -301,7 +310,9 @@ def test_an_export_comes_back_or_is_refused_by_name(method, format, tmp_path):
   try:
     convert.check_export(format, config, shapes)
   except ValueError as e:
-    assert re.match(REFUSED[format], str(e)) and '\n' not in str(e), e
+    unnamed = f'{format} has no name for '
+    assert re.match(f'{REFUSED[format]}|{unnamed}', str(e)), e
+    assert '\n' not in str(e)
     return
   plain = {'linear', 'top_k', 'ffn', 'nothing', 'auto', 'index', 'grouped'}
   own = {p.name for f, p, _ in _parts(config) if f != 'losses'} - plain
