@@ -239,7 +239,9 @@ def own_experts(
   # Where all its own had underflowed, 0 would become NaN.
   probs = jax.nn.softmax(only(jnp.log(jnp.maximum(scores.probs, 1e-37))))
   return scores.replace(
-    logits=only(scores.logits), select=only(scores.select), probs=probs
+    logits=only(scores.logits),
+    select=only(scores.select),
+    probs=jnp.where(own.all(-1, keepdims=True), scores.probs, probs),
   )
 
 

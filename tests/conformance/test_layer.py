@@ -49,7 +49,8 @@ def _layer(case: tables.Case):
     _, sown = moe.apply(
       {'params': params},
       x,
-      ctx_.replace(valid=valid, tokens=tokens),
+      # Groups change places, and their tasks would stay behind.
+      ctx_.replace(valid=valid, tokens=tokens, task=jnp.zeros_like(tokens)),
       rngs={'dropout': KEYS[0]},
       mutable=['intermediates'],
     )
