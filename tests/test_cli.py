@@ -200,6 +200,12 @@ def test_the_table_of_methods(capsys):
   assert 'rebalanced 2408.15664 after yes no loss_free'.split() in rows
 
 
+def test_every_card_fits_eighty_columns(capsys):
+  for path in config_file.methods():
+    said = _runs(capsys, 'methods', path.stem)
+    assert max(map(len, said.splitlines())) <= 80, path.stem
+
+
 @pytest.mark.parametrize(
   'name', ['rebalanced', 'loss_free', 'S2-30', 'configs/methods/loss_free.py']
 )

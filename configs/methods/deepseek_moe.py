@@ -3,8 +3,8 @@
 Claim: experts cut into `m` parts, m times as many of them asked, one of these
 always, are better at the same parameters and FLOPs per token; loss falls from
 m = 1 to 2 to 4. Without the shared expert it rises, and masking the best routed
-experts hurts finer ones more. Balance is a loss, or with `:bias` a bias for each
-expert that a rule moves (arXiv:2408.15664). Variants: `:m=1`, `:shared=0`;
+experts hurts finer ones more. Balance is a loss, or with `:bias` a bias for
+each expert that a rule moves (arXiv:2408.15664). Variants: `:m=1`, `:shared=0`;
 `:devices=4` balances groups of experts too.
 """
 

@@ -1,7 +1,8 @@
 """FOM (S1-14, arXiv:2212.07571): whole answers of sparse layers masked.
 
 Claim: as `eom`, whose masks it draws for a token and not for each of its
-experts: a masked token passes the layer by. It helps where `eom` does, and less.
+experts: a masked token passes the layer by. It helps where `eom` does, but
+less.
 """
 
 from st_moe.config_file import base_of_method

@@ -1,4 +1,4 @@
-"""Llama-SMoP (S1-12, arXiv:2505.14336): experts and routers of their own for each kind of input.
+"""Llama-SMoP (S1-12, arXiv:2505.14336): experts for each input.
 
 Claim: of joint experts and a joint router (JEJR, `:base`), joint experts and a
 router for each kind (JEDR, without the shaping) and both of their own (DEDR,

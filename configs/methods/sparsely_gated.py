@@ -2,7 +2,8 @@
 
 Claim: without its two losses a few experts take all; each of them alone evens
 what it is of, and both the most. To compare: the CV of importance and load, and
-the largest load over the mean one, with each loss on and off. Nobody is dropped.
+the largest load over the mean one, with each loss on and off. Nobody is
+dropped.
 """
 
 from st_moe.config_file import base_of_method
