@@ -27,7 +27,8 @@ class About:
   keeps: tuple[tuple[str, str], ...] = ()
   # What else of a context: 'task', 'before'; likewise.
   needs: tuple[str, ...] | Callable[..., tuple[str, ...]] = ()
-  # Of a loss: which parts of a layer its gradient reaches.
+  # Of a loss: which parts of a layer its gradient reaches; of a rule after the
+  # update: which state.
   moves: tuple[str, ...] = ('router',)
   # Of a loss that needs the batch in one piece: no microbatches; likewise.
   whole: bool | Callable[..., bool] = False

@@ -365,7 +365,7 @@ def _load(flags, overrides):
 
   parts.check(config.model)
   terms.check(config)
-  after.rules_after(config.optimizer)
+  after.check(config)
   return config
 
 

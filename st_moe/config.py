@@ -131,9 +131,13 @@ _BESIDE_DIM = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class From:
-  """The rule of an option that is a Part: one of a table."""
+  """The rule of an option that is a Part: one of a table.
+
+  `tried` raises a ValueError for options that do not go together.
+  """
 
   table: Mapping[str, Callable]
+  tried: Callable[[Part], object] = lambda part: None
 
   def __contains__(self, part: Part) -> bool:
     return part.name in self.table
@@ -155,14 +159,18 @@ def option(value):
 
 def checked_option(value, hint, where: str):
   """`fields.check` of an option; a Part also finds its own options fit."""
-  tables = [
-    rule.table
+  rules = [
+    rule
     for each in fields.alternatives(hint)
     for rule in fields.base(each)[1]
     if isinstance(rule, From)
   ]
-  if isinstance(value, Part) and tables:
-    value.choose(where, tables[0])
+  if isinstance(value, Part) and rules:
+    value.choose(where, rules[0].table)
+    try:
+      rules[0].tried(value)
+    except ValueError as e:
+      raise ValueError(f'{where}: {e}') from None
   return fields.check(value, hint, where)
 
 

@@ -317,13 +317,28 @@ def to_dict(value):
     return {'name': value.name, **_options(value)}
   if dataclasses.is_dataclass(value):
     hints = fields.of(type(value))
-    return {
+    found = {
       f.name: _plainly(getattr(value, f.name), hints[f.name])
       for f in dataclasses.fields(value)
     }
+    if isinstance(value, config_lib.ModelConfig):
+      _leave_out_the_same(found)
+    return found
   if isinstance(value, Mapping):
     return {k: to_dict(v) for k, v in value.items()}
   return value
+
+
+def _leave_out_the_same(model: dict) -> None:
+  """Of a stack's own `moe` keeps what differs from the model's.
+
+  So what is set for the model later is so for the stack, too.
+  """
+  for stack in ('encoder', 'decoder'):
+    own = (model[stack] or {}).get('moe')
+    if own:
+      other = {k: v for k, v in own.items() if v != model['moe'][k]}
+      model[stack]['moe'] = other or None
 
 
 def _plainly(value, hint):

@@ -83,11 +83,6 @@ SCHEDULES = {
   'steps': steps,
 }
 
-# What an option may be: a number, or one that changes with the step.
-Scheduled = Annotated[Part, From(SCHEDULES)]
-Number = float | Scheduled
-Positive = AtLeast0 | Scheduled
-
 
 def value(spec: float | Part, step: jax.Array | None):
   """A number, or a schedule's at `step`; None (evaluation) is its end."""
@@ -95,3 +90,9 @@ def value(spec: float | Part, step: jax.Array | None):
     return spec
   step = jnp.inf if step is None else jnp.asarray(step, jnp.float32)
   return spec.choose('schedule', SCHEDULES)(step)
+
+
+# What an option may be: a number, or one that changes with the step.
+Scheduled = Annotated[Part, From(SCHEDULES, lambda part: value(part, None))]
+Number = float | Scheduled
+Positive = AtLeast0 | Scheduled

@@ -374,6 +374,15 @@ def test_a_stack_of_its_own_begins_as_the_model(tmp_path):
   assert model.moe_of('encoder').num_experts == 8
   assert model.moe_of('decoder') is model.moe
   assert model.num_experts == 8
+  # What is set later for the model holds for the stack, of a stored run too.
+  stored = config_file.to_dict(config_file.load(str(path)))
+  assert stored['model']['encoder']['moe'] == {
+    'selector': {'name': 'top_k', 'k': 1}
+  }
+  changed = config_file.set_field(stored, 'model.moe.transport', 'shard_map')
+  changed = config_file.from_dict(changed).model
+  assert changed.moe_of('encoder').transport == 'shard_map'
+  assert changed.moe_of('encoder').selector == Part.of('top_k', k=1)
 
 
 def test_diff():

@@ -1,12 +1,15 @@
-"""The learning rate of T5X, number by number."""
+"""The learning rate of T5X and schedules of options, number by number."""
 
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from st_moe.config import OptimizerConfig
+from st_moe import schedules
+from st_moe.config import ModelConfig, MoEConfig, OptimizerConfig, Part
+from st_moe.model import parts
 from st_moe.schedules import learning_rate
 
 
@@ -51,3 +54,41 @@ def test_no_plateau_divides_by_no_zero():
 def test_an_unknown_decay_is_named():
   with pytest.raises(ValueError, match="decay 'cosine'.*Known: .'none', 'rsq"):
     learning_rate(OptimizerConfig(decay='cosine'))
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    (
+      dict(name='exponential', start=1.0, end=0.0, steps=4),
+      r'losses.router_z.weight: exponential goes from start = 1.0',
+    ),
+    (
+      dict(name='steps', values=[1.0], at=[3]),
+      r'losses.router_z.weight: steps has values = \(1.0,\)',
+    ),
+    (dict(name='linear', start=1.0, end=0.0, steps=0), r'weight.steps = 0'),
+    (dict(name='linaer', start=1.0), "Did you mean 'linear'"),
+  ],
+)
+def test_a_schedule_that_cannot_be_is_told_by_its_field(options, message):
+  moe = MoEConfig(losses=(Part.of('router_z', weight=options),))
+  with pytest.raises(ValueError, match=message):
+    parts.check(ModelConfig(moe=moe))
+
+
+def test_ends_and_middle_by_hand():
+  at = lambda step, **options: float(
+    schedules.value(Part.of(**options), jnp.int32(step))
+  )
+  line = dict(name='linear', start=8, end=16, steps=1000)
+  assert [at(n, **line) for n in (0, 500, 1000, 9000)] == [8, 12, 16, 16]
+  wave = dict(name='cosine', start=2.0, end=0.0, steps=10, begin=5)
+  assert [round(at(n, **wave), 6) for n in (0, 10, 99)] == [2, 1, 0]
+  fall = dict(name='exponential', start=4.0, end=1.0, steps=2)
+  assert [at(n, **fall) for n in (0, 1, 2)] == pytest.approx([4, 2, 1])
+  jumps = dict(name='steps', values=[1.0, 3.0, 2.0], at=[2, 4])
+  assert [at(n, **jumps) for n in range(6)] == [1, 1, 3, 3, 2, 2]
+  # Evaluation has its end; a number is itself.
+  assert schedules.value(Part.of(**line), None) == 16
+  assert schedules.value(0.5, None) == 0.5

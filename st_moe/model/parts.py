@@ -73,10 +73,10 @@ def needs(moe: MoEConfig) -> set[str]:
 def check(model: ModelConfig) -> None:
   """Raises for a part, or an option of one, that cannot be."""
   for stack in model.stacks:
-    moe, sparse = model.moe_of(stack), model.plan(stack).num_sparse
-    for field, part in of(moe) if sparse else ():
-      found = choose(field, part, causal=stack == 'decoder')
-      if fits := about.of(found).fits:
+    moe, sparse = model.moe_of(stack), model.plan(stack).num_sparse > 0
+    for field, part in of(moe):
+      found = choose(field, part, causal=sparse and stack == 'decoder')
+      if sparse and (fits := about.of(found).fits):
         fits(model, moe, **found.keywords)
       if field == 'losses':
         where = f'config.model.moe.losses.{part.name}.weight'

@@ -21,8 +21,7 @@ from st_moe.model import parts
 from st_moe.model.transformer import Transformer
 from st_moe.run import profile as profiles
 from st_moe.run import workdir as workdirs
-from st_moe.train import optimizer, sizes, terms
-from st_moe.train.after import rules_after
+from st_moe.train import after, optimizer, sizes, terms
 from st_moe.train.state import Start, TrainState, parameter_axes, starting
 
 
@@ -72,7 +71,7 @@ def settle(
   sizes.check(config, mesh)
   sizes.check_padding(config, mesh)
   terms.check(config)
-  rules_after(config.optimizer)
+  after.check(config)
   if config.init and config.init_take != 'architecture':
     rules.named(config.init_take, config.init_rules)
   pipeline.check(config.data, ('train', config.evaluate.split))

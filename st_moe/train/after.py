@@ -12,14 +12,18 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
+from st_moe import about as about_lib
 from st_moe import paths, schedules
 from st_moe.about import about
-from st_moe.config import OptimizerConfig
+from st_moe.config import Config, OptimizerConfig
 from st_moe.fields import Range, Share
+from st_moe.routing.shaping import SHAPING
 from st_moe.schedules import Positive, Scheduled
 
 
-@about(row='S2-30', paper='arXiv:2408.15664', neutral={'rate': 0})
+@about(
+  row='S2-30', paper='arXiv:2408.15664', neutral={'rate': 0}, moves=('bias',)
+)
 def rebalanced(old, new, heard, step, *, rate: Positive = 1e-3):
   """Moves the bias of each expert by `rate` towards an even load.
 
@@ -40,7 +44,12 @@ def rebalanced(old, new, heard, step, *, rate: Positive = 1e-3):
   return paths.map_by_path(moved, new)
 
 
-@about(row='S1-02', paper='arXiv:2204.10598', neutral={'decay': 1.0})
+@about(
+  row='S1-02',
+  paper='arXiv:2204.10598',
+  neutral={'decay': 1.0},
+  moves=('usage',),
+)
 def used(old, new, heard, step, *, decay: Share = 0.9):
   """Keeps a running share of what each expert was asked; of `rested`.
 
@@ -59,7 +68,11 @@ def used(old, new, heard, step, *, decay: Share = 0.9):
   return paths.map_by_path(moved, new)
 
 
-@about(paper='https://kexue.fm/archives/11619', neutral={'rate': 0.0})
+@about(
+  paper='https://kexue.fm/archives/11619',
+  neutral={'rate': 0.0},
+  moves=('threshold',),
+)
 def averaged(
   old,
   new,
@@ -92,6 +105,38 @@ AFTER = {
   'rebalanced': rebalanced,
   'used': used,
 }
+
+
+def check(config: Config) -> None:
+  """Raises for a rule that moves nothing, or state that no rule moves.
+
+  The latter of a run that begins anew: what it starts from may have moved it.
+  """
+  rules_after(config.optimizer)
+  model = config.model
+  sparse = [s for s in model.stacks if model.plan(s).num_sparse]
+  kept = {
+    name: part.name
+    for stack in sparse
+    for part in model.moe_of(stack).shaping
+    for name, _ in about_lib.of(SHAPING[part.name]).keeps
+  }
+  moved = {
+    name: part.name
+    for part in config.optimizer.after
+    for name in about_lib.of(AFTER[part.name]).moves
+  }
+  for name in sparse and moved.keys() - kept.keys():
+    raise ValueError(
+      f'config.optimizer.after.{moved[name]} has nothing to move: no part of'
+      f' config.model.moe.shaping keeps a {name}.'
+    )
+  for name in () if config.init else kept.keys() - moved.keys():
+    rules = [n for n, f in AFTER.items() if name in about_lib.of(f).moves]
+    raise ValueError(
+      f'config.model.moe.shaping.{kept[name]} keeps a {name} that nothing'
+      f' moves: add {" or ".join(rules)} to config.optimizer.after.'
+    )
 
 
 def rules_after(config: OptimizerConfig):

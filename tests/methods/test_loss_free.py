@@ -1,11 +1,17 @@
 """Loss-free balance: `balanced` reads a bias that `rebalanced` moves."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from st_moe import config_file
+from st_moe.config import Part
 from st_moe.routing.selectors import top_k
 from st_moe.routing.shaping import balanced
 from st_moe.routing.types import RouteContext, Scores
+from st_moe.train import after
 from st_moe.train.after import rebalanced
 
 CTX = RouteContext(valid=jnp.full((1, 1), True))
@@ -45,3 +51,20 @@ def test_biases_move_towards_an_even_load():
     moved['kept_bias'], [[-0.5, 0.5, 0, 0], [0] * 4]
   )
   np.testing.assert_array_equal(moved['router']['kernel'], np.ones(3))
+
+
+def test_a_bias_without_its_rule_is_told_and_a_rule_without_its_bias():
+  config = config_file.load('configs/methods/loss_free.py')
+  after.check(config)
+  at = lambda rules: dataclasses.replace(config.optimizer, after=rules)
+  still = dataclasses.replace(config, optimizer=at(()))
+  message = 'balanced keeps a bias that nothing moves: add rebalanced'
+  with pytest.raises(ValueError, match=message):
+    after.check(still)
+  # Fine-tuning may leave it as it came.
+  after.check(dataclasses.replace(still, init='runs/base'))
+  idle = dataclasses.replace(config, optimizer=at((Part('used'),)))
+  with pytest.raises(ValueError, match='after.used has nothing to move'):
+    after.check(idle)
+  # Of a dense twin nobody asks.
+  after.check(config_file.load('configs/methods/loss_free.py:dense'))
