@@ -208,7 +208,8 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     metavar='FIELD=A,B',
     action='append',
     required=True,
-    help='values of a field, or of fields that change together: F+G=a+x,b+y',
+    help='values of a field, or of fields that change together: F+G=a+x,b+y;'
+    ' config=FILE,FILE are configs side by side',
   )
   made['grid'].add_argument(
     '--metric', action='append', default=[], help="columns: 'eval/TASK/NAME'"
@@ -345,8 +346,9 @@ def _start(flags) -> None:
       importlib.import_module(name)
 
 
-def _load(flags, overrides):
-  if not flags.config:
+def _load(flags, overrides, path=''):
+  path = path or flags.config
+  if not path:
     raise ValueError(
       'Which config? Pass --config=configs/NAME.py; `st-moe list configs` shows'
       ' them.'
@@ -358,7 +360,7 @@ def _load(flags, overrides):
 
     return config_file.to_dict(convert.open_source(init).config)
 
-  config = config_file.load(flags.config, overrides, base=base)
+  config = config_file.load(path, overrides, base=base)
   # What stands in tables of mechanisms, which a config does not know.
   from st_moe.model import parts
   from st_moe.train import after, terms
@@ -394,7 +396,8 @@ def _grid(flags, overrides):
     def make(cell):
       for field in overrides.keys() & cell:
         raise twice(f'--config.{field}', overrides[field], cell[field])
-      return _load(flags, {**overrides, **cell})
+      fields = {**overrides, **cell}
+      return _load(flags, fields, fields.pop('config', ''))
 
     grid.run(
       make,

@@ -24,7 +24,8 @@ Cell = dict[str, str]  # Field -> value, as on a command line.
 def cells(vary: Sequence[str]) -> list[Cell]:
   """All combinations of 'FIELD=a,b' and 'FIELD+FIELD=a+x,b+y'.
 
-  Fields joined by + change together.
+  Fields joined by + change together; 'config' is the file. Commas and plusses
+  within brackets part nothing.
 
   Raises:
     ValueError: no values, or not one for each field.
@@ -33,7 +34,7 @@ def cells(vary: Sequence[str]) -> list[Cell]:
   for text in vary:
     names, equals, values = text.partition('=')
     fields = names.split('+')
-    axis = [value.split('+') for value in values.split(',')]
+    axis = [_parted(value, '+') for value in _parted(values, ',')]
     if not equals or any(len(a) != len(fields) for a in axis):
       raise ValueError(
         f'--vary={text}: write FIELD=a,b, or FIELD+FIELD=a+x,b+y for fields'
@@ -49,6 +50,18 @@ def cells(vary: Sequence[str]) -> list[Cell]:
     if names.count(name) > 1:
       raise ValueError(f'--vary makes two cells {name!r}.')
   return found
+
+
+def _parted(text: str, sign: str) -> list[str]:
+  """`text` at each `sign` outside of brackets."""
+  parts, depth = [''], 0
+  for letter in text:
+    depth += (letter in '([{') - (letter in ')]}')
+    if letter == sign and depth == 0:
+      parts.append('')
+    else:
+      parts[-1] += letter
+  return parts
 
 
 def directory(cell: Cell) -> str:
@@ -89,10 +102,8 @@ def run(
   with stdio.lasting(), signals.orderly(), owner.held(workdir):
     if metrics:
       _check_metrics(metrics, wanted, configs, workdir)
-    about = dict(config_path=config_path)
-    if modules:
-      about['modules'] = modules
-    _run(wanted, configs, workdir, metrics, about)
+    about = {'modules': modules} if modules else {}
+    _run(wanted, configs, workdir, metrics, config_path, about)
 
 
 def _check_metrics(metrics, wanted, configs, workdir: epath.Path) -> None:
@@ -106,13 +117,14 @@ def _check_metrics(metrics, wanted, configs, workdir: epath.Path) -> None:
         raise unknown('metric', metric, known[key])
 
 
-def _run(wanted, configs, workdir: epath.Path, metrics, about) -> None:
+def _run(wanted, configs, workdir, metrics, config_path, about) -> None:
   failed = {}
   for number, (cell, config) in enumerate(zip(wanted, configs, strict=True)):
     name = directory(cell)
     hosts.tell(f'cell {number + 1} of {len(wanted)}: {name}')
     try:
-      loop.train(config, workdir / name, **about)
+      path = cell.get('config', config_path)
+      loop.train(config, workdir / name, config_path=path, **about)
     except ValueError as e:
       if hosts.count() > 1:  # Did it fail on all of them?
         raise
@@ -187,22 +199,36 @@ def summary(
 ) -> list[dict[str, str]]:
   """A row for each combination, over all of its seeds: mean and spread.
 
-  Scores are the best of a run, as the paper reports them (its peaks).
+  Scores are the best of a run, as the paper reports them (its peaks). What a
+  seed changes in all rows alike is not in the differences from the first row,
+  which are taken seed by seed.
   """
-  seeds = lambda field: field.split('.')[-1] == 'seed'
+  seeded = lambda field: field.split('.')[-1] == 'seed'
   groups = {}
   for cell in done:
-    key = tuple((f, v) for f, v in cell.items() if not seeds(f))
+    key = tuple((f, v) for f, v in cell.items() if not seeded(f))
+    seed = tuple(v for f, v in cell.items() if seeded(f))
     if directory(cell) in measured:
-      groups.setdefault(key, []).append(measured[directory(cell)])
-  rows = []
-  for key, runs in groups.items():
+      groups.setdefault(key, {})[seed] = measured[directory(cell)]
+  rows, first = [], {}
+  for key, by_seed in groups.items():
+    runs = list(by_seed.values())
     row = dict(key) | {'runs': str(len(runs))}
     for metric in metrics:
-      values = [r['best'][metric][1] for r in runs if metric in r['best']]
+      values = {
+        seed: run['best'][metric][1]
+        for seed, run in by_seed.items()
+        if metric in run['best']
+      }
       if not values:
         raise unknown('metric', metric, runs[0]['best'])
-      row[metric] = _spread(values)
+      digits = 3 if metric.endswith('/loss') else 2
+      row[metric] = _spread(list(values.values()), digits)
+      if len(groups) > 1 and any(seeded(f) for cell in done for f in cell):
+        base = first.setdefault(metric, values)
+        same = [values[s] - base[s] for s in values if s in base]
+        told = base is not values and same
+        row[f'{metric}, less row 1'] = _spread(same, digits) if told else ''
     row['train loss'] = _spread([r['train_loss'] for r in runs], 3)
     dropped = [r['dropped_tokens'] for r in runs]
     row['dropped'] = '' if None in dropped else f'{np.mean(dropped):.1%}'

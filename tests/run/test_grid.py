@@ -26,6 +26,14 @@ def test_cells_are_all_combinations():
   ]
 
 
+def test_values_that_hold_commas():
+  part = "{'name': 'top_k', 'k': 2}"
+  assert grid.cells([f'model.moe.selector={part},top_p']) == [
+    {'model.moe.selector': part},
+    {'model.moe.selector': 'top_p'},
+  ]
+
+
 def test_a_cell_has_a_directory_of_its_own():
   cell = {'seed': '1', 'model.moe.train_capacity.factor': '2.0'}
   assert grid.directory(cell) == 'seed=1,train_capacity.factor=2.0'
@@ -75,17 +83,37 @@ ROWS = {
 VARY = ['optimizer.train=all,moe', 'seed=0,1']
 
 
+def test_configs_side_by_side(tmp_path, monkeypatch):
+  ran = {}
+
+  def train(config, workdir, config_path=''):
+    ran[workdir.name] = config.model.moe.selector.name, config_path
+    _trains({workdir.name: _rows({1: 50.0}, 1.0)})[0](config, workdir)
+
+  monkeypatch.setattr(grid.loop, 'train', train)
+  path = 'configs/methods/top_p.py'
+  vary = f'--vary=config={path}:base,{path}'
+  with pytest.raises(SystemExit, match='0'):
+    cli.main(['grid', vary, f'--workdir={tmp_path}'])
+  assert ran == {
+    'config=top_p.py:base': ('top_k', f'{path}:base'),
+    'config=top_p.py': ('top_p', path),
+  }
+
+
 def test_the_table_has_peaks_over_seeds(tmp_path, monkeypatch, capsys):
   train, done = _trains(ROWS)
   monkeypatch.setattr(grid.loop, 'train', train)
   grid.run(_make, VARY, tmp_path)
   assert done == list(ROWS)
   # Peaks 60 and 64: 62 and sqrt((4 + 4) / 1) = 2.83; 51 and 53: 52 and 1.41.
+  # Seed by seed -9 and -11.
   table = (
-    '| optimizer.train | runs | eval/a/accuracy | train loss | dropped |\n'
-    '| --- | --- | --- | --- | --- |\n'
-    '| all | 2 | 62.00 ± 2.83 | 1.500 ± 0.707 | 10.0% |\n'
-    '| moe | 2 | 52.00 ± 1.41 | 3.000 ± 0.000 | 10.0% |\n'
+    '| optimizer.train | runs | eval/a/accuracy | eval/a/accuracy, less row 1'
+    ' | train loss | dropped |\n'
+    '| --- | --- | --- | --- | --- | --- |\n'
+    '| all | 2 | 62.00 ± 2.83 |  | 1.500 ± 0.707 | 10.0% |\n'
+    '| moe | 2 | 52.00 ± 1.41 | -10.00 ± 1.41 | 3.000 ± 0.000 | 10.0% |\n'
   )
   assert (tmp_path / 'grid.md').read_text() == table
   assert table in capsys.readouterr().out
