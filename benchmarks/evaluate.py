@@ -18,7 +18,8 @@ import time
 import jax
 
 import st_moe
-from st_moe.data import mixture, pipeline
+from st_moe.data.eval_data import EvalData
+from st_moe.data.mixture import Library
 from st_moe.infer.evaluator import Evaluator
 
 
@@ -47,9 +48,9 @@ def main():
     decode=flags.decode,
   )
   config = dataclasses.replace(loaded.config, data=data, evaluate=asked)
-  library = mixture.Library(data, loaded.vocabulary)
+  library = Library(data, loaded.vocabulary)
   names = library.members(flags.mixture)
-  sources = [pipeline.EvalData(library, n, 'validation') for n in names]
+  sources = [EvalData(library, n) for n in names]
   examples = sum(len(source.examples) for source in sources)
   ready = time.perf_counter()
 

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from st_moe import config_file, sharding
 from st_moe.data import pipeline, vocabulary
+from st_moe.data.mixture import Library
 from st_moe.model.transformer import Transformer
 from st_moe.run import begin
 from st_moe.train import optimizer, step
@@ -91,10 +92,9 @@ def main():
       vocab = vocabulary.load(data.vocabulary)
     else:
       path = f'{folder}/vocabulary.model'
-      size = flags.vocabulary_size or data.vocabulary_size
-      vocab = pipeline.train_vocabulary(data, path, size)
+      vocab = Library(data).train_vocabulary(path, flags.vocabulary_size)
     start = time.perf_counter()
-    stream = pipeline.TrainData(data, vocab)
+    stream = pipeline.TrainData(Library(data, vocab))
     seconds = time.perf_counter() - start
     records, tokens = (
       sum(info[key] for info in stream.info.values())
@@ -106,7 +106,9 @@ def main():
     }
     even = dict.fromkeys([*data.mixture, *TASKS], 1.0)
     mixed = dataclasses.replace(data, mixture=even)
-    found['mixture'] = read(pipeline.TrainData(mixed, vocab), flags.batches)
+    found['mixture'] = read(
+      pipeline.TrainData(Library(mixed, vocab)), flags.batches
+    )
     config = begin.with_vocabulary_size(config, vocab)
     found['step'] = trained(config, stream.batch(0), flags.steps)
 

@@ -366,8 +366,8 @@ def _load(flags, overrides, path=''):
   from st_moe.train import after, terms
 
   parts.check(config.model)
-  terms.check(config)
-  after.check(config)
+  terms.check(config.model, config.microbatches)
+  after.check(config.optimizer, config.model, config.init)
   return config
 
 
@@ -417,25 +417,22 @@ def _prepare(flags, overrides):
     download.superglue(flags.data_dir)
     return
   config = _load(flags, overrides)
-  from st_moe.data import pipeline, vocabulary
+  from st_moe.data import mixture, pipeline, vocabulary
 
-  pipeline.check(config.data)
+  show = lambda name, done, total: terminal.say(
+    f'{name}: part {done} of {total}'
+  )
+  library = mixture.Library(config.data, progress=show)
+  library.check()
   if config.data.vocabulary:
     vocab = vocabulary.load(config.data.vocabulary)
   else:
     path = flags.vocabulary or f'{config.name}.model'
-    vocab = pipeline.train_vocabulary(
-      config.data, path, config.data.vocabulary_size
-    )
+    vocab = library.train_vocabulary(path)
     terminal.say(
       f'wrote {path}: {vocab.size} ids; use --config.data.vocabulary={path}'
     )
-  show = lambda name, done, total: terminal.say(
-    f'{name}: part {done} of {total}'
-  )
-  counts = pipeline.prepare(
-    config.data, vocab, progress=show, note=terminal.say
-  )
+  counts = pipeline.prepare(library.read_by(vocab), note=terminal.say)
   for name, splits in counts.items():
     for split, count in splits.items():
       terminal.say(
@@ -563,7 +560,8 @@ def _config(flags, overrides):
       ' `config --config=FILE` to see one whole.'
     )
   else:
-    print(config_file.to_json(_load(flags, overrides)))
+    values = config_file.to_dict(_load(flags, overrides))
+    print(config_file.to_json(values))
 
 
 _RUN = {

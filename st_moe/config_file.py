@@ -389,9 +389,10 @@ def _renewed(values: Mapping) -> Mapping:
   return {**values, 'loss': loss, 'model': model}
 
 
-def to_json(config: config_lib.Config) -> str:
+def to_json(values: Mapping) -> str:
+  """What `to_dict` makes, as text."""
   # Unsorted: a chain of mechanisms has its order.
-  return json.dumps(to_dict(config), indent=2, allow_nan=False)
+  return json.dumps(values, indent=2, allow_nan=False)
 
 
 # Fields whose order counts.

@@ -6,7 +6,7 @@ import functools
 import types
 from collections.abc import Iterator, Mapping
 
-from st_moe.config import ModelConfig
+from st_moe.config import ModelConfig, Part
 from st_moe.layer_plan import Sublayer
 
 
@@ -99,9 +99,10 @@ def _mlp(model, stack, sublayer: Sublayer, n: int, keys: int):
 def _moe(model, stack, sublayer: Sublayer, n: int, keys: int):
   d, moe, into = model.embed_dim, sublayer.moe, _matrices(model) - 1
   size = n if moe.group_by == 'sequence' else model.stack(stack).group_size
-  hidden = n * round(moe.executed_experts(size) * sublayer.dim)
-  router = n * moe.num_experts
-  yield Product('router', 2 * router * d, 2 * (n * d + router))
+  hidden = round(n * moe.executed_experts(size) * sublayer.dim)
+  router = n * moe.num_experts * _ROUTERS.get(moe.gate.name, _one)(moe.gate)
+  if router:
+    yield Product('router', 2 * router * d, 2 * (n * d + router))
   places = round(n * moe.executed_experts(size))  # Filled by the n tokens.
   one = 2 * hidden * d
   moved = places * d + into * hidden, hidden + places * d
@@ -131,6 +132,18 @@ def _conditional(model, stack, sublayer: Sublayer, n: int, keys: int):
   d = model.embed_dim
   yield Product('router', 2 * n * d, 2 * n * (d + 1))
 
+
+def _one(gate: Part) -> int:
+  return 1
+
+
+# Products of a gate with all columns; without a line it has one.
+_ROUTERS = {
+  'noisy': lambda gate: 2,
+  'per_task': lambda gate: gate.kwargs['tasks'],
+  'hash': lambda gate: 0,
+  'skills': lambda gate: 0,
+}
 
 # Products of what stands beside the experts; without a line it has none.
 BESIDE = {'conditional': _conditional, 'shared': _mlp_beside}

@@ -301,7 +301,7 @@ def first_step(model: ModelConfig, **changes):
     slots = sharding.unbox(made.init(sharding.rebox(params, boxed)))
     state = TrainState(zero, params, slots, zero)
     state, metrics = step.make_train_step(module, made, config)(state, batch)
-    terms = step.forward(module, config, state.params, batch, rng=None)[0]
+    terms = step.forward(module, config.loss, state.params, batch, rng=None)[0]
     return state, metrics, terms
 
   return params, *jax.device_get(jit(run)(params, batch))

@@ -403,7 +403,9 @@ def test_a_workdir_of_another_config(tmp_path, capsys):
   workdir = tmp_path / 'run'
   (workdir / 'checkpoints' / '4').mkdir(parents=True)
   seeded = config_file.load(f'{TINY},seed=1')
-  (workdir / 'config.json').write_text(config_file.to_json(seeded))
+  (workdir / 'config.json').write_text(
+    config_file.to_json(config_file.to_dict(seeded))
+  )
   before = sorted(workdir.rglob('*'))
   message = _fails(
     capsys,
@@ -570,7 +572,7 @@ def measured(tmp_path):
   """A workdir that `st-moe report` can read."""
   workdir = tmp_path / 'measured'
   workdir.mkdir()
-  config = config_file.to_json(config_file.load(TINY))
+  config = config_file.to_json(config_file.to_dict(config_file.load(TINY)))
   (workdir / 'config.json').write_text(config)
   numbers = {'loss': 2.0, 'tokens_per_second': 9.0, 'eval/text/loss': 3.0}
   row = json.dumps({'step': 1, **numbers})

@@ -325,7 +325,7 @@ FULL = Config(
 def test_round_trip(config):
   as_dict = config_file.to_dict(config)
   assert config_file.from_dict(as_dict) == config
-  text = config_file.to_json(config)
+  text = config_file.to_json(config_file.to_dict(config))
   assert config_file.from_dict(json.loads(text)) == config
 
 
@@ -357,7 +357,9 @@ def test_the_order_of_a_chain_is_part_of_it():
   assert config_file.diff(a, a) == []
   (line,) = config_file.diff(a, b)
   assert line == "model.moe.shaping: ['noise', 'bias'] -> ['bias', 'noise']"
-  text = json.loads(config_file.to_json(config_file.from_dict(b)))
+  text = json.loads(
+    config_file.to_json(config_file.to_dict(config_file.from_dict(b)))
+  )
   assert [*text['model']['moe']['shaping']] == ['bias', 'noise']
 
 

@@ -12,6 +12,8 @@ import pytest
 from st_moe import cli, config_file
 from st_moe.config import DataConfig, OptimizerConfig, Part
 from st_moe.data import pipeline, vocabulary
+from st_moe.data.eval_data import EvalData
+from st_moe.data.mixture import Library
 from st_moe.model import parts
 from st_moe.routing import shaping
 from st_moe.run import grid
@@ -49,11 +51,11 @@ def test_the_task_of_the_page_is_trained_and_scored(tmp_path, monkeypatch):
     batch_size=2,
   )
   vocab = vocabulary.load('bytes')
-  pipeline.check(config)
-  batch = pipeline.TrainData(config, vocab).batch(0)
+  Library(config).check()
+  batch = pipeline.TrainData(Library(config, vocab)).batch(0)
   told = {vocab.decode(row) for row in batch['encoder_input_tokens']}
   assert told == {'mood text: so sunny', 'mood text: rain'}
-  source = pipeline.open_eval(config, vocab, 'mood')
+  source = EvalData(Library(config, vocab), 'mood')
   assert source.choices(source.examples[0]) == ('sad', 'happy')
   scores = source.scores(source.examples, ['happy', 'happy'])
   assert scores == {'accuracy': 50.0}

@@ -5,32 +5,97 @@ pairs of `data.pairs`, a registered SeqIO task or mixture.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from st_moe.config import DataConfig, unknown
-from st_moe.data import pairs, shards, sources, span_corruption, text_shards
+from st_moe.data import (
+  pairs,
+  shards,
+  sources,
+  span_corruption,
+  text_shards,
+  tiny_world,
+)
+from st_moe.data import vocabulary as vocabulary_lib
+from st_moe.data.task import tell_once
 from st_moe.data.vocabulary import SENTINELS, Vocabulary
 
 
 class Library:
-  """What the names of a config stand for, and their shards."""
+  """What the names of a config stand for, and their shards.
+
+  Args:
+    vocabulary: None, as long as nobody reads: names, files and texts need none.
+  """
 
   def __init__(
     self,
     config: DataConfig,
-    vocabulary: Vocabulary,
+    vocabulary: Vocabulary | None = None,
     progress: shards.Progress | None = None,
   ):
-    self.config, self.vocabulary = config, vocabulary
-    self._progress = progress
+    self.config, self._progress = config, progress
+    self.vocabulary = vocabulary or vocabulary_lib.load('bytes')
+    self._pairs = pairs.tasks(config.pairs, config.files)
+
+  def read_by(self, vocabulary: Vocabulary) -> 'Library':
+    """The same in the pieces of `vocabulary`."""
+    return Library(self.config, vocabulary, self._progress)
 
   @functools.cached_property
   def registry(self):
     """SeqIO's tasks. Takes seconds: asked only for names unknown so far."""
     from st_moe.data import task_shards
 
-    own = pairs.tasks(self.config)
-    return task_shards.Registry(self.vocabulary, self.config.data_dir, own)
+    place = self.config.data_dir
+    return task_shards.Registry(self.vocabulary, place, self._pairs)
+
+  def check(self, splits: Sequence[str] = ('train',)) -> None:
+    """Looks at every name and file of the mixture, before work starts.
+
+    Raises:
+      ValueError: an unknown name, a split that a source does not have, lengths
+        that span corruption cannot fill, a missing, empty or broken file.
+    """
+    config = self.config
+    used = {n: config.files[n] for n in config.drawn if n in config.files}
+    sources.check(used, config.text_field)
+    for name in config.pairs.keys() - config.drawn:
+      tell_once(
+        f'data.pairs.{name} is not in data.mixture: nothing is made of it.'
+      )
+    for name in self.sources():
+      self.check_splits(name, splits)
+      if self.is_text(name):
+        self.raw_tokens(SENTINELS)
+      self.check_files(name, splits)
+
+  def texts(self) -> Iterator[str]:
+    """The training text of the mixture, and `data.vocabulary_extra`.
+
+    Tasks have text only once there is a vocabulary to read them with: what they
+    should add to one is that extra.
+    """
+    config = self.config
+    for name in config.drawn:
+      if name in self._pairs:
+        for example in self._pairs[name].load('train'):
+          yield f'{example["inputs"]} {example["targets"]}'
+      elif name in config.files:
+        yield from sources.documents(
+          config.files[name]['train'], config.text_field
+        )
+      elif name == sources.EMBEDDED:
+        yield from sources.embedded_corpus('train')
+    if config.vocabulary_extra == 'tiny_world':
+      yield from tiny_world.text()
+    elif config.vocabulary_extra:
+      yield from sources.documents(config.vocabulary_extra, config.text_field)
+
+  def train_vocabulary(self, path, size: int = 0) -> Vocabulary:
+    """Trains one on `texts`, into a file; `size` 0: `data.vocabulary_size`."""
+    size, seed = size or self.config.vocabulary_size, self.config.seed
+    return vocabulary_lib.train(self.texts(), path, size=size, seed=seed)
 
   def is_text(self, name: str) -> bool:
     return name in self.config.files or name == sources.EMBEDDED
@@ -106,56 +171,57 @@ class Library:
       split,
       config.files[name][split] if name in config.files else embedded,
       vocabulary=self.vocabulary,
-      raw_tokens=raw_tokens(config, len(self.vocabulary.sentinels)),
+      raw_tokens=self.raw_tokens(len(self.vocabulary.sentinels)),
       text_field=config.text_field,
       cache_dir=config.cache_dir,
       workers=config.workers,
       progress=self._progress,
     )
 
-
-def raw_tokens(config: DataConfig, num_sentinels: int = SENTINELS) -> int:
-  """The length of raw chunks, if their targets fit into `targets_length`."""
-  noise = dict(density=config.noise_density, mean_span=config.mean_span)
-  tokens, needed = span_corruption.chunk_lengths(config.inputs_length, **noise)
-  if config.targets_length < needed:
-    raise ValueError(
-      f'data.targets_length {config.targets_length} is too short: span'
-      f' corruption of inputs_length {config.inputs_length} at noise_density'
-      f' {config.noise_density} and mean_span {config.mean_span} needs'
-      f' {needed}.'
+  def raw_tokens(self, num_sentinels: int) -> int:
+    """The length of raw chunks, if their targets fit into `targets_length`."""
+    config = self.config
+    noise = dict(density=config.noise_density, mean_span=config.mean_span)
+    tokens, needed = span_corruption.chunk_lengths(
+      config.inputs_length, **noise
     )
-  span_corruption.check_sentinels(tokens, **noise, num_sentinels=num_sentinels)
-  return tokens
-
-
-def rates(
-  config: DataConfig, sizes: Mapping[str, int], library: Library
-) -> dict[str, float]:
-  """The rate of every source; `sizes` are their training examples.
-
-  'size' is T5's rule: the size, cut off at `size_cap`, to the power of
-  1 / `temperature`. A number given to a mixture is shared out among its tasks
-  as the mixture has it; 'size' is counted for each of them.
-  """
-  total = dict.fromkeys(sizes, 0.0)
-  for name, rate in config.drawn.items():
-    shares = {m: s for m, s in library.members(name).items() if s != 0}
-    if not shares:
+    if config.targets_length < needed:
       raise ValueError(
-        f'data.mixture.{name}: all of its tasks have the rate 0, for evaluation'
-        ' only.'
+        f'data.targets_length {config.targets_length} is too short: span'
+        f' corruption of inputs_length {config.inputs_length} at noise_density'
+        f' {config.noise_density} and mean_span {config.mean_span} needs'
+        f' {needed}.'
       )
-    if rate == 'size':
-      for member in shares:
-        size = min(sizes[member], config.size_cap or sizes[member])
-        total[member] += size ** (1 / config.temperature)
-    else:
-      if None in shares.values():
+    span_corruption.check_sentinels(
+      tokens, **noise, num_sentinels=num_sentinels
+    )
+    return tokens
+
+  def rates(self, sizes: Mapping[str, int]) -> dict[str, float]:
+    """The rate of every source; `sizes` are their training examples.
+
+    'size' is T5's rule: the size, cut off at `size_cap`, to the power of
+    1 / `temperature`. A number given to a mixture is shared out among its tasks
+    as the mixture has it; 'size' is counted for each of them.
+    """
+    config, total = self.config, dict.fromkeys(sizes, 0.0)
+    for name, rate in config.drawn.items():
+      shares = {m: s for m, s in self.members(name).items() if s != 0}
+      if not shares:
         raise ValueError(
-          f'The rates of mixture {name!r} are counts of examples that its tasks'
-          f" do not know; set data.mixture.{name} to 'size'."
+          f'data.mixture.{name}: all of its tasks have the rate 0, for'
+          ' evaluation only.'
         )
-      for member, share in shares.items():
-        total[member] += rate * share / sum(shares.values())
-  return total
+      if rate == 'size':
+        for member in shares:
+          size = min(sizes[member], config.size_cap or sizes[member])
+          total[member] += size ** (1 / config.temperature)
+      else:
+        if None in shares.values():
+          raise ValueError(
+            f'The rates of mixture {name!r} are counts of examples that its'
+            f" tasks do not know; set data.mixture.{name} to 'size'."
+          )
+        for member, share in shares.items():
+          total[member] += rate * share / sum(shares.values())
+    return total

@@ -7,9 +7,8 @@ are inputs and targets, which answers there are, and what is measured.
 import functools
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
-from st_moe.config import DataConfig, unknown
 from st_moe.data import metrics, sources
 from st_moe.data.task import (
   UNKNOWN,
@@ -20,24 +19,27 @@ from st_moe.data.task import (
   take,
   untold,
 )
+from st_moe.fields import unknown
 
 _SPLITS = ('train', 'validation', 'test')
 _SETTINGS = ('inputs', 'targets', 'labels', 'metrics')
 METRICS = {'accuracy': metrics.accuracy, 'rouge': metrics.rouge}
 
 
-def tasks(config: DataConfig) -> dict[str, TextTask]:
-  """Every entry of `data.pairs` as a task.
+def tasks(
+  pairs: Mapping[str, Mapping[str, str]], texts: Iterable[str]
+) -> dict[str, TextTask]:
+  """Every entry of `data.pairs` as a task; `texts` are names of data.files.
 
   Raises:
     ValueError: a name that is taken or cannot be one, an unknown setting.
   """
-  for name in config.pairs:
-    if name in config.files or name == sources.EMBEDDED:
+  for name in pairs:
+    if name in (*texts, sources.EMBEDDED):
       raise ValueError(
         f'data.pairs.{name} is the name of a text; take another.'
       )
-  return {name: _task(name, asked) for name, asked in config.pairs.items()}
+  return {name: _task(name, asked) for name, asked in pairs.items()}
 
 
 def _task(name: str, asked: Mapping[str, str]) -> TextTask:

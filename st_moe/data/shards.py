@@ -77,6 +77,27 @@ class Shards:
       return ''
     return hashlib.sha256('\n'.join(parts).encode()).hexdigest()
 
+  @property
+  def summary(self) -> dict[str, int]:
+    """How much there is of what it was made of."""
+    keys = 'documents', 'tokens', 'records'
+    return {key: self.info[key] for key in keys}
+
+  @property
+  def cut(self) -> dict[str, str]:
+    """A line for inputs and for targets, where some of them are cut."""
+    recipe, lines = self.info['recipe'], {}
+    for key, length in recipe.get('lengths', {}).items():
+      if count := self.info[f'cut_{key}']:
+        lines[key] = (
+          f'{recipe["name"]} {recipe["split"]}: {count:,} of'
+          f' {self.info["records"]:,} {key}'
+          f' ({count / self.info["records"]:.1%}) are longer than'
+          f' data.{key}_length={length} and cut at their end; the longest has'
+          f' {self.info[f"longest_{key}"]} tokens.'
+        )
+    return lines
+
   def __len__(self) -> int:
     return self._ends[-1]
 

@@ -12,8 +12,9 @@ from etils import epath
 
 from st_moe import checkpoint, config_file, hosts, sharding, terminal
 from st_moe.config import Config
-from st_moe.data import files, pipeline, trust
-from st_moe.data import mixture as mixtures
+from st_moe.data import files, trust
+from st_moe.data.eval_data import EvalData
+from st_moe.data.mixture import Library
 from st_moe.history import best_steps
 from st_moe.infer import results
 from st_moe.infer import submission as submissions
@@ -229,11 +230,11 @@ def _mesh(path, overrides: dict):
 
 def _sources(config: Config, vocab, names) -> list:
   """Evaluation data by name; of a mixture that of all its tasks."""
-  library = mixtures.Library(config.data, vocab)
+  library = Library(config.data, vocab)
   names = names or library.sources()
   members = dict.fromkeys(m for name in names for m in library.members(name))
   split = config.evaluate.split
-  return [pipeline.EvalData(library, name, split) for name in members]
+  return [EvalData(library, name, split) for name in members]
 
 
 @contextlib.contextmanager

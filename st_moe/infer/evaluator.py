@@ -28,7 +28,7 @@ class Evaluator:
     self._config, self._vocabulary, self._mesh = config, vocabulary, mesh
     self._terms = jax.jit(
       lambda params, batch: step.forward(
-        model, config, params, batch, rng=None
+        model, config.loss, params, batch, rng=None
       )[0],
       out_shardings=jax.sharding.NamedSharding(
         mesh, jax.sharding.PartitionSpec()
@@ -52,7 +52,7 @@ class Evaluator:
   def __call__(
     self, params, sources, *, progress=lambda done: None
   ) -> dict[str, float]:
-    """Metrics 'eval/SOURCE/NAME' of every source (`pipeline.EvalData`)."""
+    """Metrics 'eval/SOURCE/NAME' of every source, an `EvalData`."""
     found = self.measure(params, sources, progress=progress, read=progress)
     return flat(found)
 

@@ -46,6 +46,7 @@ class Options:
   off: tuple[str, ...] = ()  # Experts: see `steering.overrides`.
   on: tuple[str, ...] = ()
   k: int | None = None
+  task: str = ''  # Source of the training mixture, of models that route by it.
   long: str = 'cut'  # Prompts longer than the model takes: 'cut' or 'refuse'.
 
   def __post_init__(self):
@@ -61,6 +62,7 @@ class Options:
         lambda v: methods.is_whole(v) and 0 <= v < 1 << 32,
       ),
       prefix=(methods.ANY, 'a text', _is_text),
+      task=(methods.ANY, 'a text', _is_text),
       stop=_each('texts that are not empty', lambda v: _is_text(v) and v),
       forbid=_each(
         'ids of tokens, or their texts',
@@ -122,11 +124,13 @@ class Generator:
     max_inputs: int,
     mesh=None,
     batch_size: int = 16,
+    tasks: Sequence[str] = (),
   ):
     """Makes an own copy of scanned parameters.
 
     Args:
       max_inputs: the longest prompt in tokens, EOS included.
+      tasks: sources of the training mixture, if the model routes by them.
       mesh: devices a batch is split over; None: where parameters are.
       batch_size: prompts at a time.
 
@@ -144,12 +148,13 @@ class Generator:
       config = dataclasses.replace(config, scan_layers=False)
     self.config = dataclasses.replace(dropless(config), remat='none')
     self.vocabulary, self.max_inputs = vocabulary, max_inputs
+    self.tasks = tuple(tasks)
     self._model, self._params = Transformer(self.config), params
     self._mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
     self._shards = self._mesh.size // self._mesh.shape['model']
     self.batch_size = -(-batch_size // self._shards) * self._shards
     self._answer = functools.cache(self._compile_answer)
-    jit = lambda f: jax.jit(functools.partial(f, self._model))
+    jit = lambda f: jax.jit(lambda task, *args: f(self._asked(task), *args))
     self._encode = jit(decoding.encode)
     self._score = jit(decoding.token_logprobs)
 
@@ -181,7 +186,8 @@ class Generator:
       if method.temperature:
         fold = functools.partial(jax.random.fold_in, root)
         keys = jax.vmap(fold)(numbers[at].astype(np.uint32))
-      found = answer(self._params, batch, prefix, keys, overrides)
+      task = self._task(options, len(batch))
+      found = answer(task, self._params, batch, prefix, keys, overrides)
       return jax.device_get(found)
 
     def each():
@@ -213,6 +219,7 @@ class Generator:
     overrides = steering.overrides(
       self.config, off=options.off, on=options.on, k=options.k
     )
+    self._task(options, 1)
     return method, given, overrides
 
   def scored(
@@ -247,7 +254,8 @@ class Generator:
     def run(batch, at):
       length = bucket(max(len(wanted[n]) for n in at))
       targets = padded([wanted[n] for n in at], length)
-      found = self._score(self._params, batch, targets, overrides)
+      task = self._task(options, len(batch))
+      found = self._score(task, self._params, batch, targets, overrides)
       return jax.device_get(found)
 
     def each():
@@ -259,12 +267,14 @@ class Generator:
     return each()
 
   def encode(
-    self, prompts: Sequence[str], *, long: str = 'cut'
+    self, prompts: Sequence[str], *, task: str = '', long: str = 'cut'
   ) -> list[np.ndarray]:
     """What the encoder makes of each prompt, float [tokens, embed]."""
-    prompts = texts_of('prompts', prompts)
+    prompts, options = texts_of('prompts', prompts), Options(task=task)
     rows = self._prompts(prompts, range(len(prompts)), long)
-    run = lambda batch, _: jax.device_get(self._encode(self._params, batch))
+    run = lambda batch, _: jax.device_get(
+      self._encode(self._task(options, len(batch)), self._params, batch)
+    )
     return [
       found[row, : len(ids)]
       for (found, row), ids in zip(self._in_order(rows, run), rows, strict=True)
@@ -296,10 +306,36 @@ class Generator:
 
   # How it is done.
 
+  def _asked(self, task):
+    """The model, of prompts of `task`; None where it does not route by it."""
+    return self._model if task is None else decoding.of_task(self._model, task)
+
+  def _task(self, options: Options, rows: int):
+    """The number of a task for each row; None where nobody asks.
+
+    Raises:
+      ValueError: it is not told, or unknown, or nobody asks.
+    """
+    known = [*self.tasks, 'other'] if self.tasks else []
+    if not options.task and not known:
+      return None
+    if not known:
+      raise ValueError(
+        f'This model does not route by task: leave task={options.task!r} out.'
+      )
+    if not options.task:
+      raise ValueError(
+        f'This model routes by task: say whose prompts these are, by task= one'
+        f' of {", ".join(known)}.'
+      )
+    if options.task not in known:
+      raise unknown('task', options.task, known)
+    return np.full(rows, known.index(options.task), np.int32)
+
   def _compile_answer(self, method: Method):
-    def answer(params, prompts, prefix, keys, overrides):
+    def answer(task, params, prompts, prefix, keys, overrides):
       return decoding.generate(
-        self._model,
+        self._asked(task),
         params,
         prompts,
         method,

@@ -35,6 +35,7 @@ _ANSWER_FLAGS = {
   ),
   'prefix': (str, '', 'what every answer begins with'),
   'k': (Size, None, 'experts per token, in place of the config'),
+  'task': (str, '', 'whose prompts these are, if the model routes by task'),
   'long': (
     Literal['cut', 'refuse'],
     'cut',

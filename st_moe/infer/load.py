@@ -10,6 +10,7 @@ from st_moe import paths, sharding
 from st_moe.config import Config, ModelConfig
 from st_moe.data import vocabulary as vocabulary_lib
 from st_moe.interop import convert
+from st_moe.model import parts
 from st_moe.model.layers import activation_dtype
 from st_moe.model.transformer import Transformer
 from st_moe.train.state import abstract_params
@@ -59,7 +60,18 @@ class Loaded:
       max_inputs=max_inputs or self.config.data.inputs_length,
       mesh=self.mesh,
       batch_size=batch_size,
+      tasks=self._tasks(),
     )
+
+  def _tasks(self) -> list[str]:
+    """Sources by number, if the model routes by them."""
+    model = self.model.config
+    sparse = [s for s in model.stacks if model.plan(s).num_sparse]
+    if not any('task' in parts.needs(model.moe_of(s)) for s in sparse):
+      return []  # It takes seconds to find out.
+    from st_moe.data.mixture import Library
+
+    return Library(self.config.data, self.vocabulary).sources()
 
   def generate(self, prompts: list[str], **options) -> list:
     """A text for each prompt, or a list of `num_return` texts.
@@ -83,13 +95,18 @@ class Loaded:
     alone = wanted.method.num_return == 1
     return [texts[0] for texts in found] if alone else found
 
-  def score(self, prompts: list[str], targets: list[str]) -> list[float]:
+  def score(
+    self, prompts: list[str], targets: list[str], *, task: str = ''
+  ) -> list[float]:
     """Log-probability of each target after its prompt, in nats."""
-    return [each.score for (each,) in self.generator.scored(prompts, targets)]
+    from st_moe.infer.generate import Options
 
-  def encode(self, prompts: list[str]) -> list:
+    found = self.generator.scored(prompts, targets, Options(task=task))
+    return [each.score for (each,) in found]
+
+  def encode(self, prompts: list[str], *, task: str = '') -> list:
     """What the encoder makes of each prompt, float [tokens, embed]."""
-    return self._reader.encode(prompts)
+    return self._reader.encode(prompts, task=task)
 
   def fill(self, texts: list[str], **options) -> list[str]:
     """Texts with <extra_id_0>, <extra_id_1>, ... replaced by what belongs."""

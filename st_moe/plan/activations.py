@@ -116,7 +116,7 @@ def _residuals(config: Config, train: str, lengths, rows: int):
     trained, frozen = paths.split(params, train)
     objective = lambda p: step.objective(
       model,
-      config,
+      config.loss,
       frozen,
       p,
       batch,

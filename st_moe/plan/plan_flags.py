@@ -124,10 +124,9 @@ def _reckoned(flags, load):
   sizes = sharding.mesh_sizes(flags.devices, config.model.num_experts, **asked)
   mesh = sharding.abstract_mesh(sizes)
   sizes_lib.check(config, mesh)
-  sizes_lib.check_padding(config, mesh)
+  notes = sizes_lib.check_padding(config, mesh)
   found = cost.cost(config, sizes)
   title = f'{flags.devices} {flags.chip}: {tables.mesh_name(sizes)}'
-  notes = sizes_lib.straddling(config, mesh)
   tables.estimated(found, chip, sizes, title, notes)
   fits = found.peak <= chip.memory
   if not fits:

@@ -73,7 +73,7 @@ def compile_step(config: Config, topology: str) -> Compiled:
       devices=slice_,
     )
     sizes_lib.check(config, mesh)
-    sizes_lib.check_padding(config, mesh)
+    notes = sizes_lib.check_padding(config, mesh)
     with sharding.use(mesh):
       lowered = lower(config, mesh)
       try:
@@ -83,7 +83,7 @@ def compile_step(config: Config, topology: str) -> Compiled:
   return Compiled(
     **figures(compiled, mesh),
     expected=cost.cost(config, dict(mesh.shape)),
-    warnings=[*sizes_lib.straddling(config, mesh), *_warnings(said)],
+    warnings=[*notes, *_warnings(said)],
     seconds=time.monotonic() - began,
   )
 

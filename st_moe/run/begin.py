@@ -14,6 +14,8 @@ from etils import epath
 from st_moe import checkpoint, config_file, hosts, sharding
 from st_moe.config import Config, unknown
 from st_moe.data import files, pipeline, vocabulary
+from st_moe.data.eval_data import EvalData
+from st_moe.data.mixture import Library
 from st_moe.history import measured, read_rows
 from st_moe.infer.evaluator import Evaluator
 from st_moe.interop import convert, links, rules
@@ -31,6 +33,8 @@ class Settled:
 
   workdir: epath.Path
   config: Config  # With the size of its vocabulary.
+  said: dict  # The same as plain values.
+  library: Library  # What its data are called, still without a vocabulary.
   vocabulary: vocabulary.Vocabulary | None  # None: still to be trained.
   init: object | None  # The checkpoint it starts from, opened, if it is new.
   mesh: jax.sharding.Mesh
@@ -38,6 +42,7 @@ class Settled:
   optimizer: object
   first: Start  # Shapes, and the programs that make the first state.
   traced: range  # Steps whose profile is wanted.
+  notes: list[str]  # What a reader should know of them.
 
 
 def settle(
@@ -62,21 +67,23 @@ def settle(
     )
   traced = profiles.steps(profile, config.total_steps)
   run = checkpoint.last_run(workdir)
-  done = hosts.agreed(lambda: workdirs.claim(workdir, config, run))
+  asked = config_file.to_dict(config)
+  done = hosts.agreed(lambda: workdirs.claim(workdir, asked, run))
   if done >= config.total_steps and _is_finished(workdir, done):
     return None
   mesh = sharding.make_mesh(
     **dataclasses.asdict(config.mesh), num_experts=config.model.num_experts
   )
   sizes.check(config, mesh)
-  sizes.check_padding(config, mesh)
-  terms.check(config)
-  after.check(config)
+  notes = sizes.check_padding(config, mesh)
+  terms.check(config.model, config.microbatches)
+  after.check(config.optimizer, config.model, config.init)
   if config.init and config.init_take != 'architecture':
     rules.named(config.init_take, config.init_rules)
-  pipeline.check(config.data, ('train', config.evaluate.split))
-  init = _opened(config, run)
-  vocab = find_vocabulary(config, workdir, run, init)
+  library = Library(config.data)
+  library.check(('train', config.evaluate.split))
+  init = _opened(config.init, run)
+  vocab = find_vocabulary(config.data.vocabulary, workdir, run, init)
   sized = with_vocabulary_size(config, vocab)
   parts.check(sized.model)
   model = Transformer(sized.model)
@@ -85,8 +92,21 @@ def settle(
     first = starting(model, tx, mesh)  # Shapes, before any memory.
     sizes.check_room(first, sized, mesh)
   if hosts.first():
-    workdirs.explain(workdir, config, config_path)
-  return Settled(workdir, sized, vocab, init, mesh, model, tx, first, traced)
+    workdirs.explain(workdir, asked, config_path)
+  return Settled(
+    workdir=workdir,
+    config=sized,
+    said=config_file.to_dict(sized),
+    library=library,
+    vocabulary=vocab,
+    init=init,
+    mesh=mesh,
+    model=model,
+    optimizer=tx,
+    first=first,
+    traced=traced,
+    notes=notes,
+  )
 
 
 def _is_finished(workdir: epath.Path, step: int) -> bool:
@@ -94,46 +114,47 @@ def _is_finished(workdir: epath.Path, step: int) -> bool:
   return found and checkpoint.is_sound(workdir, step)
 
 
-def last_row(workdir: epath.Path, config: Config) -> dict:
+def last_row(workdir: epath.Path, steps: int) -> dict:
   """The last row of metrics of a run that is done."""
-  hosts.tell(f'{workdir} is finished: {config.total_steps} steps.')
+  hosts.tell(f'{workdir} is finished: {steps} steps.')
   return (read_rows(workdir) or [{}])[-1]
 
 
-def _opened(config: Config, run: dict | None):
-  """`config.init`, which a run with a checkpoint of its own needs no more."""
-  return convert.open_source(config.init) if config.init and not run else None
+def _opened(init: str, run: dict | None):
+  """`init`, which a run with a checkpoint of its own needs no more."""
+  return convert.open_source(init) if init and not run else None
 
 
 # Vocabulary.
 
 
 def find_vocabulary(
-  config: Config, workdir, run: dict | None, init
+  named: str, workdir, run: dict | None, init
 ) -> vocabulary.Vocabulary | None:
-  """That of its checkpoints, else of the config, of `init`, or its own file.
+  """That of its checkpoints, else as named, of `init`, or its own file.
 
   Args:
+    named: `data.vocabulary`.
     run: what its newest checkpoint says; None: there is none.
     init: the checkpoint it starts from, opened; None: there is none.
 
   Returns:
     None: a new one is to be trained.
   """
-  if config.data.vocabulary == 'bytes':
+  if named == 'bytes':
     return vocabulary.load('bytes')
   own = epath.Path(workdir) / 'vocabulary.model'
   if run:
     return vocabulary.checked(f'{own}', checkpoint.vocabulary_of(run))
-  if config.data.vocabulary:
-    return vocabulary.load(config.data.vocabulary)
+  if named:
+    return vocabulary.load(named)
   if init:
     if init.vocabulary is None:
       raise ValueError(
-        f'{config.init} comes without a vocabulary: set data.vocabulary to its'
+        f'{init.where} comes without a vocabulary: set data.vocabulary to its'
         ' SentencePiece model.'
       )
-    return vocabulary.checked(config.init, init.vocabulary)
+    return vocabulary.checked(init.where, init.vocabulary)
   return vocabulary.load(own) if hosts.agreed(own.exists) else None
 
 
@@ -159,8 +180,7 @@ def _keep_vocabulary(run: Settled) -> vocabulary.Vocabulary:
   if vocab is None and own.exists():  # By process 0, a moment ago.
     return vocabulary.load(own)
   if vocab is None:
-    data = run.config.data
-    return pipeline.train_vocabulary(data, own, data.vocabulary_size)
+    return run.library.train_vocabulary(own)
   if vocab.model:
     planted = own.exists() and own.read_bytes() != vocab.model
     if planted:
@@ -181,7 +201,7 @@ class Data:
 
   vocabulary: vocabulary.Vocabulary
   train: pipeline.TrainData
-  evaluations: list[pipeline.EvalData]
+  evaluations: list[EvalData]
   evaluate: Evaluator
   best: list[str]  # Metrics whose best checkpoints are kept.
   spread: Callable  # This process's rows of a batch -> the batch on the mesh.
@@ -200,23 +220,20 @@ def data(run: Settled) -> Data:
   """Tokenises what is not yet, and opens it; this process's rows of a batch."""
   config = run.config
   vocab = hosts.in_turn(lambda: _keep_vocabulary(run))
-  split, size = sharding.batch_sharding(run.mesh), config.data.batch_size
-  rows = hosts.rows(split, size)
-  train = hosts.in_turn(
-    lambda: pipeline.TrainData(config.data, vocab, rows=rows)
-  )
-  evaluations = hosts.in_turn(lambda: _evaluations(config, vocab))
+  cut, size = sharding.batch_sharding(run.mesh), config.data.batch_size
+  rows = hosts.rows(cut, size)
+  library = run.library.read_by(vocab)
+  train = hosts.in_turn(lambda: pipeline.TrainData(library, rows=rows))
+  split = config.evaluate.split
+  evaluations = hosts.in_turn(lambda: _evaluations(library, split))
   evaluate = Evaluator(run.model, config, vocab, run.mesh)
   best = _best(config.checkpoint.keep_best, evaluate.names(evaluations))
-  spread = lambda batch: hosts.spread(batch, split, rows, size)
+  spread = lambda batch: hosts.spread(batch, cut, rows, size)
   return Data(vocab, train, evaluations, evaluate, best, spread)
 
 
-def _evaluations(config: Config, vocab) -> list[pipeline.EvalData]:
-  return [
-    pipeline.open_eval(config.data, vocab, name, config.evaluate.split)
-    for name in pipeline.source_names(config.data, vocab)
-  ]
+def _evaluations(library: Library, split: str) -> list[EvalData]:
+  return [EvalData(library, name, split) for name in library.sources()]
 
 
 def metric_names(config: Config, workdir) -> list[str]:
@@ -224,9 +241,11 @@ def metric_names(config: Config, workdir) -> list[str]:
   if not config.data.drawn:  # A run refuses that in its own words.
     return []
   run = checkpoint.last_run(workdir)
-  vocab = find_vocabulary(config, workdir, run, _opened(config, run))
+  init = _opened(config.init, run)
+  vocab = find_vocabulary(config.data.vocabulary, workdir, run, init)
   vocab = vocab or vocabulary.load('bytes')
-  opened = hosts.in_turn(lambda: _evaluations(config, vocab))
+  library, split = Library(config.data, vocab), config.evaluate.split
+  opened = hosts.in_turn(lambda: _evaluations(library, split))
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   evaluate = Evaluator(Transformer(config.model), config, vocab, mesh)
   return evaluate.names(opened)
@@ -269,7 +288,7 @@ def state(
     if run.init and run.config.init_slots == 'keep':
       first = _with_slots(run, first)
     hosts.tell(*lines)
-  hosts.agreed(lambda: _check_data(run.config, train.digests, about))
+  hosts.agreed(lambda: _check_data(run.said, train.digests, about))
   if (step := int(first.step)) and about.get('batches', 1) != pipeline.BATCHES:
     hosts.tell(
       f'{run.workdir} began when batches were drawn in another order: from step'
@@ -301,12 +320,12 @@ def _with_slots(run: Settled, first: TrainState) -> TrainState:
   return first.replace(opt_state=(run.init.slots(run.config, slots), *schedule))
 
 
-def _check_data(config: Config, digests: dict[str, str], run: dict) -> None:
+def _check_data(ours: dict, digests: dict[str, str], run: dict) -> None:
   """Refuses to go on with other data than a run has seen, unless asked to.
 
   What was begun by code that kept no digests is held to the names of files.
   """
-  theirs, ours = run.get('data', {}), config_file.to_dict(config)
+  theirs = run.get('data', {})
   places = lambda values: [values['data'][k] for k in ('files', 'data_dir')]
   changed = [
     name
@@ -318,7 +337,7 @@ def _check_data(config: Config, digests: dict[str, str], run: dict) -> None:
   if not changed:
     return
   named = ', '.join(map(repr, changed))
-  if not config.data.may_change:
+  if not ours['data']['may_change']:
     raise ValueError(
       f'The training data of {named} are not known to be what this run began'
       ' with: texts or rows, or the code that makes examples of them, have'

@@ -1,6 +1,7 @@
 """Training, top to bottom: `train(config, workdir)`."""
 
 import contextlib
+import functools
 import itertools
 import os
 from collections.abc import Sequence
@@ -12,7 +13,6 @@ from etils import epath
 from st_moe import (
   backend,
   checkpoint,
-  config_file,
   counts,
   hosts,
   paths,
@@ -27,7 +27,7 @@ from st_moe.run import begin, owner
 from st_moe.run import profile as profiles
 from st_moe.run import workdir as workdirs
 from st_moe.run.report import Clock, Report, Silence
-from st_moe.train import sizes, step
+from st_moe.train import step
 
 
 def train(
@@ -63,7 +63,7 @@ def train(
     with owner.held(workdir) as check_owner:
       run = begin.settle(config, workdir, config_path, profile)
       if run is None:
-        return begin.last_row(workdir, config)
+        return begin.last_row(workdir, config.total_steps)
       return _train(run, modules, check_owner)
 
 
@@ -82,7 +82,7 @@ def _train(run: begin.Settled, modules, check_owner) -> dict:
     owed &= not hosts.agreed(lambda: start in measured(workdir))
     if start >= config.total_steps and not owed:
       checkpoints.close()
-      return begin.last_row(workdir, config)
+      return begin.last_row(workdir, config.total_steps)
 
     # --- Steps ---------------------------------------------------------------
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -95,7 +95,9 @@ def _train(run: begin.Settled, modules, check_owner) -> dict:
       out_shardings=(run.first.shardings, whole, whole),
     )
     report = (
-      Report(workdir, config, start=start) if hosts.first() else Silence(start)
+      Report(workdir, config.log, run.said, start=start)
+      if hosts.first()
+      else Silence(start)
     )
     _announce(report, run, start)
     for line in data.notes():
@@ -103,6 +105,9 @@ def _train(run: begin.Settled, modules, check_owner) -> dict:
     row, pending, found = {}, None, {}
     done, stop = start, False
     clock = Clock()
+    look = functools.partial(
+      _look, config.log.every, config.optimizer.max_bad_steps, report, clock
+    )
     traced = run.traced if hosts.first() else range(0)
     trace = profiles.Profile(traced, workdir, report.note, start=start)
 
@@ -110,7 +115,7 @@ def _train(run: begin.Settled, modules, check_owner) -> dict:
 
     def describe():
       return checkpoint.describe_run(
-        config_file.to_dict(config),
+        run.said,
         data.vocabulary.model,
         tokens_seen=seen,
         data=data.train.digests,
@@ -167,13 +172,13 @@ def _train(run: begin.Settled, modules, check_owner) -> dict:
             state, *numbers = train_step(state, batch)
           # The numbers of the step before are read while this one runs.
           if pending:
-            row = _look(pending, seen, config, report, clock)
+            row = look(pending, seen)
           done, pending = n + 1, (n + 1, *numbers)
           last, stop = done == config.total_steps, stops()
           evaluated = last or _due(done, config.evaluate.every)
           saved = last or stop or _due(done, config.checkpoint.every)
           if evaluated or saved:
-            row = _look(pending, seen, config, report, clock, force=evaluated)
+            row = look(pending, seen, force=evaluated)
             pending = None
           # Before the evaluation, which may take longer than there is time.
           if saved:
@@ -217,7 +222,7 @@ def _announce(report, run: begin.Settled, start: int):
   per_step = 3 * flops * data.batch_size
   shape = ' x '.join(f'{k} {v}' for k, v in run.mesh.shape.items())
   report.note(f'{per_step:.3g} FLOPs a step; mesh {shape}')
-  for line in sizes.straddling(config, run.mesh):
+  for line in run.notes:
     report.note(line)
 
 
@@ -242,7 +247,7 @@ def _due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
 
 
-def _look(pending, seen, config, report, clock, force=False) -> dict:
+def _look(every, max_bad, report, clock, pending, seen, force=False) -> dict:
   """Reads the metrics of a step: stops a broken run, logs now and then.
 
   Adds what the step read to `seen`, the target tokens by source.
@@ -254,12 +259,12 @@ def _look(pending, seen, config, report, clock, force=False) -> dict:
   clock.tick(int(tokens))
   if bad:
     report.note(f'step {n} was not applied: loss {float(metrics["loss"])}')
-  if bad >= config.optimizer.max_bad_steps:
+  if bad >= max_bad:
     raise ValueError(
       f'{bad} steps in a row were not finite, the last one {n}: lower'
       ' optimizer.learning_rate or look at the data.'
     )
-  if not (force or _due(n, config.log.every) or n == report.first):
+  if not (force or _due(n, every) or n == report.first):
     return {}
   row = {**jax.device_get(metrics), **clock.read()}
   row.update({f'tokens_seen/{name}': count for name, count in seen.items()})

@@ -4,31 +4,33 @@ import logging
 import math
 import tempfile
 import time
+from collections.abc import Mapping
 
 import numpy as np
 from etils import epath
 
 from st_moe import history, terminal
-from st_moe.config import Config
+from st_moe.config import LogConfig
 from st_moe.data import files
 
 
 class Report:
   """Writes rows of numbers and draws progress; nothing here may stop a run."""
 
-  def __init__(self, workdir, config: Config, *, start: int):
+  def __init__(self, workdir, log: LogConfig, said: Mapping, *, start: int):
+    """`said`: the config of the run in plain values."""
     from rich.console import Console
 
     self.console = Console()
     self._workdir = epath.Path(workdir)
     self._rows = history.Rows(self._workdir, start=start, note=self.note)
     self._others = []
-    if config.log.tensorboard:
+    if log.tensorboard:
       self._try(lambda: _TensorBoard(self._workdir, start))
-    if config.log.wandb:
-      self._try(lambda: _Wandb(config, self._workdir))
+    if log.wandb:
+      self._try(lambda: _Wandb(log.wandb_project, said, self._workdir))
     self._progress = None
-    self._total = config.total_steps
+    self._total = said['total_steps']
     self.first = start + 1  # The step that waits for the compiler.
 
   def _try(self, make):
@@ -174,22 +176,20 @@ class _TensorBoard:
 
 
 class _Wandb:
-  def __init__(self, config, workdir):
+  def __init__(self, project: str, said: Mapping, workdir):
     try:
       import wandb
     except ImportError:
       raise RuntimeError(
         "config.log.wandb needs the package: pip install 'st_moe[wandb]'"
       ) from None
-    from st_moe.config_file import to_dict
-
     identity = workdir / 'wandb_id'
     self._run = wandb.init(
-      project=config.log.wandb_project,
+      project=project,
       name=workdir.name,
       id=identity.read_text() if identity.exists() else None,
       resume='allow',
-      config=to_dict(config),
+      config=said,
     )
     identity.write_text(self._run.id)
 

@@ -2,11 +2,11 @@
 
 import pathlib
 import subprocess
+from collections.abc import Mapping
 
 from etils import epath
 
 from st_moe import checkpoint, config_file, hosts
-from st_moe.config import Config
 from st_moe.data import files
 from st_moe.history import METRICS
 
@@ -62,10 +62,11 @@ def check_new(workdir: epath.Path) -> None:
     files.check_free(workdir / name, lambda _: False)
 
 
-def claim(workdir: epath.Path, config: Config, run: dict | None = None) -> int:
+def claim(workdir: epath.Path, ours: Mapping, run: dict | None = None) -> int:
   """The steps done in a workdir; refuses one where another config trained.
 
   Args:
+    ours: the config, in plain values.
     run: what its newest checkpoint says.
   """
   path, done = workdir / 'config.json', checkpoint.last_step(workdir)
@@ -85,7 +86,6 @@ def claim(workdir: epath.Path, config: Config, run: dict | None = None) -> int:
     hosts.tell(f'{path} is damaged, and written anew.')
     theirs = config_file.from_dict(run['config'], f'a checkpoint of {workdir}')
     free = (*free, 'model.vocab_size')  # Settled there, and not as asked for.
-  ours = config_file.to_dict(config)
   changed = config_file.diff(config_file.to_dict(theirs), ours)
   lines = [line for line in changed if not line.startswith(free)]
   if lines and not checkpoint.any_steps(workdir):
@@ -106,13 +106,14 @@ def claim(workdir: epath.Path, config: Config, run: dict | None = None) -> int:
   return done
 
 
-def explain(workdir: epath.Path, config: Config, path: str) -> None:
+def explain(workdir: epath.Path, said: Mapping, path: str) -> None:
   """Leaves what the run is made of, from config file to versions.
 
   Args:
+    said: the config, in plain values.
     path: of the config file and its argument; '': there is none.
   """
-  text = config_file.to_json(config)
+  text = config_file.to_json(said)
   files.write_whole(workdir / 'config.json', text.encode())
   if path:
     source = config_file.find(path.partition(':')[0])

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from st_moe import about as about_lib
 from st_moe import paths, schedules
 from st_moe.about import about
-from st_moe.config import Config, OptimizerConfig
+from st_moe.config import ModelConfig, OptimizerConfig
 from st_moe.fields import Range, Share
 from st_moe.routing.shaping import SHAPING
 from st_moe.schedules import Positive, Scheduled
@@ -107,13 +107,12 @@ AFTER = {
 }
 
 
-def check(config: Config) -> None:
+def check(optimizer: OptimizerConfig, model: ModelConfig, init: str) -> None:
   """Raises for a rule that moves nothing, or state that no rule moves.
 
-  The latter of a run that begins anew: what it starts from may have moved it.
+  The latter of a run that begins anew: its `init` may have moved it.
   """
-  rules_after(config.optimizer)
-  model = config.model
+  rules_after(optimizer)
   sparse = [s for s in model.stacks if model.plan(s).num_sparse]
   kept = {
     name: part.name
@@ -123,7 +122,7 @@ def check(config: Config) -> None:
   }
   moved = {
     name: part.name
-    for part in config.optimizer.after
+    for part in optimizer.after
     for name in about_lib.of(AFTER[part.name]).moves
   }
   for name in sparse and moved.keys() - kept.keys():
@@ -131,7 +130,7 @@ def check(config: Config) -> None:
       f'config.optimizer.after.{moved[name]} has nothing to move: no part of'
       f' config.model.moe.shaping keeps a {name}.'
     )
-  for name in () if config.init else kept.keys() - moved.keys():
+  for name in () if init else kept.keys() - moved.keys():
     rules = [n for n, f in AFTER.items() if name in about_lib.of(f).moves]
     raise ValueError(
       f'config.model.moe.shaping.{kept[name]} keeps a {name} that nothing'

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import jax
 
 from st_moe import sharding
-from st_moe.config import Config
+from st_moe.config import Config, ModelConfig
 from st_moe.train.state import Start
 
 
@@ -42,14 +42,18 @@ def check(config: Config, mesh) -> None:
       )
 
 
-def check_padding(config: Config, mesh) -> None:
+def check_padding(config: Config, mesh) -> list[str]:
   """Refuses groups far larger than what a device has, with sizes that fit.
+
+  Returns:
+    What to tell where groups straddle devices: what that costs.
 
   Raises:
     ValueError: more than `config.max_padding` places for each that is needed.
   """
-  shards, factors = sharding.batch_shards(mesh), padding(config, mesh)
-  wide = [g for g in groups(config) if factors[g[0]] > config.max_padding > 0]
+  shards, found = sharding.batch_shards(mesh), list(groups(config))
+  factors = _padding(found, config.model, shards)
+  wide = [g for g in found if factors[g[0]] > config.max_padding > 0]
   if wide:
     each = lambda text: ' and '.join(
       text.format(
@@ -64,6 +68,15 @@ def check_padding(config: Config, mesh) -> None:
       f' {each("model.{stack}.group_size={share}")}, or, to have it so,'
       f' max_padding={math.ceil(max(factors.values()))}.'
     )
+  return [
+    f'{stack} groups of {size} tokens straddle devices of {tokens // shards}'
+    f' tokens each, which pass them on in every sparse layer'
+    f'{_more(factors[stack])}; with'
+    f' model.{stack}.group_size={tokens // shards}, or a divisor of it, they'
+    ' would not.'
+    for stack, size, tokens in found
+    if shards > 1 and tokens // shards % size
+  ]
 
 
 def padding(config: Config, mesh) -> dict[str, float]:
@@ -72,27 +85,17 @@ def padding(config: Config, mesh) -> dict[str, float]:
   A device computes whole groups, so that groups do not depend on the mesh: with
   a tenth of the tokens of one, ten times the places.
   """
-  shards, model = sharding.batch_shards(mesh), config.model
+  shards = sharding.batch_shards(mesh)
+  return _padding(groups(config), config.model, shards)
+
+
+def _padding(found, model: ModelConfig, shards: int) -> dict[str, float]:
   return {
     stack: sharding.whole_groups(tokens, size, shards) * size / tokens
     if model.moe_of(stack).computes_places
     else 1.0
-    for stack, size, tokens in groups(config)
+    for stack, size, tokens in found
   }
-
-
-def straddling(config: Config, mesh) -> list[str]:
-  """What to tell where groups straddle devices: what that costs."""
-  shards, factors = sharding.batch_shards(mesh), padding(config, mesh)
-  return [
-    f'{stack} groups of {size} tokens straddle devices of {tokens // shards}'
-    f' tokens each, which pass them on in every sparse layer'
-    f'{_more(factors[stack])}; with'
-    f' model.{stack}.group_size={tokens // shards}, or a divisor of it, they'
-    ' would not.'
-    for stack, size, tokens in groups(config)
-    if shards > 1 and tokens // shards % size
-  ]
 
 
 def _more(factor: float) -> str:

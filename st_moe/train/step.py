@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from st_moe import paths, schedules, sharding
-from st_moe.config import Config, ModelConfig
+from st_moe.config import Config, LossConfig, ModelConfig
 from st_moe.train.after import rules_after
 from st_moe.train.state import TrainState
 from st_moe.train.terms import (
@@ -40,11 +40,14 @@ def targets_of(batch: dict, config: ModelConfig):
   return batch[f'{stack}_target_tokens'], batch[f'{stack}_loss_weights']
 
 
-def forward(model, config: Config, params, batch, *, rng, step=None):
-  """Terms of the loss; what routers recorded, by stack; what rules ask for.
+def forward(
+  model, loss: LossConfig, params, batch, *, rng, step=None, hears=True
+):
+  """Terms of the loss; what routers recorded, by stack; what rules hear of.
 
   Args:
     rng: of dropout and routing noise; None evaluates.
+    hears: whether there are rules after the update.
   """
   variables = {'params': params}
   x, sown = model.apply(
@@ -57,18 +60,16 @@ def forward(model, config: Config, params, batch, *, rng, step=None):
     mutable=['intermediates'],
   )
   sown = sown.get('intermediates', {})
-  by_stack, asked = (
-    records(sown),
-    for_rules(sown) if config.optimizer.after else {},
-  )
+  by_stack = records(sown)
   terms = token_terms_of(
     lambda x: model.apply(variables, x, method='project'),
     x,
     *targets_of(batch, model.config),
-    positions=config.loss.positions,
-    label_smoothing=config.loss.label_smoothing if rng is not None else 0.0,
+    positions=loss.positions,
+    label_smoothing=loss.label_smoothing if rng is not None else 0.0,
   )
-  return {**terms, **router_terms(by_stack)}, by_stack, asked
+  heard = for_rules(sown) if hears else {}
+  return {**terms, **router_terms(by_stack)}, by_stack, heard
 
 
 def make_train_step(model, optimizer, config: Config):
@@ -87,12 +88,18 @@ def make_train_step(model, optimizer, config: Config):
     read, read_frozen = paths.split(
       model.as_read(state.params), config.optimizer.train
     )
-    of_trained = functools.partial(objective, model, config, read_frozen)
-    grads, terms, by_stack, asked = _gradients(
+    of_trained = functools.partial(
+      objective,
+      model,
+      config.loss,
+      read_frozen,
+      hears=bool(config.optimizer.after),
+    )
+    grads, terms, by_stack, heard = _gradients(
       of_trained, read, state.step, batch, rng, config.microbatches
     )
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-    counts = coefficients(config, state.step)
+    counts = coefficients(model.config, config.loss, state.step)
     loss = total(terms, weights_of(terms), counts, config.loss.layers)
     norms = {
       'l2_grads': optax.tree.norm(grads),
@@ -106,7 +113,7 @@ def make_train_step(model, optimizer, config: Config):
     grads = jax.tree.map(lambda g: jnp.where(good, g, 0), grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, trained)
     params = paths.merge(optax.apply_updates(trained, updates), frozen)
-    params = after(state.params, params, asked, state.step)
+    params = after(state.params, params, heard, state.step)
     norms['l2_updates'] = optax.tree.norm(updates)
     # The schedule counts the updates, not the steps that were skipped.
     rate = schedule(state.opt_state[-1].count)
@@ -128,17 +135,22 @@ def make_train_step(model, optimizer, config: Config):
   return train_step
 
 
-def objective(model, config, frozen, trained, batch, rng, step, weights=None):
+def objective(
+  model, asked, frozen, trained, batch, rng, step, weights=None, *, hears=True
+):
   """The loss of `trained` and `frozen` parameters; its terms, and records.
 
   Args:
+    asked: a `LossConfig`.
     weights: that the sums of the terms are divided by; None: their own.
   """
   params = paths.merge(trained, frozen)
-  terms, *found = forward(model, config, params, batch, rng=rng, step=step)
+  terms, *found = forward(
+    model, asked, params, batch, rng=rng, step=step, hears=hears
+  )
   weights = weights_of(terms) if weights is None else weights
-  counts = coefficients(config, step)
-  loss = total(terms, weights, counts, config.loss.layers)
+  counts = coefficients(model.config, asked, step)
+  loss = total(terms, weights, counts, asked.layers)
   return loss, (terms, *found)
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from st_moe import about, paths, schedules
-from st_moe.config import Config
+from st_moe.config import LossConfig, ModelConfig
 from st_moe.routing.losses import LOSSES
 
 
@@ -124,12 +124,14 @@ def router_terms(by_stack: dict) -> dict:
   return {name: jax.tree.map(join, *rows) for name, rows in found.items()}
 
 
-def coefficients(config: Config, step: jax.Array | None) -> dict:
+def coefficients(
+  model: ModelConfig, loss: LossConfig, step: jax.Array | None
+) -> dict:
   """What each term counts at a step: a number, or of routers one a layer.
 
   float32 [layers], in the order of `router_terms`.
   """
-  found, model = {}, config.model
+  found = {}
   for stack in sorted(model.stacks):
     layers = model.plan(stack).num_sparse
     for part in model.moe_of(stack).losses if layers else ():
@@ -137,7 +139,7 @@ def coefficients(config: Config, step: jax.Array | None) -> dict:
       rows = jnp.full(layers, weight, jnp.float32)
       found.setdefault(part.name, []).append(rows)
   routers = {name: jnp.concatenate(rows) for name, rows in found.items()}
-  return {'cross_entropy': 1.0, 'z_loss': config.loss.z_loss, **routers}
+  return {'cross_entropy': 1.0, 'z_loss': loss.z_loss, **routers}
 
 
 def weights_of(terms: Mapping) -> dict:
@@ -167,16 +169,16 @@ def total(
   return loss
 
 
-def check(config: Config) -> None:
+def check(model: ModelConfig, microbatches: int) -> None:
   """Raises for what cannot be added up over microbatches."""
-  if config.microbatches == 1:
+  if microbatches == 1:
     return
-  for stack in config.model.stacks:
-    for part in config.model.moe_of(stack).losses:
+  for stack in model.stacks:
+    for part in model.moe_of(stack).losses:
       what = f'config.model.moe.losses.{part.name}'
       loss = part.choose(what, LOSSES, also=('weight',))
       if about.of(loss).whole or about.of(loss).joins:
         raise ValueError(
           f'{what} is of a whole batch: it takes config.microbatches = 1, and'
-          f' not {config.microbatches}.'
+          f' not {microbatches}.'
         )

@@ -28,14 +28,18 @@ SHAPES = [(8, 6), (3, 2), (6, 1), (1, 6), (8, 3), (5, 5), (7, 6), (2, 4)]
 
 
 def batch(config: Config, seed: int = 0) -> dict:
-  """Eight rows, no two microbatches alike."""
+  """Eight rows of three sources, no two microbatches alike."""
   model = config.model
   found = padded_batch(model, examples(model, SHAPES, seed), tables.LENGTHS)
   if not model.decoder:
     found['encoder_target_tokens'] = found['encoder_input_tokens']
   last = model.stacks[-1]
   real = found[f'{last}_target_tokens'] > 0
-  return {**found, f'{last}_loss_weights': real.astype(np.float32)}
+  return {
+    **found,
+    f'{last}_loss_weights': real.astype(np.float32),
+    'task': np.arange(len(SHAPES), dtype=np.int32) % 3,
+  }
 
 
 @functools.cache
@@ -200,7 +204,10 @@ def answering(name: str):
   @jit
   def logits(batch):
     inputs = step.inputs_of(batch, config.model)
-    return model.apply({'params': mine}, **inputs, enable_dropout=False)
+    task = np.zeros(len(batch['task']), np.int32)
+    return model.apply(
+      {'params': mine}, **{**inputs, 'task': task}, enable_dropout=False
+    )
 
   # A 0 would be padding to the other way.
   method = Method(max_length=tables.LENGTHS[1], forbidden=(0,))
@@ -208,8 +215,9 @@ def answering(name: str):
   @jit
   def generate(prompts, prefix):
     # No token is 99: nothing ends early.
+    asked = decoding.of_task(model, jnp.zeros(len(prompts), jnp.int32))
     return decoding.generate(
-      model, mine, prompts, method, eos=99, prefix=prefix
+      asked, mine, prompts, method, eos=99, prefix=prefix
     )
 
   return logits, generate

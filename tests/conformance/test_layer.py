@@ -235,7 +235,7 @@ def _trees(of: str):
   hears = jit(
     lambda params: step.forward(
       Transformer(config.model),
-      config,
+      config.loss,
       params,
       programs.batch(config),
       rng=KEYS[0],

@@ -41,19 +41,19 @@ def _parts(config: Config):
 def test_a_config_is_accepted_whole(name):
   config = tables.config(name)
   parts.check(config.model)
-  terms.check(config)
-  after.rules_after(config.optimizer)
+  terms.check(config.model, config.microbatches)
+  after.check(config.optimizer, config.model, config.init)
 
 
 @every_method
 def test_four_microbatches_or_the_reason(name):
-  config = dataclasses.replace(tables.config(name), microbatches=4)
+  config = tables.config(name)
   whole = [p.name for f, p, said in _parts(config) if said.whole or said.joins]
   if whole:
     with pytest.raises(ValueError, match=rf'{whole[0]} is of a whole batch'):
-      terms.check(config)
+      terms.check(config.model, 4)
   else:
-    terms.check(config)
+    terms.check(config.model, 4)
 
 
 # What is traced and not compiled.

@@ -7,7 +7,9 @@ import pytest
 
 from st_moe import config_file
 from st_moe.config import DataConfig
-from st_moe.data import mixture, pipeline, vocabulary
+from st_moe.data import pipeline, vocabulary
+from st_moe.data.eval_data import EvalData
+from st_moe.data.mixture import Library
 
 BYTES = vocabulary.load('bytes')
 ROWS = [
@@ -53,16 +55,16 @@ def say(tmp_path):
 def test_pairs_alone_are_what_is_trained_on(tmp_path, say):
   ask = {'train': put(tmp_path / 'ask.jsonl', ROWS[:1])}
   c = config(tmp_path, {'say': say, 'ask': ask})
-  pipeline.check(c)
-  data = pipeline.TrainData(c, BYTES)
+  Library(c).check()
+  data = pipeline.TrainData(Library(c, BYTES))
   assert dict(zip(data.sources, data.rates, strict=True)) == {
     'say': 5 / 6,
     'ask': 1 / 6,
   }
   c = config(tmp_path, {'say': say})
-  counts = pipeline.prepare(c, BYTES)
+  counts = pipeline.prepare(Library(c, BYTES))
   assert [counts['say'][s]['records'] for s in counts['say']] == [5, 2]
-  batch = pipeline.TrainData(c, BYTES).batch(0)
+  batch = pipeline.TrainData(Library(c, BYTES)).batch(0)
   found = {
     (BYTES.decode(i), BYTES.decode(t))
     for i, t in zip(
@@ -76,17 +78,17 @@ def test_pairs_are_a_member_of_a_mixture(tmp_path, say):
   (tmp_path / 'text.txt').write_text('some text to fill gaps of ' * 9)
   files = {'text': {'train': f'{tmp_path}/text.txt'}}
   c = config(tmp_path, {'say': say}, {'say': 3, 'text': 1}, files=files)
-  data = pipeline.TrainData(c, BYTES)
+  data = pipeline.TrainData(Library(c, BYTES))
   assert dict(zip(data.sources, data.rates, strict=True)) == {
     'say': 0.75,
     'text': 0.25,
   }
   with pytest.raises(ValueError, match='data.pairs.text is the name of a text'):
-    pipeline.check(config(tmp_path, {'text': say}, files=files))
+    Library(config(tmp_path, {'text': say}, files=files)).check()
 
 
 def test_pairs_are_scored_by_what_a_vocabulary_can_say(tmp_path, say):
-  data = pipeline.open_eval(config(tmp_path, {'say': say}), BYTES, 'say')
+  data = EvalData(Library(config(tmp_path, {'say': say}), BYTES), 'say')
   assert texts(data) == [('say one', 'one'), ('say two', 'two')]
   assert data.choices(data.examples[0]) == ()  # It is decoded.
   scores = lambda *said: data.scores(data.examples, said)
@@ -95,7 +97,7 @@ def test_pairs_are_scored_by_what_a_vocabulary_can_say(tmp_path, say):
   )
   assert scores('one', 'twо') == {'accuracy': 50.0}  # Of another alphabet.
   asked = {**say, 'metrics': 'accuracy|rouge'}
-  data = pipeline.open_eval(config(tmp_path, {'say': asked}), BYTES, 'say')
+  data = EvalData(Library(config(tmp_path, {'say': asked}), BYTES), 'say')
   assert data.scores(data.examples, ['one', 'one']) == dict.fromkeys(
     ('accuracy', 'rouge1', 'rougeLsum'), 50.0
   ) | {'rouge2': 0.0}
@@ -114,25 +116,25 @@ def test_fields_and_labels_have_names(tmp_path):
     'labels': 'sad|happy',
   }
   c = config(tmp_path, {'mood': asked})
-  data = pipeline.open_eval(c, BYTES, 'mood', 'train')
+  data = EvalData(Library(c, BYTES), 'mood', 'train')
   assert [e.targets_text for e in data.examples] == ['sad', 'happy']
   assert [e.idx for e in data.examples] == [7, 9]
   assert data.choices(data.examples[0]) == ('sad', 'happy')  # It is ranked.
   # What the test split does not tell is not scored.
-  data = pipeline.open_eval(c, BYTES, 'mood', 'test')
+  data = EvalData(Library(c, BYTES), 'mood', 'test')
   assert [data.told(e) for e in data.examples] == [False, True]
   assert data.scores(data.examples, ['sad', 'sad']) == {'accuracy': 100.0}
   with pytest.raises(
     ValueError, match='a.jsonl, line 1: mood .sad. is none of'
   ):
     bad = {**asked, 'labels': 'bad|good'}
-    pipeline.check(config(tmp_path, {'mood': bad}))
+    Library(config(tmp_path, {'mood': bad})).check()
 
 
 def test_a_vocabulary_learns_from_pairs(tmp_path):
   rows = [{'inputs': 'ğ ' * 50, 'targets': 'þ ' * 50}] * 40
   c = config(tmp_path, {'say': {'train': put(tmp_path / 'a.jsonl', rows)}})
-  found = pipeline.train_vocabulary(c, str(tmp_path / 'v.model'), 200)
+  found = Library(c).train_vocabulary(str(tmp_path / 'v.model'), 200)
   assert found.unk not in found.encode('ğ þ')
 
 
@@ -146,19 +148,19 @@ def test_flags_are_enough(say):
 
 def test_an_edited_file_is_read_anew(tmp_path, say):
   c = config(tmp_path, {'say': say})
-  assert len(pipeline.open_eval(c, BYTES, 'say')) == 2
+  assert len(EvalData(Library(c, BYTES), 'say')) == 2
   put(tmp_path / 'valid.jsonl', ROWS)
-  assert len(pipeline.open_eval(c, BYTES, 'say')) == 5
+  assert len(EvalData(Library(c, BYTES), 'say')) == 5
 
 
 def test_a_name_lasts_as_long_as_its_config(tmp_path, say):
-  first = mixture.Library(config(tmp_path, {'say': say}), BYTES)
+  first = Library(config(tmp_path, {'say': say}), BYTES)
   assert first.members('say') == {'say': 1.0}
   with pytest.raises(ValueError, match="Unknown data source 'say'"):
-    mixture.Library(config(tmp_path, {}), BYTES).members('say')
+    Library(config(tmp_path, {}), BYTES).members('say')
   # The first one still knows what it is.
   assert first.splits('say') == ['train', 'validation']
-  assert len(pipeline.EvalData(first, 'say', 'validation')) == 2
+  assert len(EvalData(first, 'say', 'validation')) == 2
 
 
 @pytest.mark.parametrize(
@@ -205,7 +207,7 @@ def test_what_is_wrong_is_told_before_work_begins(
   }
   pairs = change.pop('pairs', {'say': {**say, **change}})
   with pytest.raises(ValueError, match=message):
-    pipeline.check(config(tmp_path, pairs))
+    Library(config(tmp_path, pairs)).check()
 
 
 def test_a_split_that_is_not_there_is_told_how_to_name_it(tmp_path, say):
@@ -213,9 +215,9 @@ def test_a_split_that_is_not_there_is_told_how_to_name_it(tmp_path, say):
   with pytest.raises(
     ValueError, match='no split .validation.*--config.data.pairs.say.validation'
   ):
-    pipeline.check(c, ('train', 'validation'))
+    Library(c).check(('train', 'validation'))
 
 
 def test_pairs_that_nothing_asks_for_are_told(tmp_path, say, caplog):
-  pipeline.check(config(tmp_path, {'say': say}, {'tiny_cb': 1}))
+  Library(config(tmp_path, {'say': say}, {'tiny_cb': 1})).check()
   assert 'data.pairs.say is not in data.mixture' in caplog.text

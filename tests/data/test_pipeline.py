@@ -18,13 +18,15 @@ import pytest
 from st_moe.config import DataConfig
 from st_moe.data import (
   metrics,
-  mixture,
   pipeline,
+  rows,
   sources,
   superglue,
   text_shards,
   vocabulary,
 )
+from st_moe.data.eval_data import EvalData, Example
+from st_moe.data.mixture import Library
 
 BYTES = vocabulary.load('bytes')
 SENTINEL = BYTES.sentinel(0)
@@ -112,11 +114,13 @@ def test_text_needs_no_tensorflow(folder):
     'import sys\n'
     'from st_moe.config import DataConfig\n'
     'from st_moe.data import pipeline, vocabulary\n'
+    'from st_moe.data.eval_data import EvalData\n'
+    'from st_moe.data.mixture import Library\n'
     f'c = DataConfig(mixture={{"big": 1}}, files={config(folder).files!r},'
     f' inputs_length=61, targets_length=16, cache_dir="{folder}/cache")\n'
     'v = vocabulary.load("bytes")\n'
-    'pipeline.TrainData(c, v).batch(0)\n'
-    'next(pipeline.open_eval(c, v, "big").batches(2))\n'
+    'pipeline.TrainData(Library(c, v)).batch(0)\n'
+    'next(EvalData(Library(c, v), "big").batches(2))\n'
     'print([m for m in ("tensorflow", "seqio") if m in sys.modules])'
   )
   done = subprocess.run(
@@ -126,7 +130,7 @@ def test_text_needs_no_tensorflow(folder):
 
 
 def test_a_batch_of_text(folder):
-  data = pipeline.TrainData(config(folder), BYTES)
+  data = pipeline.TrainData(Library(config(folder), BYTES))
   assert data.sources == ('big', 'small') and data.rates == (0.75, 0.25)
   batch = data.batch(0)
   assert {k: (v.shape, v.dtype.name) for k, v in batch.items()} == {
@@ -157,9 +161,9 @@ def test_a_batch_of_text(folder):
 
 def test_any_batch_in_any_order_any_way(folder):
   order = [7, 0, 300, 3, 7]
-  data = pipeline.TrainData(config(folder), BYTES)
+  data = pipeline.TrainData(Library(config(folder), BYTES))
   found = {n: data.batch(n) for n in order}
-  fresh = pipeline.TrainData(config(folder), BYTES)
+  fresh = pipeline.TrainData(Library(config(folder), BYTES))
   assert all(equal(fresh.batch(n), found[n]) for n in sorted(order))
   assert not equal(found[0], found[3])
   for threads in (1, 4):
@@ -169,27 +173,27 @@ def test_any_batch_in_any_order_any_way(folder):
 
 
 def test_hosts_share_a_batch(folder):
-  whole = pipeline.TrainData(config(folder), BYTES).batch(5)
+  whole = pipeline.TrainData(Library(config(folder), BYTES)).batch(5)
   # In halves, one by one, and as a mesh may lay them out.
   for shares in (
     [range(4), range(4, 8)],
     [[n] for n in range(8)],
     [[1, 2, 7], [0, 3, 4, 5, 6]],
   ):
-    for rows in shares:
-      data = pipeline.TrainData(config(folder), BYTES, rows=rows)
-      assert equal(data.batch(5), {k: v[[*rows]] for k, v in whole.items()})
+    for mine in shares:
+      data = pipeline.TrainData(Library(config(folder), BYTES), rows=mine)
+      assert equal(data.batch(5), {k: v[[*mine]] for k, v in whole.items()})
 
 
 def test_epochs_shuffle_and_corrupt_anew(folder):
   one = config(folder, mixture={'small': 1}, batch_size=1)
-  data = pipeline.TrainData(one, BYTES)
+  data = pipeline.TrainData(Library(one, BYTES))
   size = data.info['small']['records']
   assert 40 < size < 100
   chunks = chunks_of(data, 2 * size)
   first, second = chunks[:size], chunks[size:]
   # Every chunk once an epoch, in an order of its own.
-  stored = mixture.Library(one, BYTES).open('small', 'train')
+  stored = Library(one, BYTES).open('small', 'train')
   stored = [tuple(text_shards.tokens_of(r).tolist()) for r in stored]
   assert collections.Counter(first) == collections.Counter(stored)
   assert collections.Counter(second) == collections.Counter(stored)
@@ -202,8 +206,8 @@ def test_epochs_shuffle_and_corrupt_anew(folder):
 
 
 def test_the_seed_is_in_everything(folder):
-  a = pipeline.TrainData(config(folder), BYTES)
-  b = pipeline.TrainData(config(folder, seed=1), BYTES)
+  a = pipeline.TrainData(Library(config(folder), BYTES))
+  b = pipeline.TrainData(Library(config(folder, seed=1), BYTES))
   assert chunks_of(a, 80) != chunks_of(b, 80)
   # Not even a source with one chunk has the same holes.
   one = {
@@ -213,7 +217,7 @@ def test_the_seed_is_in_everything(folder):
   }
   (folder / 'one.txt').write_text('one chunk of text ' * 3)
   rows = [
-    pipeline.TrainData(config(folder, seed=s, **one), BYTES).batch(0)
+    pipeline.TrainData(Library(config(folder, seed=s, **one), BYTES)).batch(0)
     for s in (0, 1)
   ]
   assert not np.array_equal(*[r['encoder_input_tokens'] for r in rows])
@@ -223,7 +227,10 @@ def test_sources_do_not_share_their_noise(folder):
   # The same text under two names.
   files = {n: {'train': f'{folder}/small.jsonl'} for n in ('a', 'b')}
   data = pipeline.TrainData(
-    config(folder, mixture={'a': 1, 'b': 1}, files=files, batch_size=40), BYTES
+    Library(
+      config(folder, mixture={'a': 1, 'b': 1}, files=files, batch_size=40),
+      BYTES,
+    )
   )
   assert chunks_of(data, 40, 0)[:9] != chunks_of(data, 40, 1)[:9]
 
@@ -233,7 +240,9 @@ def test_sources_do_not_share_their_noise(folder):
 )
 def test_examples_are_drawn_at_the_rates(folder, rates):
   mix = dict(zip(('big', 'small'), rates, strict=True))
-  data = pipeline.TrainData(config(folder, mixture=mix, batch_size=100), BYTES)
+  data = pipeline.TrainData(
+    Library(config(folder, mixture=mix, batch_size=100), BYTES)
+  )
   drawn = np.concatenate([data.batch(n)['task'] for n in range(10)])
   expected = rates[0] / sum(rates)
   assert (drawn == 0).mean() == pytest.approx(expected, abs=0.01)
@@ -247,7 +256,7 @@ def test_no_source_has_rows_of_its_own(folder):
   names = 'abcd'
   files = {n: {'train': f'{folder}/small.jsonl'} for n in names}
   c = config(folder, mixture=dict.fromkeys(names, 1), files=files)
-  data = pipeline.TrainData(c, BYTES)
+  data = pipeline.TrainData(Library(c, BYTES))
   batches = 150
   seen, seated = np.zeros((4, 8), int), np.zeros(4, int)
   for n in range(batches):
@@ -261,10 +270,10 @@ def test_no_source_has_rows_of_its_own(folder):
   assert abs(seen - batches / 4).max() < 5 * (batches * 3 / 16) ** 0.5
   assert abs(seated / (2 * batches) - 0.5).max() < 0.1
   # Another seed, another order; the same batch whoever asks for it.
-  other = pipeline.TrainData(dataclasses.replace(c, seed=1), BYTES)
+  other = pipeline.TrainData(Library(dataclasses.replace(c, seed=1), BYTES))
   orders = [
     [each.batch(n)['task'].tolist() for n in range(20)]
-    for each in (data, other, pipeline.TrainData(c, BYTES))
+    for each in (data, other, pipeline.TrainData(Library(c, BYTES)))
   ]
   assert orders[0] == orders[2] != orders[1]
 
@@ -275,7 +284,7 @@ def test_no_target_ends_before_its_end(tmp_path):
   (tmp_path / 'short.txt').write_text(lines)
   files = {'short': {'train': f'{tmp_path}/short.txt'}}
   data = pipeline.TrainData(
-    config(tmp_path, mixture={'short': 1}, files=files), BYTES
+    Library(config(tmp_path, mixture={'short': 1}, files=files), BYTES)
   )
   for n in range(4):
     batch = data.batch(n)
@@ -289,7 +298,7 @@ def test_no_target_ends_before_its_end(tmp_path):
 def rates_of(mix, sizes, **changes):
   files = {name: {'train': '-'} for name in sizes}
   c = DataConfig(mixture=mix, files=files, **changes)
-  return mixture.rates(c, sizes, mixture.Library(c, BYTES))
+  return Library(c, BYTES).rates(sizes)
 
 
 def test_rates_by_hand():
@@ -317,28 +326,28 @@ def test_rates_that_are_none(rate):
 
 def test_names_that_are_none(folder):
   with pytest.raises(ValueError, match='data.mixture is empty; name what to'):
-    pipeline.TrainData(config(folder, mixture={}), BYTES)
+    pipeline.TrainData(Library(config(folder, mixture={}), BYTES))
   with pytest.raises(ValueError, match="'smal'. Did you mean 'small'.*tiny_cb"):
-    pipeline.TrainData(config(folder, mixture={'smal': 1}), BYTES)
+    pipeline.TrainData(Library(config(folder, mixture={'smal': 1}), BYTES))
   with pytest.raises(
     ValueError, match='no split .test., only.*--config.data.files.big.test='
   ):
-    pipeline.open_eval(config(folder), BYTES, 'big', 'test')
+    EvalData(Library(config(folder), BYTES), 'big', 'test')
   with pytest.raises(ValueError, match="'tiny_cb' has no split 'test'"):
-    pipeline.open_eval(config(folder), BYTES, 'tiny_cb', 'test')
+    EvalData(Library(config(folder), BYTES), 'tiny_cb', 'test')
 
 
 def test_lengths_that_do_not_fit(folder):
   c = config(folder, inputs_length=512, targets_length=113)
   with pytest.raises(ValueError, match='targets_length 113 .* needs 114.'):
-    pipeline.TrainData(c, BYTES)
+    pipeline.TrainData(Library(c, BYTES))
   c = config(folder, inputs_length=4096, targets_length=2000)
   with pytest.raises(ValueError, match='spans, but there are 100 sentinels'):
-    pipeline.TrainData(c, BYTES)
+    pipeline.TrainData(Library(c, BYTES))
 
 
 def test_evaluation_of_text(folder):
-  data = pipeline.open_eval(config(folder), BYTES, 'big')
+  data = EvalData(Library(config(folder), BYTES), 'big')
   batches = list(data.batches(4))
   assert data.is_text and len(data) > 4 and len(data) % 4
   last = batches.pop()
@@ -349,7 +358,7 @@ def test_evaluation_of_text(folder):
     assert not last[key][real:].any() and last[key].shape[0] == 4
   assert last['decoder_loss_weights'][:real].any(-1).all()
   # In the order of the files, each chunk once.
-  stored = mixture.Library(config(folder), BYTES).open('big', 'validation')
+  stored = Library(config(folder), BYTES).open('big', 'validation')
   rows = [
     restore(*pair)
     for b in [*batches, last]
@@ -361,7 +370,7 @@ def test_evaluation_of_text(folder):
     tuple(text_shards.tokens_of(r).tolist()) for r in stored
   ]
   # The same holes whatever the seed, so losses of runs compare.
-  other = pipeline.open_eval(config(folder, seed=5), BYTES, 'big')
+  other = EvalData(Library(config(folder, seed=5), BYTES), 'big')
   assert equal(next(iter(other.batches(4))), batches[0])
   with pytest.raises(ValueError, match="'big' is text: it has a loss"):
     _ = data.examples
@@ -370,7 +379,9 @@ def test_evaluation_of_text(folder):
 def test_prepare_counts_and_checks_first(folder):
   seen = []
   c = config(folder, cache_dir=f'{folder}/fresh')
-  counts = pipeline.prepare(c, BYTES, progress=lambda *args: seen.append(args))
+  counts = pipeline.prepare(
+    Library(c, BYTES, progress=lambda *args: seen.append(args))
+  )
   assert list(counts) == ['big', 'small']
   assert counts['big'].keys() == {'train', 'validation'}
   assert counts['big']['train']['documents'] == 200
@@ -384,16 +395,16 @@ def test_prepare_counts_and_checks_first(folder):
   files = {**c.files, 'small': {'train': f'{folder}/smal.jsonl'}}
   c = config(folder, cache_dir=f'{folder}/fresher', files=files)
   with pytest.raises(ValueError, match='smal.jsonl: no such file'):
-    pipeline.prepare(c, BYTES)
+    pipeline.prepare(Library(c, BYTES))
   assert not pathlib.Path(c.cache_dir).exists()
 
 
 def test_check_looks_at_what_is_used_only(folder):
   unused = {'other': {'train': f'{folder}/none.jsonl'}}
   c = config(folder, files={**config(folder).files, **unused})
-  pipeline.check(c)
+  Library(c).check()
   with pytest.raises(ValueError, match='none.jsonl: no such file'):
-    pipeline.check(dataclasses.replace(c, mixture={'other': 1}))
+    Library(dataclasses.replace(c, mixture={'other': 1})).check()
 
 
 def test_the_embedded_corpus_and_a_vocabulary_of_it(tmp_path):
@@ -404,20 +415,18 @@ def test_the_embedded_corpus_and_a_vocabulary_of_it(tmp_path):
     batch_size=4,
     cache_dir=str(tmp_path),
   )
-  v = pipeline.train_vocabulary(c, str(tmp_path / 'v.model'), 400)
+  v = Library(c).train_vocabulary(str(tmp_path / 'v.model'), 400)
   assert v.size == 400
-  counts = pipeline.prepare(c, v)[sources.EMBEDDED]
+  counts = pipeline.prepare(Library(c, v))[sources.EMBEDDED]
   assert counts['train']['records'] > 1000 > counts['validation']['records'] > 9
-  batch = pipeline.TrainData(c, v).batch(0)
+  batch = pipeline.TrainData(Library(c, v)).batch(0)
   assert (batch['decoder_target_tokens'][:, 0] == 399).all()
 
 
 def test_a_vocabulary_learns_from_files_and_extra_text(folder, tmp_path):
-  train = lambda extra: pipeline.train_vocabulary(
-    config(folder, mixture={'big': 1}, vocabulary_extra=extra),
-    str(tmp_path / f'{len(extra)}.model'),
-    210,
-  )
+  train = lambda extra: Library(
+    config(folder, mixture={'big': 1}, vocabulary_extra=extra)
+  ).train_vocabulary(str(tmp_path / f'{len(extra)}.model'), 210)
   plain = train('')
   (folder / 'extra.txt').write_text('ğ ' * 2000)
   assert plain.unk in plain.encode('ğ')
@@ -502,7 +511,7 @@ def scored(weather, tmp_path):
     made = task.replace(name='scored', metric_fns=fns, **more)
     seqio.TaskRegistry.remove('scored')
     seqio.TaskRegistry.add_provider('scored', made)
-    return pipeline.open_eval(of_tasks(tmp_path, {}), BYTES, 'scored')
+    return EvalData(Library(of_tasks(tmp_path, {}), BYTES), 'scored')
 
   yield opened
   seqio.TaskRegistry.remove('scored')
@@ -576,12 +585,12 @@ def test_metric_objects_are_named_as_left_out(scored):
 
 
 def test_targets_that_are_no_answers_have_no_majority(weather, tmp_path):
-  data = pipeline.open_eval(of_tasks(tmp_path, {}), BYTES, 'climate')
+  data = EvalData(Library(of_tasks(tmp_path, {}), BYTES), 'climate')
   assert data.majority(data.examples) == {}
 
 
 def test_a_batch_of_a_task_by_hand(weather, tmp_path):
-  data = pipeline.open_eval(of_tasks(tmp_path, {}), BYTES, 'weather')
+  data = EvalData(Library(of_tasks(tmp_path, {}), BYTES), 'weather')
   batches = list(data.batches(4))
   rain = [117, 100, 108, 113, 35]
   assert batches[0]['encoder_input_tokens'][:2].tolist() == [
@@ -597,7 +606,7 @@ def test_a_batch_of_a_task_by_hand(weather, tmp_path):
   assert batches[0]['decoder_loss_weights'][1].tolist() == [1, 1, 1, 1, 0, 0]
   assert batches[1]['valid'].tolist() == [True, True, True, False]
   assert data.labels == () and data.begins == []
-  assert data.examples[5] == pipeline.Example(
+  assert data.examples[5] == Example(
     inputs=[*rain, 56, 1],
     targets=[*wet, 1],
     inputs_text='rain 5',
@@ -612,23 +621,23 @@ def test_a_batch_of_a_task_by_hand(weather, tmp_path):
     'answers': ['a', 'b'],
   }
   # Training does not carry what it does not read.
-  data = pipeline.open_eval(of_tasks(tmp_path, {}), BYTES, 'weather', 'train')
+  data = EvalData(Library(of_tasks(tmp_path, {}), BYTES), 'weather', 'train')
   assert data.examples[5].inputs_text == ''
   assert data.examples[5].targets_text == 'wet'
 
 
 def test_long_examples_keep_their_eos(weather, tmp_path):
   c = of_tasks(tmp_path, {}, inputs_length=4, targets_length=2)
-  batch = next(pipeline.open_eval(c, BYTES, 'weather').batches(7))
+  batch = next(EvalData(Library(c, BYTES), 'weather').batches(7))
   assert batch['encoder_input_tokens'][0].tolist() == [117, 100, 108, 1]
   assert batch['decoder_target_tokens'][0].tolist() == [103, 1]
   assert batch['decoder_loss_weights'][0].tolist() == [1, 1]
   # Cut examples are not taken for whole ones.
   c = of_tasks(tmp_path, {}, inputs_length=9, targets_length=3)
-  batch = next(pipeline.open_eval(c, BYTES, 'weather').batches(7))
+  batch = next(EvalData(Library(c, BYTES), 'weather').batches(7))
   assert batch['encoder_input_tokens'][0].tolist()[5:] == [51, 1, 0, 0]
   # What a task did not cut itself is cut when it is read.
-  fit = lambda ids: pipeline._fit(ids, 3, 1).tolist()
+  fit = lambda ids: rows.fit(ids, 3, 1).tolist()
   assert fit([5, 6, 7, 1]) == [5, 6, 1] and fit([5, 1]) == [5, 1, 0]
   assert fit([5, 6, 1]) == [5, 6, 1] and fit([5, 6, 7, 8]) == [5, 6, 7]
 
@@ -666,7 +675,7 @@ def test_a_sentinel_takes_a_place(tmp_path):
         tmp_path / 'cache', {}, data_dir=str(tmp_path / 'data'),
         inputs_length=inputs, targets_length=targets,
       )  # fmt: skip
-      notes = pipeline.open_eval(c, BYTES, f'super_glue_cb{suffix}').notes()
+      notes = EvalData(Library(c, BYTES), f'super_glue_cb{suffix}').notes()
       assert len(notes) == (cut > 0)
       assert all(f': {cut} of 4 inputs' in line for line in notes)
 
@@ -682,20 +691,20 @@ def test_training_on_cut_targets_has_to_be_asked_for(moods, tmp_path):
   told += r'ngth=8, or data.allow_cut=0.02 '
   for begin in (pipeline.TrainData, pipeline.prepare):
     with pytest.raises(ValueError, match=told):
-      begin(c, BYTES)
+      begin(Library(c, BYTES))
   for change in ({'targets_length': 8}, {'allow_cut': 0.02}):
     lines = []
     changed = dataclasses.replace(c, **change)
-    pipeline.prepare(changed, BYTES, note=lines.append)
-    assert lines == pipeline.TrainData(changed, BYTES).notes
+    pipeline.prepare(Library(changed, BYTES), note=lines.append)
+    assert lines == pipeline.TrainData(Library(changed, BYTES)).notes
     # Cut inputs are told, and no reason to stop.
     assert lines[0].startswith('mood train: 50 of 50 inputs (100.0%)')
 
 
 def test_tasks_and_mixtures_train(weather, tmp_path):
   mix = {'outdoors': 2, 'weather': 'size'}
-  data = pipeline.TrainData(of_tasks(tmp_path, mix), BYTES)
-  assert pipeline.source_names(of_tasks(tmp_path, mix), BYTES) == (
+  data = pipeline.TrainData(Library(of_tasks(tmp_path, mix), BYTES))
+  assert Library(of_tasks(tmp_path, mix), BYTES).sources() == (
     list(data.sources)
   )
   # 2 to 'outdoors' as 3 to 1, and 7 examples to 'weather'.
@@ -703,10 +712,10 @@ def test_tasks_and_mixtures_train(weather, tmp_path):
     'climate': pytest.approx(0.5 / 9),
     'weather': pytest.approx(8.5 / 9),
   }
-  data = pipeline.TrainData(of_tasks(tmp_path, {'dropped': 1}), BYTES)
+  data = pipeline.TrainData(Library(of_tasks(tmp_path, {'dropped': 1}), BYTES))
   assert data.sources == ('weather',)
   # An epoch of a task is each example once.
-  data = pipeline.TrainData(of_tasks(tmp_path, {'weather': 1}), BYTES)
+  data = pipeline.TrainData(Library(of_tasks(tmp_path, {'weather': 1}), BYTES))
   for n in range(3):
     inputs = data.batch(n)['encoder_input_tokens']
     assert sorted(inputs[:, 5].tolist()) == list(range(51, 58))
@@ -715,27 +724,29 @@ def test_tasks_and_mixtures_train(weather, tmp_path):
 
 def test_a_mixture_of_uncounted_tasks_goes_by_size(weather, tmp_path):
   with pytest.raises(ValueError, match="set data.mixture.uncounted to 'size'"):
-    pipeline.TrainData(of_tasks(tmp_path, {'uncounted': 1}), BYTES)
-  data = pipeline.TrainData(of_tasks(tmp_path, {'uncounted': 'size'}), BYTES)
+    pipeline.TrainData(Library(of_tasks(tmp_path, {'uncounted': 1}), BYTES))
+  data = pipeline.TrainData(
+    Library(of_tasks(tmp_path, {'uncounted': 'size'}), BYTES)
+  )
   assert data.sources == ('weather',)
 
 
 def test_a_mixture_is_not_evaluated_as_one(weather, tmp_path):
   with pytest.raises(ValueError, match="by one: \\['climate', 'weather'\\]"):
-    pipeline.open_eval(of_tasks(tmp_path, {}), BYTES, 'outdoors')
+    EvalData(Library(of_tasks(tmp_path, {}), BYTES), 'outdoors')
 
 
 # Scores.
 
 
 def test_a_task_of_ones_own_is_scored_as_it_says(weather, tmp_path):
-  data = pipeline.open_eval(of_tasks(tmp_path, {}), BYTES, 'climate')
+  data = EvalData(Library(of_tasks(tmp_path, {}), BYTES), 'climate')
   assert data.choices(data.examples[0]) == ()
   three = data.examples[:3]  # Dry, wet, dry: 30, 10, 30.
   said = ['dry', 'dry', 'snow']  # 30, 30, 0.
   assert data.scores(three, said) == {'off_by': (0 + 20 + 30) / 3}
   # Without a postprocessor texts are compared.
-  data = pipeline.open_eval(of_tasks(tmp_path, {}), BYTES, 'weather')
+  data = EvalData(Library(of_tasks(tmp_path, {}), BYTES), 'weather')
   assert data.scores(three, said) == {'accuracy': pytest.approx(100 / 3)}
   assert data.scores(data.examples, ['wet'] * 7) == {
     'accuracy': pytest.approx(300 / 7)
@@ -758,7 +769,7 @@ def put(root, name, rows):
 def test_scores_and_majority_of_a_task_of_ours(tmp_path):
   put(tmp_path / 'data', 'CB/val', CB)
   c = of_tasks(tmp_path / 'cache', {}, data_dir=str(tmp_path / 'data'))
-  data = pipeline.open_eval(c, BYTES, 'super_glue_cb')
+  data = EvalData(Library(c, BYTES), 'super_glue_cb')
   labels = superglue.TASKS['cb'].labels
   assert data.choices(data.examples[0]) == data.labels == labels
   assert data.comparable('neutral') == 2 and data.comparable('none') == -1
@@ -779,7 +790,7 @@ def test_what_a_test_split_hides_is_not_scored(tmp_path):
   rows = [{k: v for k, v in row.items() if k != 'label'} for row in CB]
   put(tmp_path / 'data', 'CB/test', rows)
   c = of_tasks(tmp_path / 'cache', {}, data_dir=str(tmp_path / 'data'))
-  data = pipeline.open_eval(c, BYTES, 'super_glue_cb', 'test')
+  data = EvalData(Library(c, BYTES), 'super_glue_cb', 'test')
   assert [e.targets_text for e in data.examples] == ['<unk>'] * 4
   assert data.scores(data.examples, ['neutral'] * 4) == {}
   assert data.majority(data.examples) == {}
@@ -798,7 +809,7 @@ def moods(tmp_path, monkeypatch):
     )
     monkeypatch.setitem(tasks.TASKS, 'mood', made)
     c = of_tasks(tmp_path / 'cache', {}, data_dir=str(tmp_path / 'data'))
-    return pipeline.open_eval(c, BYTES, 'mood', split)
+    return EvalData(Library(c, BYTES), 'mood', split)
 
   yield opened
   import seqio
@@ -875,7 +886,7 @@ def test_a_query_of_record_without_answers_is_not_scored(tmp_path):
   rows = [{**RECORD, 'qas': [*RECORD['qas'], silent]}]
   put(tmp_path / 'data', 'ReCoRD/val', rows)
   c = of_tasks(tmp_path / 'cache', {}, data_dir=str(tmp_path / 'data'))
-  data = pipeline.open_eval(c, BYTES, 'super_glue_record')
+  data = EvalData(Library(c, BYTES), 'super_glue_record')
   assert len(data) == 4
   found = data.scores(data.examples, ['Ann', 'Zoë', 'x', 'Ann'])
   assert found == {'em': 50.0, 'f1': 50.0}
@@ -901,7 +912,7 @@ RECORD = {
 def test_an_example_may_have_choices_of_its_own(tmp_path):
   put(tmp_path / 'data', 'ReCoRD/val', [RECORD])
   c = of_tasks(tmp_path / 'cache', {}, data_dir=str(tmp_path / 'data'))
-  data = pipeline.open_eval(c, BYTES, 'super_glue_record')
+  data = EvalData(Library(c, BYTES), 'super_glue_record')
   assert data.labels == ()
   assert [data.choices(e) for e in data.examples] == [['Ann', 'Zoë']] * 3
   # An index of several parts is told as one; metrics find it as T5's do.
@@ -921,7 +932,7 @@ def test_answers_of_a_task_with_sentinels_begin_with_one(tmp_path):
     tmp_path / 'cache', {}, data_dir=str(tmp_path / 'data'), targets_length=32
   )
   plain, marked = (
-    pipeline.open_eval(c, BYTES, f'super_glue_cb{suffix}')
+    EvalData(Library(c, BYTES), f'super_glue_cb{suffix}')
     for suffix in ('', '_1_sentinel')
   )
   assert plain.begins == [] and marked.begins == [SENTINEL] == [358]
@@ -942,43 +953,43 @@ def test_answers_of_a_task_with_sentinels_begin_with_one(tmp_path):
 def test_our_tasks_read_their_files(tmp_path):
   put(tmp_path / 'data', 'CB/val', CB[:2])
   c = of_tasks(tmp_path / 'cache', {}, data_dir=str(tmp_path / 'data'))
-  data = pipeline.open_eval(c, BYTES, 'super_glue_cb')
+  data = EvalData(Library(c, BYTES), 'super_glue_cb')
   assert [e.targets_text for e in data.examples] == ['entailment', 'neutral']
   assert [e.idx for e in data.examples] == [0, 1]
   assert len(data.metric_fns) == 2
   # Another file, another cache.
   put(tmp_path / 'data', 'CB/val', CB[1:])
-  data = pipeline.open_eval(c, BYTES, 'super_glue_cb')
+  data = EvalData(Library(c, BYTES), 'super_glue_cb')
   assert [e.idx for e in data.examples] == [1, 2, 3]
   assert len(list((tmp_path / 'cache').iterdir())) == 2
   # A file of a better name too.
   put(tmp_path / 'data', 'superglue/CB/val', CB)
-  assert len(pipeline.open_eval(c, BYTES, 'super_glue_cb')) == 4
+  assert len(EvalData(Library(c, BYTES), 'super_glue_cb')) == 4
 
 
 def test_check_looks_for_the_files_of_tasks(tmp_path, monkeypatch):
   monkeypatch.delenv('ST_MOE_DATA', raising=False)
-  pipeline.check(of_tasks(tmp_path, {'tiny_glue': 1}))  # They need none.
+  Library(of_tasks(tmp_path, {'tiny_glue': 1})).check()  # They need none.
   mix = {'super_glue_cb': 1, 'tiny_cb': 1}
   with pytest.raises(ValueError, match=r'Where is superglue/CB/train.jsonl\?'):
-    pipeline.check(of_tasks(tmp_path, mix))
+    Library(of_tasks(tmp_path, mix)).check()
   c = of_tasks(tmp_path / 'cache', mix, data_dir=str(tmp_path / 'data'))
   missing = 'data has none of superglue/CB/{}.jsonl'
   with pytest.raises(ValueError, match=missing.format('train')):
-    pipeline.check(c)
+    Library(c).check()
   put(tmp_path / 'data', 'superglue/CB/train', CB)
-  pipeline.check(c)
+  Library(c).check()
   with pytest.raises(ValueError, match=missing.format('val')):
-    pipeline.check(c, ('train', 'validation'))
+    Library(c).check(('train', 'validation'))
   put(tmp_path / 'data', 'superglue/CB/val', CB)
-  pipeline.check(c, ('train', 'validation'))
+  Library(c).check(('train', 'validation'))
   # Nothing was made of them yet.
   assert not (tmp_path / 'cache').exists()
 
 
 def test_what_is_not_trained_on_needs_no_training_file(tmp_path):
   c = of_tasks(tmp_path, {'super_glue': 1}, data_dir=str(tmp_path))
-  library = mixture.Library(c, BYTES)
+  library = Library(c, BYTES)
   shares = library.members('super_glue')
   assert shares['super_glue_cb'] == 250 and shares['super_glue_record'] > 1e5
   assert shares['super_glue_axb'] == shares['super_glue_axg'] == 0
@@ -987,14 +998,14 @@ def test_what_is_not_trained_on_needs_no_training_file(tmp_path):
   for name in eight:
     folder = superglue.TASKS[name[11:]].files['train'][0]
     put(tmp_path, folder.removesuffix('.jsonl'), [{}])
-  pipeline.check(c)
+  Library(c).check()
   # Rates: shares of what is trained on.
-  rates = mixture.rates(c, dict.fromkeys(eight, 10), library)
+  rates = library.rates(dict.fromkeys(eight, 10))
   assert rates['super_glue_cb'] == pytest.approx(250 / 184_351)
   assert sum(rates.values()) == pytest.approx(1)
   # An evaluation names all ten.
   with pytest.raises(ValueError, match='one by one: .*super_glue_axb.*_wsc'):
-    pipeline.open_eval(c, BYTES, 'super_glue')
+    EvalData(Library(c, BYTES), 'super_glue')
 
 
 @pytest.mark.parametrize(
@@ -1059,7 +1070,7 @@ def remade(weather, tmp_path):
     seqio.TaskRegistry.remove('remade')
     seqio.TaskRegistry.add_provider('remade', made)
     c = of_tasks(tmp_path / 'cache', {}, inputs_length=32)
-    data = pipeline.open_eval(c, BYTES, 'remade', 'train')
+    data = EvalData(Library(c, BYTES), 'remade', 'train')
     return [BYTES.decode(e.inputs) for e in data.examples]
 
   yield read
@@ -1222,13 +1233,13 @@ def test_a_task_without_inputs_is_refused(tmp_path):
     with pytest.raises(
       ValueError, match=r"makes \['targets'\], but an encoder"
     ):
-      pipeline.open_eval(of_tasks(tmp_path, {}), BYTES, 'only_targets')
+      EvalData(Library(of_tasks(tmp_path, {}), BYTES), 'only_targets')
   finally:
     seqio.TaskRegistry.remove('only_targets')
 
 
 def test_iterate_stops_its_threads(folder):
-  data = pipeline.TrainData(config(folder), BYTES)
+  data = pipeline.TrainData(Library(config(folder), BYTES))
   before = threading.active_count()
   iterator = data.iterate(threads=4)
   assert equal(next(iterator), data.batch(0))
@@ -1245,22 +1256,22 @@ def test_configs_are_values(folder):
   # Nothing of a run is kept in the config.
   c = config(folder)
   copy = dataclasses.replace(c)
-  list(itertools.islice(pipeline.TrainData(c, BYTES).iterate(), 2))
+  list(itertools.islice(pipeline.TrainData(Library(c, BYTES)).iterate(), 2))
   assert c == copy
 
 
 def test_check_finds_what_no_file_shows():
   good = DataConfig(mixture={sources.EMBEDDED: 1})
-  pipeline.check(good, ('train', 'validation'))
+  Library(good).check(('train', 'validation'))
   bad = {
     'mixture': ({'python_referense': 1}, "Did you mean 'python_reference'"),
     'targets_length': (100, 'needs 114'),
   }
   for field, (value, message) in bad.items():
     with pytest.raises(ValueError, match=message):
-      pipeline.check(dataclasses.replace(good, **{field: value}))
+      Library(dataclasses.replace(good, **{field: value})).check()
   with pytest.raises(ValueError, match="no split 'test'"):
-    pipeline.check(good, ('train', 'test'))
+    Library(good).check(('train', 'test'))
 
 
 def test_the_test_split_of_wsc_has_no_scores(tmp_path):
@@ -1274,7 +1285,7 @@ def test_the_test_split_of_wsc_has_no_scores(tmp_path):
   }  # fmt: skip
   put(tmp_path, 'superglue/WSC/test', [row])
   c = of_tasks(tmp_path / 'cache', {}, data_dir=str(tmp_path))
-  source = pipeline.open_eval(c, BYTES, 'super_glue_wsc', 'test')
+  source = EvalData(Library(c, BYTES), 'super_glue_wsc', 'test')
   assert source.examples[0].targets_text == 'Ann'
   assert source.scores(source.examples, ['Ann']) == {}
   assert source.majority(source.examples) == {}
@@ -1286,11 +1297,11 @@ def test_two_libraries_in_turn_read_their_own_files(tmp_path):
   for n in (1, 3):
     put(tmp_path / str(n), 'superglue/CB/val', [row] * n)
     c = of_tasks(tmp_path / 'cache', {}, data_dir=str(tmp_path / str(n)))
-    libraries.append(mixture.Library(c, BYTES))
+    libraries.append(Library(c, BYTES))
   for library in libraries:
     assert library.registry
   for library, n in zip(libraries, (1, 3), strict=True):
-    found = pipeline.EvalData(library, 'super_glue_cb', 'validation')
+    found = EvalData(library, 'super_glue_cb', 'validation')
     assert len(found) == n
 
 
@@ -1300,9 +1311,9 @@ def test_a_mixture_that_is_only_evaluated_trains_nothing(tmp_path):
   seqio.MixtureRegistry.add('only_diagnostics', [('tiny_cb', 0)])
   try:
     c = of_tasks(tmp_path, {'only_diagnostics': 1})
-    library = mixture.Library(c, BYTES)
+    library = Library(c, BYTES)
     with pytest.raises(ValueError, match='all of its tasks have the rate 0'):
-      mixture.rates(c, {}, library)
+      library.rates({})
   finally:
     seqio.MixtureRegistry.remove('only_diagnostics')
 
@@ -1313,5 +1324,5 @@ def test_prepare_looks_for_all_files_before_it_writes(tmp_path):
   cache = tmp_path / 'cache'
   c = of_tasks(cache, {'super_glue_cb': 1}, data_dir=str(tmp_path))
   with pytest.raises(ValueError, match='none of superglue/CB/val.jsonl'):
-    pipeline.prepare(c, BYTES)
+    pipeline.prepare(Library(c, BYTES))
   assert not cache.exists()

@@ -19,8 +19,6 @@ from st_moe import checkpoint, config_file, sharding
 from st_moe.config import Config, DataConfig, EvalConfig, StackConfig
 from st_moe.data import (
   files,
-  mixture,
-  pipeline,
   shards,
   trust,
   vocabulary,
@@ -91,8 +89,8 @@ def run(tmp_path, monkeypatch):
     'all_steps',
     lambda _: [places / f'{step}' for step in sharpness],
   )
-  monkeypatch.setattr(mixture, 'Library', Shelf)
-  monkeypatch.setattr(pipeline, 'EvalData', _source)
+  monkeypatch.setattr(evaluate, 'Library', Shelf)
+  monkeypatch.setattr(evaluate, 'EvalData', _source)
   monkeypatch.setenv('COLUMNS', '80')
   return lambda path='run', **options: evaluate.evaluate(
     tmp_path / path, **options

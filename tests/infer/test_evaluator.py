@@ -11,7 +11,8 @@ import pytest
 
 from st_moe import sharding
 from st_moe.config import Capacity, Config, DataConfig, EvalConfig, StackConfig
-from st_moe.data import pipeline, superglue, vocabulary
+from st_moe.data import superglue, vocabulary
+from st_moe.data.eval_data import EvalData, Example
 from st_moe.data.metrics import accuracy
 from st_moe.data.task import UNKNOWN, TextTask
 from st_moe.infer.evaluator import Evaluator, flat
@@ -81,7 +82,7 @@ def _ids(text):
   return begins + VOCABULARY.encode(text.removeprefix('<extra_id_0>'))
 
 
-class Source(pipeline.EvalData):
+class Source(EvalData):
   """Rows (question, answer) or (question, answer, fields), as a task or text.
 
   The metrics and choices are those of real data.
@@ -113,7 +114,7 @@ class Source(pipeline.EvalData):
   def examples(self):
     assert not self.is_text
     return [
-      pipeline.Example(
+      Example(
         [question, *VOCABULARY.encode('hi'), EOS],
         [*self.begins, *_ids(answer), EOS],
         f'question {question}',

@@ -707,7 +707,7 @@ def test_what_a_config_continues(tmp_path):
   assert config.model.tie_embeddings and config.model.activation == 'relu'
   assert config.model.dropout == 0.3
   found_vocabulary = lambda: begin.find_vocabulary(
-    config, tmp_path / 'run', None, convert.open_source(config.init)
+    '', tmp_path / 'run', None, convert.open_source(config.init)
   )
   with pytest.raises(ValueError, match='without a vocabulary: set data.vocab'):
     found_vocabulary()

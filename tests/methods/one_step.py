@@ -101,5 +101,5 @@ def unrolled(config: Config, **changes) -> tuple[Config, TrainState]:
 def evaluated(config: Config, params):
   """Mean terms of the batch, as in evaluation."""
   model, batch = Transformer(config.model), batch_of(config.model)
-  run = lambda p: step.forward(model, config, p, batch, rng=None)[0]
+  run = lambda p: step.forward(model, config.loss, p, batch, rng=None)[0]
   return jax.device_get(jit(run)(params))

@@ -55,7 +55,7 @@ class Run:
     self.step = jit(step.make_train_step(self.model, made, config))
     self._terms = jit(
       lambda params, batch: step.forward(
-        self.model, config, params, batch, rng=None
+        self.model, config.loss, params, batch, rng=None
       )[0]
     )
 
@@ -80,7 +80,9 @@ def both_ways(model: ModelConfig) -> tuple[float, float]:
 
   def loss(model, params):
     config, key = config_of(model), jax.random.key(0)
-    found = jit(functools.partial(step.forward, Transformer(model), config))
+    found = jit(
+      functools.partial(step.forward, Transformer(model), config.loss)
+    )
     terms, *_ = found(params, read, rng=key, step=jnp.int32(1))
     return float(terms['cross_entropy'][0])
 

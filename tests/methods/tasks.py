@@ -102,7 +102,7 @@ def check_steps(moe: MoEConfig):
 
   def evaluated(model, params):
     made = Transformer(model)
-    read = lambda p: step.forward(made, config, p, batch, rng=None)[0]
+    read = lambda p: step.forward(made, config.loss, p, batch, rng=None)[0]
     return jit(read)(params)['cross_entropy'][0]
 
   flat = dataclasses.replace(model, scan_layers=False)

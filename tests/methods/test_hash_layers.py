@@ -353,7 +353,7 @@ def test_each_layer_has_a_salt_of_its_own_that_no_step_moves():
 
   def evaluated(model, params):
     apply = functools.partial(
-      step.forward, Transformer(model), config, rng=None
+      step.forward, Transformer(model), config.loss, rng=None
     )
     terms, *_ = jit(lambda p: apply(p, batch))(params)
     return terms['cross_entropy'][0]

@@ -6,8 +6,11 @@ import pytest
 
 from st_moe import config_file, sharding
 from st_moe.config import Part, StackConfig
-from st_moe.data import pipeline
+from st_moe.data import vocabulary
+from st_moe.data.eval_data import EvalData
+from st_moe.decode import decoding
 from st_moe.infer.evaluator import Evaluator
+from st_moe.infer.generate import Generator, Options
 from st_moe.infer.questions import Asker, Question
 from st_moe.model.transformer import Transformer
 from tests.helpers import random_params, slow_softmax, tiny
@@ -69,6 +72,48 @@ def test_one_task_needs_only_the_experts_it_asks():
   assert np.isnan(other).any()  # Whose experts those are.
 
 
+def test_texts_are_answered_by_the_router_of_their_task():
+  bytes_ = vocabulary.load('bytes')
+  stack = StackConfig(2, 2, 1, 16)
+  sizes = dict(vocab_size=bytes_.size, dtype='float32')
+  make = lambda gate: tiny(
+    encoder=stack, decoder=stack, moe=moe_of(gate), **sizes
+  )
+  token = np.ones((4, 4), 'i4')
+  model = Transformer(make(GATE))
+  params = random_params(model, token, token, token, task=token[0])
+  serve = lambda model, params, *tasks: Generator(
+    model, params, bytes_, max_inputs=8, batch_size=4, tasks=tasks
+  )
+  one = serve(model.config, params, 'boolq', 'cb')
+  say = lambda task: [
+    (found[0].tokens, found[0].score)
+    for found in one.answers(['abc', 'de'], Options.of(task=task, max_length=4))
+  ]
+  told = {task: say(task) for task in ('boolq', 'cb', 'other')}
+  assert len({str(answers) for answers in told.values()}) == 3
+  # Of a number as the model has it.
+  scores = {
+    task: next(one.scored(['abc'], ['xy'], Options(task=task)))[0].score
+    for task in told
+  }
+  ids = [[[*bytes_.encode(text), bytes_.eos]] for text in ('abc', 'xy')]
+  for number, task in enumerate(told):
+    asked = decoding.of_task(model, np.full(1, number, np.int32))
+    expected = decoding.token_logprobs(asked, params, *map(np.array, ids))
+    assert scores[task] == pytest.approx(float(expected.sum()), rel=1e-4)
+  whole, other = (one.encode(['abc'], task=t)[0] for t in ('boolq', 'cb'))
+  assert np.abs(whole - other).max() > 1e-3
+  with pytest.raises(ValueError, match='task= one of boolq, cb, other'):
+    one.answers(['abc'])
+  with pytest.raises(ValueError, match="task 'bolq'. Did you mean 'boolq'"):
+    say('bolq')
+  plain = Transformer(make(Part('linear')))
+  params = random_params(plain, token, token, token)
+  with pytest.raises(ValueError, match="not route by task: leave task='cb'"):
+    serve(plain.config, params).answers(['abc'], Options(task='cb'))
+
+
 def test_questions_of_several_tasks_share_a_batch():
   """And each is answered as by its own task."""
   stack = StackConfig(1, 1, 0, 16)
@@ -99,7 +144,7 @@ def test_what_is_measured_has_the_number_it_had_in_training():
       return ['boolq', 'cb', 'copa']
 
   def number(name, by_task=True):
-    source = pipeline.EvalData.__new__(pipeline.EvalData)
+    source = EvalData.__new__(EvalData)
     source.name, source._library = name, Library() if by_task else None
     evaluator = Evaluator.__new__(Evaluator)
     evaluator._by_task = by_task

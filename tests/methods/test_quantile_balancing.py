@@ -210,7 +210,7 @@ def test_steps_make_the_loads_of_a_layer_even():
   said = jit(
     lambda params, half: step.forward(
       run.model,
-      run.config,
+      run.config.loss,
       params,
       half,
       rng=jax.random.key(0),

@@ -21,6 +21,7 @@ from jax.experimental.compilation_cache import compilation_cache
 import st_moe
 from st_moe import checkpoint, config_file, paths, sharding
 from st_moe.data import pipeline, vocabulary
+from st_moe.data.mixture import Library
 from st_moe.history import read_rows
 from st_moe.infer import evaluate
 from st_moe.interop import convert
@@ -188,7 +189,7 @@ def test_tokens_are_counted_by_source(run, written):
   """By a loop over the same batches, which follow from the seed alone."""
   config = _load(written)
   data = pipeline.TrainData(
-    config.data, vocabulary.load(run / 'vocabulary.model')
+    Library(config.data, vocabulary.load(run / 'vocabulary.model'))
   )
   seen, rows = {'reds': 0, 'blues': 0}, _steps(run)
   assert set(data.sources) == set(seen)
@@ -317,6 +318,10 @@ def test_two_runs_do_not_meet_in_a_workdir(copy, written):
   assert after == before
 
 
+def _claim(workdir, config):
+  return workdirs.claim(epath.Path(workdir), config_file.to_dict(config))
+
+
 def test_a_smaller_machine_may_go_on(run, written, capsys):
   # How a number is computed is free; which microbatch it is drawn in, told.
   fields = {
@@ -326,9 +331,9 @@ def test_a_smaller_machine_may_go_on(run, written, capsys):
     'loss__positions': '4',
     'mesh__expert': '1',
   }
-  assert workdirs.claim(epath.Path(run), _load(written, **fields)) == 6
+  assert _claim(run, _load(written, **fields)) == 6
   assert capsys.readouterr().out == ''
-  assert workdirs.claim(epath.Path(run), _load(written, microbatches='2')) == 6
+  assert _claim(run, _load(written, microbatches='2')) == 6
   assert capsys.readouterr().out == (
     'microbatches: 1 -> 2: each microbatch draws dropout, jitter and second'
     ' experts by a lot of its own, so a run that has these goes on with other'
@@ -336,7 +341,7 @@ def test_a_smaller_machine_may_go_on(run, written, capsys):
   )
   for other in ({'model__scan_layers': 'false'}, {'model__dtype': 'bfloat16'}):
     with pytest.raises(ValueError, match='belongs to another config'):
-      workdirs.claim(epath.Path(run), _load(written, **other))
+      _claim(run, _load(written, **other))
 
 
 class _Gone:
@@ -361,8 +366,8 @@ def test_other_data_are_refused_unless_they_may_change(
   config = _load(written, **moved)
   known = checkpoint.read_run(copy)['data']
   vocab = vocabulary.load(copy / 'vocabulary.model')
-  assert pipeline.TrainData(config.data, vocab).digests == known
-  assert workdirs.claim(epath.Path(copy), config) == 6
+  assert pipeline.TrainData(Library(config.data, vocab)).digests == known
+  assert _claim(copy, config) == 6
   texts.write_text(f'{text}\n\n{text[:200]}')
   with pytest.raises(ValueError, match="data of 'reds' are not known to be wh"):
     loop.train(config, copy)
@@ -463,9 +468,9 @@ def test_a_workdir_where_nothing_was_trained_takes_any_config(
   # A vocabulary made for the old config does not stay for the new one.
   own = tmp_path / 'vocabulary.model'
   own.write_bytes(b'old')
-  workdirs.claim(epath.Path(tmp_path), wrong)
+  _claim(tmp_path, wrong)
   assert own.exists()
-  workdirs.claim(epath.Path(tmp_path), _load(written))
+  _claim(tmp_path, _load(written))
   assert not own.exists()
 
 
@@ -842,7 +847,12 @@ def test_too_many_bad_steps_end_a_run(written):
   report, clock = _Report(), Clock()
   metrics = {'loss': np.float32('nan'), 'bad_steps': np.int32(2)}
   look = lambda n, **more: loop._look(
-    (n, {**metrics, **more}, (10, ())), {}, config, report, clock
+    config.log.every,
+    config.optimizer.max_bad_steps,
+    report,
+    clock,
+    (n, {**metrics, **more}, (10, ())),
+    {},
   )
   look(11)
   assert report.notes == ['step 11 was not applied: loss nan']
@@ -855,7 +865,14 @@ def test_rows_are_written_now_and_then(written):
   report, clock = _Report(), Clock()
   metrics = {'loss': np.float32(1), 'bad_steps': np.int32(0)}
   for n in range(1, 301):
-    loop._look((n, metrics, (10, ())), {}, config, report, clock)
+    loop._look(
+      config.log.every,
+      config.optimizer.max_bad_steps,
+      report,
+      clock,
+      (n, metrics, (10, ())),
+      {},
+    )
   assert report.rows == [1, 100, 200, 300]
   assert report.notes == []
 

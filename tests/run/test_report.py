@@ -16,6 +16,7 @@ from rich.console import Console
 from tensorboardX import event_file_writer
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from st_moe import config_file
 from st_moe.config import Config, LogConfig
 from st_moe.history import Rows, read_rows
 from st_moe.run import compare, report
@@ -176,7 +177,7 @@ def test_a_run_that_ends_in_an_object_store_leaves_no_row_behind(bucket):
 
 def _report(workdir, config=_PLAIN, start=0):
   """A report, and where it talks to instead of a terminal."""
-  made = Report(workdir, config, start=start)
+  made = Report(workdir, config.log, config_file.to_dict(config), start=start)
   said = io.StringIO()
   made.console = Console(file=said, width=200)
   return made, said
@@ -301,7 +302,7 @@ def _run(workdir):
   said = io.StringIO()
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr('rich.console.Console', lambda: Console(file=said, width=200))
-    made = Report(workdir, _WANDB, start=0)
+    made = Report(workdir, _WANDB.log, config_file.to_dict(_WANDB), start=0)
     made.write(1, {'loss': 2.5, 'load': np.ones(3)})
     made.write(2, {'loss': 1.5})
     made.close()

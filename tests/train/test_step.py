@@ -196,7 +196,7 @@ def test_gradients_stay_as_they_arise():
   batch = _batch(model)
 
   def grads(params):
-    objective = functools.partial(step.objective, module, config)
+    objective = functools.partial(step.objective, module, config.loss)
     frozen = jax.tree.map(lambda _: None, params)
     loss = lambda p: objective(
       frozen, p, batch, jax.random.key(0), jnp.int32(0)
@@ -236,7 +236,7 @@ def test_gradients_of_weights_add_up_in_float32():
     (module, _, config), state = _parts(model)
     read, batch = module.as_read(state.params), _batch(model)
     frozen = jax.tree.map(lambda _: None, read)
-    of_read = functools.partial(step.objective, module, config, frozen)
+    of_read = functools.partial(step.objective, module, config.loss, frozen)
     loss = lambda p, of=of_read, batch=batch: of(
       p, batch, jax.random.key(0), jnp.int32(0)
     )[0]
@@ -333,15 +333,15 @@ def _check(devices=1, model=MODEL, microbatches=1, **data):
 def test_groups_that_straddle_devices_are_told():
   # 8 x 16 and 8 x 8 tokens in groups of 16 and 8: 16 and 8 a device.
   mesh = sharding.make_mesh()
-  assert sizes.straddling(_config(), mesh) == []
+  assert sizes.check_padding(_config(), mesh) == []
   wider = dataclasses.replace(
     MODEL, encoder=dataclasses.replace(MODEL.encoder, group_size=32)
   )
-  (line,) = sizes.straddling(_config(wider), mesh)
+  (line,) = sizes.check_padding(_config(wider), mesh)
   assert 'encoder groups of 32 tokens straddle devices of 16' in line
   assert 'model.encoder.group_size=16' in line
   one = sharding.make_mesh(devices=jax.devices()[:1])
-  assert sizes.straddling(_config(wider), one) == []
+  assert sizes.check_padding(_config(wider), one) == []
 
 
 def _paper(**overrides):
@@ -358,9 +358,8 @@ def _paper(**overrides):
 
 def test_the_fine_tuning_of_the_paper_computes_no_empty_groups():
   config, mesh = _paper()
-  sizes.check_padding(config, mesh)
+  assert sizes.check_padding(config, mesh) == []
   assert sizes.padding(config, mesh) == {'encoder': 1, 'decoder': 1}
-  assert sizes.straddling(config, mesh) == []
 
 
 # With the groups of pre-training: 128 x 512 tokens are 16 groups of 4096 and
@@ -383,8 +382,8 @@ def test_groups_far_larger_than_a_device_are_refused():
     sizes.check_padding(config, mesh)
   # The advice is good, both ways.
   sizes.check_padding(_paper(model__encoder__group_size='512')[0], mesh)
-  sizes.check_padding(dataclasses.replace(config, max_padding=15.0), mesh)
-  told = ' '.join(sizes.straddling(config, mesh))
+  wide = dataclasses.replace(config, max_padding=15.0)
+  told = ' '.join(sizes.check_padding(wide, mesh))
   assert 'compute 8.00 times the places' in told
   assert 'compute 14.71 times the places' in told
 
@@ -400,10 +399,8 @@ def test_groups_far_larger_than_a_device_are_refused():
 )
 def test_groups_that_cost_nothing_are_not_refused(changes):
   config, mesh = _paper(**PRETRAINED, **changes)
-  sizes.check_padding(config, mesh)
-  assert not any(
-    'times the places' in s for s in sizes.straddling(config, mesh)
-  )
+  told = sizes.check_padding(config, mesh)
+  assert not any('times the places' in line for line in told)
 
 
 def test_up_to_twice_the_places_is_told_and_not_refused():
@@ -414,10 +411,8 @@ def test_up_to_twice_the_places_is_told_and_not_refused():
       MODEL, encoder=dataclasses.replace(MODEL.encoder, group_size=n)
     )
   )
-  sizes.check_padding(wider(32), mesh)
-  assert (
-    'and compute 2.00 times the places' in sizes.straddling(wider(32), mesh)[0]
-  )
+  told = sizes.check_padding(wider(32), mesh)
+  assert 'and compute 2.00 times the places' in told[0]
   with pytest.raises(ValueError, match='8 devices each has 16 encoder tokens'):
     sizes.check_padding(wider(40), mesh)
   # As the layer cuts them.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from st_moe.config import Config, MoEConfig, Part, StackConfig
+from st_moe.config import LossConfig, MoEConfig, Part, StackConfig
 from st_moe.model.transformer import Transformer
 from st_moe.paths import unroll
 from st_moe.train import terms as terms_lib
@@ -170,11 +170,11 @@ def test_a_weight_may_change_with_the_step_and_from_stack_to_stack():
     encoder=StackConfig(4, 2, 1),
     decoder=StackConfig(2, 2, 1, moe=own),
   )
-  found = terms_lib.coefficients(Config(model=model), jnp.int32(5))
+  found = terms_lib.coefficients(model, LossConfig(), jnp.int32(5))
   assert found['cross_entropy'] == 1 and found['z_loss'] == 1e-4
   # The decoder's one sparse layer, then the encoder's two.
   np.testing.assert_allclose(found['router_z'], [3, 0.5, 0.5])
-  end = terms_lib.coefficients(Config(model=model), None)
+  end = terms_lib.coefficients(model, LossConfig(), None)
   np.testing.assert_allclose(end['router_z'], [3, 0, 0])
 
 
