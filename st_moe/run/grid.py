@@ -67,7 +67,12 @@ def _parted(text: str, sign: str) -> list[str]:
 def directory(cell: Cell) -> str:
   """'optimizer.train=moe,seed=1'; of a path its last part."""
   last = lambda field: '.'.join(field.split('.')[-2:])
-  base = lambda value: value.rstrip('/').rpartition('/')[2]
+
+  def base(value):
+    if value.startswith(('{', '[', '(')):  # Several, which may hold paths.
+      return value.replace('/', '_')
+    return value.rstrip('/').rpartition('/')[2]
+
   return ','.join(f'{last(k)}={base(v)}' for k, v in cell.items())
 
 

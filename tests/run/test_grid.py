@@ -37,6 +37,12 @@ def test_values_that_hold_commas():
 def test_a_cell_has_a_directory_of_its_own():
   cell = {'seed': '1', 'model.moe.train_capacity.factor': '2.0'}
   assert grid.directory(cell) == 'seed=1,train_capacity.factor=2.0'
+  # Of a path the end, unless it is one of several values.
+  assert grid.directory({'init': 'runs/a/'}) == 'init=a'
+  gate = "{'name': 'hash', 'vectors': 'a/b.npy'}"
+  assert grid.directory({'moe.gate': gate}) == (
+    "moe.gate={'name': 'hash', 'vectors': 'a_b.npy'}"
+  )
   with pytest.raises(ValueError, match="two cells 'seed=0'"):
     grid.cells(['seed=0,1,0'])
 
