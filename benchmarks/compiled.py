@@ -45,7 +45,7 @@ def layer(
   config = ModelConfig(
     embed_dim=1024,
     mlp_dim=2816,
-    activation='gelu',
+    activation=Part('gelu'),
     dtype='bfloat16',
     moe=moe,
   )

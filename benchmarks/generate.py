@@ -46,7 +46,7 @@ def model_config(experts: int) -> ModelConfig:
     num_heads=8,
     head_dim=32,
     mlp_dim=1024,
-    activation='relu',
+    activation=Part('relu'),
     tie_embeddings=True,
     encoder=stack,
     decoder=stack,

@@ -42,7 +42,7 @@ def layer(flags, experts: int, dispatcher: str, group: int) -> MoE:
   model = ModelConfig(
     embed_dim=flags.width,
     mlp_dim=flags.hidden,
-    activation='relu',
+    activation=Part('relu'),
     dtype='float32',
     moe=moe,
   )

@@ -54,7 +54,7 @@ def our_config(experts: int):
     num_heads=8,
     head_dim=32,
     mlp_dim=1024,
-    activation='relu',
+    activation=c.Part('relu'),
     encoder=stack,
     decoder=stack,
     moe=c.MoEConfig(

@@ -74,7 +74,7 @@ def forward_flops(
 
 
 def _matrices(model: ModelConfig) -> int:
-  return 3 if model.activation == 'geglu' else 2
+  return 3 if model.activation.name == 'geglu' else 2
 
 
 def _attention(model, stack, sublayer: Sublayer, n: int, keys: int):

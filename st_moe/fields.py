@@ -81,7 +81,8 @@ def unknown(
   known = sorted(map(str, known))
   near = [*near] or difflib.get_close_matches(str(name), known, n=1)
   hint = f' Did you mean {" or ".join(map(repr, near))}?' if near else ''
-  return ValueError(f'Unknown {what} {shown(name)}.{hint} Known: {known}.')
+  listed = f'Known: {known}.' if known else 'There is none.'
+  return ValueError(f'Unknown {what} {shown(name)}.{hint} {listed}')
 
 
 def shown(value) -> str:

@@ -14,6 +14,7 @@ from st_moe.config import (
   ModelConfig,
   MoEConfig,
   OptimizerConfig,
+  Part,
   StackConfig,
 )
 from st_moe.model.transformer import Transformer
@@ -34,6 +35,8 @@ def tiny(**changes) -> ModelConfig:
   moe = changes.pop('moe', {})
   if isinstance(moe, dict):
     moe = MoEConfig(**{'num_experts': 4, **moe})
+  if 'activation' in changes:
+    changes['activation'] = Part(changes['activation'])
   defaults = dict(
     vocab_size=32,
     embed_dim=16,
@@ -248,7 +251,7 @@ def params_by_hand(model: ModelConfig) -> dict[str, int]:
   """Parameters by role, by the formulas of the papers."""
   d, joined = model.embed_dim, model.num_heads * model.head_dim
   e, f = model.moe.num_experts, model.expert_dim(model.moe)
-  matrices = 3 if model.activation == 'geglu' else 2
+  matrices = 3 if model.activation.name == 'geglu' else 2
   roles = dict.fromkeys(
     ('embedding', 'attention', 'mlp', 'experts', 'router', 'norms'), 0
   )

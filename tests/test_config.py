@@ -528,11 +528,6 @@ def test_the_dense_twin_is_as_wide_as_what_the_sparse_one_computes():
 @pytest.mark.parametrize(
   'field, value, message',
   [
-    (
-      'model.activation',
-      'gegl',
-      "config.model.activation 'gegl'.*'geglu'",
-    ),
     ('model.dtype', 'float3', "Unknown config.model.dtype 'float3'.*'float32'"),
     ('model.remat', 'ful', "Unknown config.model.remat 'ful'.*'full'"),
     ('model.encoder.group_size', '0', 'group_size = 0 .* at least 1'),

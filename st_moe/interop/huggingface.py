@@ -478,11 +478,13 @@ def _family(config: Config) -> dict:
         ' those that were sparse.'
       )
     names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
+    if (name := model.activation.name) not in names:
+      raise ValueError(f'HuggingFace has no FFN of the activation {name!r}.')
     kind = 'umt5' if model.relpos_per_layer else 't5'
     return {
       'model_type': kind,
       'architectures': [f'{kind.upper()}{part}'],
-      'feed_forward_proj': names[model.activation],
+      'feed_forward_proj': names[name],
       'scale_decoder_outputs': model.tie_embeddings,
     }
   moe = model.moe_of(model.stacks[0])
@@ -490,8 +492,8 @@ def _family(config: Config) -> dict:
   weights = {part.name: part.kwargs.get('weight', 1.0) for part in moe.losses}
   if model.relpos_per_layer:
     wrong.append('each layer has position biases of its own')
-  if model.activation != 'relu':
-    wrong.append(f'its experts are {model.activation} networks, not relu')
+  if (name := model.activation.name) != 'relu':
+    wrong.append(f'its experts are {name} networks, not relu')
   if moe.extra_ffn != 'none':
     wrong.append('an extra FFN stands beside each sparse one')
   if moe.k != 1:

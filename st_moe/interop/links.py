@@ -50,7 +50,7 @@ class Link:
 
 def matrices(config: ModelConfig) -> tuple[str, ...]:
   """Names of the kernels of a feed-forward network."""
-  if config.activation == 'geglu':
+  if config.activation.name == 'geglu':
     return 'wi_0', 'wi_1', 'wo'
   return 'wi', 'wo'
 

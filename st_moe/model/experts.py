@@ -7,13 +7,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from st_moe.config import ModelConfig, MoEConfig
+from st_moe.config import ModelConfig, MoEConfig, Part
 from st_moe.model import grouped_tpu
 from st_moe.model.layers import (
-  ACTIVATIONS,
   Kernel,
-  activate,
+  activation,
   activation_dtype,
+  inputs_of,
   sums_dtype,
 )
 from st_moe.model.layers import product as weighted
@@ -29,7 +29,7 @@ class Bank:
   wo: jax.Array  # [e, f, d].
   bias: jax.Array | None  # [e, f], multiplied with the hidden units.
   key: jax.Array | None  # Of dropout on the hidden units; None: none.
-  activation: str = flax.struct.field(pytree_node=False)
+  activation: Part = flax.struct.field(pytree_node=False)
   dropout: float = flax.struct.field(pytree_node=False)
   # In which gradients of weights add up.
   sums: jnp.dtype = flax.struct.field(pytree_node=False, default=jnp.float32)
@@ -53,7 +53,7 @@ class Bank:
   @jax.named_scope('experts')
   def answers(self, hidden, expert=None) -> jax.Array:
     """[b, ..., d], from `hidden`."""
-    h = activate(self.activation, hidden)
+    h = activation(self.activation)(*hidden)
     if self.bias is not None:
       # Its gradients add up in float32.
       bias = self.bias.astype(jnp.float32)
@@ -103,8 +103,7 @@ class Experts(nn.Module):
     kernel = functools.partial(
       Kernel, scale=cfg.init_scale, dtype=dtype, fan_in=(1,), batch=(0,)
     )
-    n = len(ACTIVATIONS[cfg.activation])
-    names = ['wi'] if n == 1 else [f'wi_{i}' for i in range(n)]
+    names = inputs_of(cfg.activation)
     into, out = (
       ('expert', 'embed', 'expert_mlp'),
       ('expert', 'expert_mlp', 'embed'),

@@ -1,7 +1,8 @@
 """Norm, embedding, feed-forward: T5 1.1's parts, as T5X names them."""
 
 import functools
-import math
+import inspect
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from st_moe import sharding
-from st_moe.config import ModelConfig
+from st_moe.config import ModelConfig, Part
 from st_moe.sharding import annotate, constrain
 
 
@@ -24,23 +25,31 @@ def relu(x: jax.Array) -> jax.Array:
 
 relu.defvjp(lambda x: (relu(x),) * 2, lambda y, dy: (jnp.where(y > 0, dy, 0),))
 
-# The functions of the input matrices; their outputs are multiplied.
-ACTIVATIONS = {
-  'relu': (relu,),
-  'gelu': (jax.nn.gelu,),
-  'geglu': (jax.nn.gelu, lambda x: x),
-}
+
+def gelu(x: jax.Array) -> jax.Array:
+  """GELU by tanh, as T5 has it."""
+  return light(jax.nn.gelu)(x)
 
 
-def activate(name: str, hidden) -> jax.Array:
-  """Hidden units from the outputs of the input matrices, in their order."""
-  functions = ACTIVATIONS[name]
-  if name == 'relu':
-    return relu(*hidden)
-  product = lambda *hidden: math.prod(
-    f(h) for f, h in zip(functions, hidden, strict=True)
-  )
-  return light(product)(*hidden)
+def geglu(x: jax.Array, linear: jax.Array) -> jax.Array:
+  """GELU(x) * linear, of two input matrices (arXiv:2002.05202)."""
+  return light(lambda x, linear: jax.nn.gelu(x) * linear)(x, linear)
+
+
+# f(*outputs of as many input matrices, *, ...) -> hidden units.
+ACTIVATIONS = {'relu': relu, 'gelu': gelu, 'geglu': geglu}
+
+
+def activation(part: Part) -> Callable:
+  """Of the outputs of its input matrices, in their order."""
+  return part.choose('config.model.activation', ACTIVATIONS)
+
+
+def inputs_of(part: Part) -> list[str]:
+  """The names of its input matrices."""
+  found = inspect.signature(activation(part)).parameters.values()
+  n = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in found)
+  return ['wi'] if n == 1 else [f'wi_{i}' for i in range(n)]
 
 
 def activation_dtype(name: str) -> jnp.dtype:
@@ -243,10 +252,10 @@ class Embed(nn.Module):
 
 
 class Mlp(nn.Module):
-  """Dense feed-forward network: GEGLU or ReLU, no biases."""
+  """Dense feed-forward network, no biases."""
 
   hidden_dim: int
-  activation: str
+  activation: Part
   dropout: float
   init_scale: float
   dtype: jnp.dtype
@@ -256,12 +265,11 @@ class Mlp(nn.Module):
   def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
     d, f = x.shape[-1], self.hidden_dim
     kernel = functools.partial(Kernel, scale=self.init_scale, dtype=self.dtype)
-    n = len(ACTIVATIONS[self.activation])
-    names = ['wi'] if n == 1 else [f'wi_{i}' for i in range(n)]
+    names = inputs_of(self.activation)
     wi = [kernel((d, f), ('embed', 'mlp'), name=name)() for name in names]
     times = lambda x, w: product('td,df->tf', x, w, self.sums)
     tokens = flat(x)  # Once, or the backward pass would keep it twice.
-    h = activate(self.activation, [times(tokens, w) for w in wi])
+    h = activation(self.activation)(*(times(tokens, w) for w in wi))
     h = h.reshape(*x.shape[:-1], f)
     h = nn.Dropout(self.dropout, broadcast_dims=(-2,))(
       h, deterministic=deterministic

@@ -6,6 +6,7 @@ them by name.
 
 from st_moe import about
 from st_moe.config import ModelConfig, MoEConfig, Part, checked_option
+from st_moe.model import layers
 from st_moe.model.beside import BESIDE
 from st_moe.model.dispatch import DISPATCHERS
 from st_moe.model.experts import EXPERTS
@@ -72,6 +73,7 @@ def needs(moe: MoEConfig) -> set[str]:
 
 def check(model: ModelConfig) -> None:
   """Raises for a part, or an option of one, that cannot be."""
+  layers.activation(model.activation)
   for stack in model.stacks:
     moe, sparse = model.moe_of(stack), model.plan(stack).num_sparse > 0
     for field, part in of(moe):

@@ -704,7 +704,7 @@ def test_what_a_config_continues(tmp_path):
   flags = {'init': f'hf:{tmp_path}', 'model.dropout': '0.3'}
   config = config_file.load('configs/finetune.py', flags, base=base)
   assert config.model.encoder == StackConfig(2, 0, 0, group_size=512)
-  assert config.model.tie_embeddings and config.model.activation == 'relu'
+  assert config.model.tie_embeddings and config.model.activation.name == 'relu'
   assert config.model.dropout == 0.3
   found_vocabulary = lambda: begin.find_vocabulary(
     '', tmp_path / 'run', None, convert.open_source(config.init)

@@ -83,7 +83,7 @@ def test_every_variable_finds_its_place(case, tmp_path):
   source = mesh_tf.open_source(prefix)
   asked, model = CASES[case], source.config.model
   assert source.unused == []
-  assert model.activation == ('geglu' if asked['gated'] else 'relu')
+  assert model.activation.name == ('geglu' if asked['gated'] else 'relu')
   assert model.tie_embeddings == asked['tied']
   assert (model.num_heads, model.head_dim) == (H, KV)
   if asked['sparse']:
