@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import sys
 
 from st_moe import backend, signals, stdio, terminal
@@ -506,8 +507,12 @@ def _methods(flags, overrides):
   _start(flags)
   from st_moe import methods
 
-  cards = methods.cards(flags.name) if flags.name else [methods.listed()]
-  terminal.say('\n\n\n'.join(cards))
+  if flags.name:
+    terminal.say('\n\n\n'.join(methods.cards(flags.name)))
+    return
+  at_terminal = sys.stdout.isatty()  # Who pipes it on has all the room.
+  columns = shutil.get_terminal_size().columns if at_terminal else 0
+  terminal.say(methods.listed(columns))
 
 
 def _list(flags, overrides):

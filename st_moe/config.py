@@ -238,7 +238,7 @@ class MoEConfig(Checked):
   # finds best, or 'shard_map', to the letter: by all-to-alls, or for `grouped`
   # gathered by all who share the experts. 'auto': the latter for `grouped`
   # alone, where the compiler would gather in every turn of its loop.
-  transport: Literal['auto', 'gspmd', 'shard_map'] = 'auto'
+  transport: Literal['auto', 'gspmd', 'shard_map', 'two_hop'] = 'auto'
   multiplicative_bias: bool = False  # On the expert's hidden units, Table 17.
   expert_dropout: Rate | None = None  # None: the model's dropout.
   # Dense FFN 'before' or 'after' a sparse one; 'none'.

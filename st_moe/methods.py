@@ -25,7 +25,7 @@ PLACES = {
   'optimizer.after': AFTER,
 }
 _EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
-_WIDTH = 80
+_WIDTH, _WIDE = 80, 90  # Of a card, and of the table with papers.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _parts(config: Config) -> list[tuple[str, Part]]:
   return found + [('optimizer.after', part) for part in config.optimizer.after]
 
 
-COLUMNS = 'row', 'name', 'paper', 'kind', 'causal', 'noisy', 'config'
+COLUMNS = 'row', 'name', 'paper', 'kind', 'causal', 'noisy', 'config', 'shown'
 
 
 def table() -> list[tuple[str, ...]]:
@@ -146,18 +146,41 @@ def table() -> list[tuple[str, ...]]:
       say(m.about.causal),
       say(m.about.noisy),
       m.config,
+      experiments().get(m.config, {}).get('shown', ''),
     )
     for m in entries()
     if m.paper
   ]
 
 
-def listed() -> str:
-  """`table` for a terminal; a row is named once."""
+@functools.cache
+def experiments() -> dict[str, dict[str, str]]:
+  """Config -> its row of experiments/methods.md, by the heads of columns.
+
+  'shown' says whether a claim showed there: 'yes', 'no' or 'in part'.
+  """
+  lines = (_EXPERIMENTS / 'methods.md').read_text().splitlines()
+  cells = [
+    [cell.strip() for cell in line.strip('|').split(' | ')]
+    for line in lines
+    if line.startswith('| ') and not line.startswith('| ---')
+  ]
+  heads, *rows = cells
+  found = [dict(zip(heads, row, strict=True)) for row in rows]
+  return {row['config']: row for row in found}
+
+
+def listed(width: int = 0) -> str:
+  """`table` for a terminal; a row is named once.
+
+  Args:
+    width: of the terminal; where it is narrow, papers are left to the cards.
+  """
   rows = [COLUMNS, *table()]
+  if 0 < width < _WIDE:
+    rows = [row[:2] + row[3:] for row in rows]
   sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  gap = '  ' if sum(sizes) + 2 * len(sizes) - 2 <= _WIDTH else ' '
-  lines, last = [], ''
+  lines, gap, last = [], ' ', ''
   for row in rows:
     words = ['' if row[0] == last else row[0], *row[1:]]
     padded = (w.ljust(size) for w, size in zip(words, sizes, strict=True))
@@ -167,7 +190,8 @@ def listed() -> str:
     [
       *lines,
       '',
-      'Kinds are fields of config.model.moe, `after` of config.optimizer.',
+      'Kinds are fields of config.model.moe, `after` of config.optimizer; what',
+      'was shown of a claim, and how, is in experiments/methods.md.',
       '`st-moe methods NAME` shows one: a row, a name or a config.',
     ]
   )
@@ -252,6 +276,9 @@ def _verdicts(method: Method) -> list[str]:
   """Of experiments whose heading has its row, or `name` or `config` so."""
   names = [method.row, f'`{method.name}`', f'`{method.config}`']
   found = []
+  if row := experiments().get(method.config):
+    told = '{compared}: {figures}. Claim: {claim}. Shown: {shown}.'
+    found.append(_fill(f'Experiment. {told.format(**row)}'))
   for path in sorted(_EXPERIMENTS.glob('*.md')):
     for entry in re.split(r'^## ', path.read_text(), flags=re.MULTILINE)[1:]:
       heading, _, rest = entry.partition('\n')

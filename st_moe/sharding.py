@@ -8,11 +8,14 @@ sharding a weight never shards an activation by accident.
 import contextlib
 import contextvars
 import functools
+import itertools
 import logging
 import math
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import (
   AbstractMesh,
@@ -175,8 +178,34 @@ def _arrange(sizes: tuple[int, ...], devices, across_slices: bool):
 @contextlib.contextmanager
 def use(mesh: Mesh):
   """Makes `constrain` effective. A bare `with mesh:` would drop it silently."""
-  with jax.set_mesh(mesh), nn.logical_axis_rules(rules(mesh)):
-    yield mesh
+  token = _NEIGHBOURS.set(neighbours(mesh))
+  try:
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules(mesh)):
+      yield mesh
+  finally:
+    _NEIGHBOURS.reset(token)
+
+
+_NEIGHBOURS = contextvars.ContextVar('neighbours', default=1)
+
+
+def neighbours(mesh: Mesh | AbstractMesh) -> int:
+  """Devices in a row along `expert` that are near: of a slice, else of a host.
+
+  1 where there are not equally many of each.
+  """
+  if isinstance(mesh, AbstractMesh):
+    return 1
+  slices = {getattr(d, 'slice_index', 0) for d in mesh.devices.flat}
+  home = 'slice_index' if len(slices) > 1 else 'process_index'
+  axis = mesh.axis_names.index('expert')
+  rows = np.moveaxis(mesh.devices, axis, -1).reshape(-1, mesh.shape['expert'])
+  near = {
+    len([*devices])
+    for row in rows
+    for _, devices in itertools.groupby(row, lambda d: getattr(d, home))
+  }
+  return near.pop() if len(near) == 1 else 1
 
 
 def _spec(axes, rules) -> PartitionSpec:
@@ -222,25 +251,53 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def move(
   x: jax.Array, before: tuple, after: tuple, *, split: int, join: int, by: str
 ) -> jax.Array:
-  """`x` from one layout into another, by one all-to-all along `expert`.
+  """`x` from one layout into another, by an all-to-all along `expert`.
 
   Args:
     before, after: logical axes of x.
     split, join: the dimension that is cut among the devices of the mesh axis
       `expert`, and the one whose parts come together there.
-    by: 'shard_map' says it to the letter; else it is left to the compiler.
+    by: 'shard_map' says it to the letter, 'two_hop' in two, among `neighbours`
+      first (arXiv:2203.14685); else it is left to the compiler.
   """
-  x = constrain(x, *before)
-  if by != 'shard_map' or shards('expert') == 1:
+  x, count = constrain(x, *before), shards('expert')
+  if by not in ('shard_map', 'two_hop') or count == 1:
     return constrain(x, *after)
-  swap = functools.partial(
+  near = _NEIGHBOURS.get() if by == 'two_hop' else 1
+  if 1 < near < count:
+    swap = functools.partial(_two_hops, count=count, near=near)
+  else:
+    swap = functools.partial(jax.lax.all_to_all, axis_name='expert', tiled=True)
+  swap = functools.partial(swap, split_axis=split, concat_axis=join)
+  return on_shards(swap, (before,), after)(x)
+
+
+def _two_hops(x, *, split_axis: int, concat_axis: int, count: int, near: int):
+  """An all-to-all of `count` devices: few large messages between hosts.
+
+  What goes to the device j of any host is brought to the j of the own one,
+  and from there all of it at once to the j of each.
+  """
+  hosts = range(count // near)
+  among = lambda axis, groups: functools.partial(
     jax.lax.all_to_all,
     axis_name='expert',
-    split_axis=split,
-    concat_axis=join,
+    split_axis=axis,
+    concat_axis=axis,
+    axis_index_groups=groups,
     tiled=True,
   )
-  return on_shards(swap, (before,), after)(x)
+  inside = [[n * near + j for j in range(near)] for n in hosts]
+  across = [[n * near + j for n in hosts] for j in range(near)]
+  before, after = x.shape[:split_axis], x.shape[split_axis + 1 :]
+  size = x.shape[split_axis] // count
+  x = x.reshape(*before, len(hosts), near, size, *after)
+  x = among(split_axis, across)(among(split_axis + 1, inside)(x))
+  # Now by where it comes from.
+  x = x.reshape(*before, count, size, *after)
+  x = jnp.moveaxis(x, split_axis, concat_axis)
+  joined = count * x.shape[concat_axis + 1]
+  return x.reshape(*x.shape[:concat_axis], joined, *x.shape[concat_axis + 2 :])
 
 
 def on_shards(f, axes, out):

@@ -11,7 +11,8 @@ PAGE = pathlib.Path(__file__).parents[1] / 'docs' / 'methods.md'
 HEAD = """# Mechanisms of the literature
 
 Each is a line of a table and a config; `st-moe methods NAME` shows what one
-does, its options and what its config claims. Made by
+does, its options and what its config claims; whether that showed here, and in
+what figures, is in [experiments/methods.md](../experiments/methods.md). Made by
 `python -m tests.methods_page`.
 """
 
@@ -31,11 +32,11 @@ def page() -> str:
   lines = [HEAD, f'| {" | ".join(heads)} |', '| --- ' * len(heads) + '|']
   named = [m for m in methods.entries() if m.paper]
   for method, row in zip(named, methods.table(), strict=True):
-    source, name, _, kind, causal, noisy, config = row
+    source, name, _, kind, causal, noisy, config, shown = row
     link = f'[{config}](../configs/methods/{config}.py)' if config else ''
     cells = (
       *(source, f'`{name}`', _paper(method.paper), kind),
-      *(f'`{method.place}`', causal, noisy, link),
+      *(f'`{method.place}`', causal, noisy, link, shown),
     )
     lines.append(f'| {" | ".join(cells)} |')
   return '\n'.join(lines) + '\n'

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from st_moe import cli, config_file
+from st_moe import cli, config_file, methods
 from st_moe.config import Config
 from st_moe.data import files
 from st_moe.interop import convert, ours
@@ -193,11 +193,17 @@ def test_the_table_of_methods(capsys):
   lines = _runs(capsys, 'methods').splitlines()
   assert max(map(len, lines)) <= 80
   rows = [line.split() for line in lines]
-  assert rows[0] == 'row name paper kind causal noisy config'.split()
-  assert 'S1-18 top_k 2006.16668 selector yes yes gshard'.split() in rows
+  assert rows[0] == 'row name paper kind causal noisy config shown'.split()
+  named = {' '.join(row[:7]) for row in rows}
+  assert 'S1-18 top_k 2006.16668 selector yes yes gshard' in named
   # A row is named once.
   assert sum(row[:1] == ['S2-30'] for row in rows) == 1
-  assert 'rebalanced 2408.15664 after yes no loss_free'.split() in rows
+  shown = methods.experiments()['loss_free']['shown']
+  line = f'rebalanced 2408.15664 after yes no loss_free {shown}'
+  assert line.split() in rows
+  # At a narrow terminal papers are left to the cards.
+  narrow = methods.listed(80).splitlines()
+  assert max(map(len, narrow)) <= 80 and '2408.15664' not in narrow
 
 
 def test_every_card_fits_eighty_columns(capsys):

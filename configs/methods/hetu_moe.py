@@ -3,7 +3,8 @@
 Claim: two experts of two prototypes cost less to find than the best two and are
 as good; of one group, whose experts share a node, they cost less to reach. To
 compare: the loss and the largest load of either with top-2, and of two_level
-with `chosen` of 1 and 2.
+with `chosen` of 1 and 2. `model.moe.transport=two_hop` exchanges tokens among
+the devices of a host first, then between hosts.
 """
 
 from st_moe.config_file import base_of_method, own_arg

@@ -16,7 +16,7 @@ class Room:
 
   capacity: int  # Places of an expert in each group.
   num_experts: int
-  transport: str  # 'auto', 'gspmd' or 'shard_map'.
+  transport: str  # 'auto', 'gspmd', 'shard_map' or 'two_hop'.
 
 
 def by_slot(seats: Seats, slot: jax.Array, num_slots: int):

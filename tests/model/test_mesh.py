@@ -3,11 +3,13 @@
 That whole models train there as on one: `tests/covering.py`.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import logging
 import re
+import types
 import warnings
 
 import flax.linen as nn
@@ -109,10 +111,21 @@ def test_noise_of_the_router_does_not_know_the_mesh(dispatcher, group_size):
   assert_trees_close(eight[1], one[1])
 
 
-@pytest.mark.parametrize('name', ['data 8', 'fsdp 2 x expert 2 x model 2'])
-@pytest.mark.parametrize('transport', ['gspmd', 'shard_map'])
+@pytest.mark.parametrize(
+  ('transport', 'name'),
+  [
+    ('gspmd', 'data 8'),
+    ('gspmd', 'fsdp 2 x expert 2 x model 2'),
+    ('shard_map', 'data 8'),
+    ('shard_map', 'fsdp 2 x expert 2 x model 2'),
+    ('two_hop', 'data 2 x expert 4'),
+  ],
+)
 @pytest.mark.parametrize('dispatcher', ['index', 'grouped'])
-def test_every_transport_brings_the_same(dispatcher, transport, name):
+def test_every_transport_brings_the_same(
+  dispatcher, transport, name, monkeypatch
+):
+  monkeypatch.setattr(sharding, 'neighbours', lambda mesh: 2)
   calm = Part.of('top_k', k=2, train_policy='all')
   config = with_moe(LAYER, selector=calm, dispatcher=dispatcher)
   params, (x, ctx) = _layer_params(config), _layer_inputs()
@@ -125,11 +138,47 @@ def test_every_transport_brings_the_same(dispatcher, transport, name):
   assert_trees_close(eight[1], one[1])
 
 
+@pytest.mark.parametrize('near', [2, 4])
+def test_two_hops_are_one_all_to_all(monkeypatch, near):
+  """Of eight devices on hosts of two and of four."""
+  monkeypatch.setattr(sharding, 'neighbours', lambda mesh: near)
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((16, 8, 24), np.float32)
+  here, there = ('expert', None, None), (None, None, 'expert')
+  with sharding.use(sharding.make_mesh(expert=8, num_experts=8)):
+    for layouts, split, join in ((here, there), 2, 0), ((there, here), 0, 2):
+      move = lambda by, x, layouts=layouts, split=split, join=join: (
+        sharding.move(x, *layouts, split=split, join=join, by=by)
+      )
+      one, two = (
+        jit(functools.partial(move, by)) for by in ('shard_map', 'two_hop')
+      )
+      np.testing.assert_array_equal(one(x), x)
+      np.testing.assert_array_equal(two(x), x)
+      assert _all_to_alls(one.lower(x).compile()) == 1
+      assert _all_to_alls(two.lower(x).compile()) == 2
+      assert str(two(x).sharding.spec) == str(one(x).sharding.spec)
+
+
+def test_who_is_near():
+  Device = collections.namedtuple('Device', 'process_index slice_index')
+  lie = lambda devices: sharding.neighbours(
+    types.SimpleNamespace(
+      devices=np.fromiter(devices, object).reshape(1, 1, 8, 1),
+      axis_names=sharding.AXES,
+      shape={'expert': 8},
+    )
+  )
+  assert lie(Device(n // 4, 0) for n in range(8)) == 4  # Two hosts.
+  assert lie(Device(n // 2, n // 4) for n in range(8)) == 4  # Two slices.
+  assert lie(Device(n // 3, 0) for n in range(8)) == 1  # 3, 3 and 2.
+
+
 @pytest.mark.parametrize('name', [None, *ALL_MESHES])
 def test_the_loop_knows_the_slope_of_what_it_drops(name):
   # Against finite differences: the way back drops the same hidden units.
   config = dataclasses.replace(
-    _every_option(LAYER, expert_dropout=0.3), activation='gelu'
+    _every_option(LAYER, expert_dropout=0.3), activation=Part('gelu')
   )
   params, (x, ctx) = _layer_params(config), _layer_inputs()
 
