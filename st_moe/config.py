@@ -237,7 +237,8 @@ class MoEConfig(Checked):
   # How tokens reach the devices of their experts: 'gspmd', as the compiler
   # finds best, or 'shard_map', to the letter: by all-to-alls, or for `grouped`
   # gathered by all who share the experts. 'auto': the latter for `grouped`
-  # alone, where the compiler would gather in every turn of its loop.
+  # alone, where the compiler would gather in every turn of its loop. 'two_hop':
+  # to the letter, among the devices of a host first and then between hosts.
   transport: Literal['auto', 'gspmd', 'shard_map', 'two_hop'] = 'auto'
   multiplicative_bias: bool = False  # On the expert's hidden units, Table 17.
   expert_dropout: Rate | None = None  # None: the model's dropout.

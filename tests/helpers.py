@@ -10,16 +10,12 @@ import numpy as np
 
 from st_moe import config_file, paths, sharding
 from st_moe.config import (
-  Config,
   ModelConfig,
   MoEConfig,
-  OptimizerConfig,
   Part,
   StackConfig,
 )
 from st_moe.model.transformer import Transformer
-from st_moe.train import optimizer, step
-from st_moe.train.state import TrainState, parameter_axes
 
 # Programs this small are compiled once and run once: compile in haste.
 jit = functools.partial(
@@ -279,35 +275,6 @@ def layers(model: ModelConfig, stack: str) -> list:
     [(s.kind, s.name, s.norm, s.dim) for s in layer]
     for layer in model.plan(stack).layers
   ]
-
-
-def first_step(model: ModelConfig, **changes):
-  """A step of training on a small batch, and an evaluation behind it.
-
-  Returns (parameters before, state after, metrics of the step, terms of the
-  evaluation); `changes` are of `Config`.
-  """
-  changes = {'optimizer': OptimizerConfig(min_dim_to_factor=16), **changes}
-  module, config = Transformer(model), Config(model=model, **changes)
-  batch, stack = padded_batch(model, examples(model)), model.stacks[-1]
-  targets = batch.setdefault(
-    f'{stack}_target_tokens', batch[f'{stack}_input_tokens']
-  )
-  batch[f'{stack}_loss_weights'] = (targets > 0).astype(np.float32)
-  made = optimizer.make(config.optimizer, parameter_axes(module))
-  inputs = step.inputs_of(batch, model)
-  params = random_params(module, **inputs)
-  boxed = boxed_shapes(module, **inputs)
-
-  def run(params, batch):
-    zero = np.zeros((), np.int32)
-    slots = sharding.unbox(made.init(sharding.rebox(params, boxed)))
-    state = TrainState(zero, params, slots, zero)
-    state, metrics = step.make_train_step(module, made, config)(state, batch)
-    terms = step.forward(module, config.loss, state.params, batch, rng=None)[0]
-    return state, metrics, terms
-
-  return params, *jax.device_get(jit(run)(params, batch))
 
 
 def method_lines(name: str) -> list[str]:

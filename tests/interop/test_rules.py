@@ -85,7 +85,7 @@ def test_tokens_with_both_experts_are_those_of_the_dense_layer():
   y, sown = MoE(config, config.moe, 8).apply(
     {'params': params}, x, ctx, mutable=['routing']
   )
-  mlp = Mlp(24, 'geglu', 0.0, 1.0, jnp.float32)
+  mlp = Mlp(24, Part('geglu'), 0.0, 1.0, jnp.float32)
   want = mlp.apply({'params': dense}, x, deterministic=True)
   seated = np.asarray(sown['routing']['seats'].place).reshape(2, 8, 2) >= 0
   both = seated.all(-1)

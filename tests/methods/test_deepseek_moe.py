@@ -1,5 +1,6 @@
 """DeepSeekMoE: finer experts, shared ones, balance by devices or by a bias."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from st_moe import checkpoint, config_file, counts, paths, sharding
-from st_moe.config import CheckpointConfig, Part
+from st_moe.config import CheckpointConfig, OptimizerConfig, Part
 from st_moe.model import parts
 from st_moe.model.layers import Mlp
 from st_moe.model.moe import MoE
@@ -24,12 +25,7 @@ from tests.helpers import (
   tiny,
   with_moe,
 )
-from tests.methods.one_step import (
-  begun,
-  config_of,
-  trained,
-  unrolled,
-)
+from tests.methods import steps
 
 FILE = 'configs/methods/deepseek_moe.py'
 
@@ -126,7 +122,7 @@ def test_the_dense_ffn_is_what_stands_beside(layer):
   params, x, _, answer, _ = layer
   silent = jax.tree.map(np.zeros_like, params['experts'])
   y = answer({**params, 'experts': silent}, x)
-  ffn = Mlp(24, 'geglu', 0.0, 0.1, jnp.float32)
+  ffn = Mlp(24, Part('geglu'), 0.0, 0.1, jnp.float32)
   mlp = {'params': params['shared']['mlp']}
   want = jit(lambda x: ffn.apply(mlp, x, deterministic=True))(x)
   np.testing.assert_array_equal(y, want)
@@ -198,25 +194,34 @@ def test_the_bias_by_hand():
   np.testing.assert_array_equal(moved['kernel'], [1, 1, 1])
 
 
-BIASED = config_of(
-  {'shaping': (Part('balanced'),), 'beside': 'shared', 'losses': ()},
-  after=(Part.of('rebalanced', rate=0.01),),
+MODEL = steps.encoder(
+  2,
+  group_size=8,
+  moe={
+    **steps.CALM,
+    'shaping': (Part('balanced'),),
+    'beside': Part('shared'),
+    'losses': (),
+  },
 )
+RULE = OptimizerConfig('adamw', after=(Part.of('rebalanced', rate=0.01),))
+BIASED = steps.config_of(MODEL, rows=16, optimizer=RULE)
 KEPT = 'encoder/layers/layer_0/moe/kept_bias'
 
 
 @pytest.fixture(scope='module')
 def run():
-  return trained(BIASED, begun(BIASED), steps=2)
+  run = steps.Run(BIASED)
+  return run, [run.take(), run.take()]
 
 
 def test_the_bias_moves_by_its_rule_alone(run):
-  state, metrics = run
-  bias = paths.by_path(state.params)[KEPT]
-  # Whoever sat more often than the mean of 88 x 2 / 4 = 44 in the first step
+  run, metrics = run
+  bias = paths.by_path(run.params)[KEPT]
+  # Whoever sat more often than the mean of 96 x 2 / 4 = 48 in the first step
   # lost a hundredth, and won or lost one more in the second. No optimizer had
   # a share in it.
-  first = np.sign(44 - metrics[0]['encoder/load'])
+  first = np.sign(48 - metrics[0]['encoder/load'])
   second = np.round(100 * bias) - first
   np.testing.assert_allclose(bias, (first + second) / 100, atol=1e-8)
   assert set(np.unique(second)) <= {-1, 0, 1} and np.abs(bias).max() > 0
@@ -237,20 +242,20 @@ def test_no_optimizer_has_the_bias(run):
 
 
 def test_eight_devices_two_microbatches_unrolled(run):
-  config, state = unrolled(BIASED, microbatches=2)
-  mesh = sharding.make_mesh(data=2, expert=4)
-  found, metrics = trained(config, state, steps=2, mesh=mesh)
-  params = paths.roll(found.params, config.model)
+  flat = dataclasses.replace(MODEL, scan_layers=False)
+  config = dataclasses.replace(BIASED, model=flat, microbatches=2)
+  params = paths.unroll(run[0].start, MODEL)
+  other = steps.Run(config, params, sharding.make_mesh(data=2, expert=4))
+  last = other.take(2)
+  params = paths.roll(other.params, flat)
   bias = paths.by_path(params)[KEPT]
   np.testing.assert_array_equal(bias, paths.by_path(run[0].params)[KEPT])
-  assert float(metrics[1]['loss']) == pytest.approx(
-    float(run[1][1]['loss']), rel=2e-5
-  )
+  assert last['loss'] == pytest.approx(float(run[1][1]['loss']), rel=2e-5)
   assert_trees_close(params, run[0].params)
 
 
 def test_saved_and_restored_with_the_parameters(run, tmp_path):
-  state = jax.tree.map(jnp.asarray, run[0])
+  state = run[0].state
   checkpoints = checkpoint.Checkpoints(tmp_path, CheckpointConfig(), ())
   checkpoints.save(2, state, {})
   checkpoints.close()

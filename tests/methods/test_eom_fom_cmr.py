@@ -20,13 +20,7 @@ from st_moe.routing.types import RouteContext, Routed, Scores
 from st_moe.routing.weighing import expert_output, final_output
 from st_moe.train import terms
 from tests.helpers import assert_trees_close, jit, random_params, tiny
-from tests.methods.one_step import (
-  begun,
-  config_of,
-  evaluated,
-  trained,
-  unrolled,
-)
+from tests.methods import steps
 
 G, S, E, K, D = 2, 6, 4, 2, 8
 RATE = 0.3
@@ -98,7 +92,7 @@ def test_a_weight_of_0_is_a_masked_answer(seats):
   assert 0 < kept.mean() < 1
 
   def by_weight(x, wi, wo, weight):
-    bank = Bank((wi,), wo, None, None, 'relu', 0.0)
+    bank = Bank((wi,), wo, None, None, Part('relu'), 0.0)
     of = seats.replace(weight=jnp.where(kept, weight, 0))
     return index(x, of, bank, Room(4, E, 'gspmd'))
 
@@ -171,7 +165,7 @@ def _conditional(bias, train=False, key=0):
   module = Conditional(CMR, CMR.moe, dropout=0.5)
   params = random_params(module, x, answers, _ctx(train=False))
   gate = {'kernel': np.zeros((16, 1), 'f4'), 'bias': np.float32([bias])}
-  ffn = Mlp(24, 'geglu', 0.0, 0.1, jnp.float32)
+  ffn = Mlp(24, Part('geglu'), 0.0, 0.1, jnp.float32)
 
   def run(params):
     mixed = module.apply(
@@ -253,10 +247,15 @@ def test_the_budget_is_of_all_layers_together():
 BUDGET = (Part.of('budget', share=0.5, weight=0.1),)
 
 
+def _config(moe):
+  model = steps.encoder(2, group_size=8, moe={**steps.CALM, **moe})
+  return steps.config_of(model)
+
+
 def test_the_budget_needs_the_gate_and_a_whole_batch():
   with pytest.raises(ValueError, match="'conditional' uses, and that is 'noth"):
     parts.check(tiny(moe={'losses': BUDGET}))
-  config = config_of({'beside': 'conditional', 'losses': BUDGET})
+  config = _config({'beside': Part('conditional'), 'losses': BUDGET})
   parts.check(config.model)
   terms.check(config.model, 1)
   with pytest.raises(ValueError, match='losses.budget is of a whole batch'):
@@ -264,7 +263,7 @@ def test_the_budget_needs_the_gate_and_a_whole_batch():
 
 
 def test_a_step_and_an_evaluation_with_all_three():
-  config = config_of(
+  config = _config(
     {
       'weighing': (
         Part.of('expert_output', rate=0.2),
@@ -274,20 +273,16 @@ def test_a_step_and_an_evaluation_with_all_three():
       'losses': BUDGET,
     }
   )
-  start = begun(config)
-  state, (metrics,) = trained(config, start)
+  run = steps.Run(config)
+  metrics = run.take()
   assert np.isfinite(metrics['loss']) and abs(metrics['budget']) < 0.5
-  before, after = paths.by_path(start.params), paths.by_path(state.params)
   gate = 'encoder/layers/layer_0/moe/shared/router/'
-  for path in after:
-    if '/moe/' in path:
-      assert np.abs(after[path] - before[path]).max() > 0, path
+  assert all(moved for path, moved in run.moved().items() if '/moe/' in path)
   assert {paths.role(gate + name) for name in ('kernel', 'bias')} == {'router'}
   # Scanned as unrolled.
-  one = evaluated(config, start.params)
-  other, rest = unrolled(config)
-  assert_trees_close(one, evaluated(other, rest.params))
-  np.testing.assert_array_equal(one['budget'][1], [88, 88])
+  one, other = steps.both_ways(config.model, train=False)
+  assert_trees_close(one, other, tolerance=2e-6)
+  np.testing.assert_array_equal(one['budget'][1], [48, 48])
 
 
 @pytest.mark.parametrize('name', ['eom', 'fom', 'cmr'])

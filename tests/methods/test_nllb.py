@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from st_moe import config_file, paths
+from st_moe import config_file
 from st_moe.config import Capacity, StackConfig
 from st_moe.routing import shaping, weighing
 from st_moe.routing.selectors import top_k
 from st_moe.routing.types import RouteContext, RouteOverride, Scores, Seats
-from tests.helpers import first_step, jit, method_lines, tiny
+from tests.helpers import jit, method_lines, tiny
+from tests.methods import steps
 
 S, E = 4000, 5
 
@@ -191,12 +192,12 @@ def test_a_model_trains_and_evaluates():
   moe = config_file.load('configs/methods/nllb.py:runlocal').model.moe
   stack = StackConfig(1, 1, 0, group_size=16, moe=moe)
   model = tiny(encoder=stack, decoder=None)
-  params, state, found, evaluated = first_step(model)
+  run = steps.Run(steps.config_of(model))
+  found, evaluated = run.take(), run.terms()
   plain = found['cross_entropy'] + 1e-4 * found['z_loss']
   routers = 1e-2 * found['load_balance']
   assert float(found['loss']) == pytest.approx(float(plain + routers), rel=1e-5)
-  before, after = paths.by_path(params), paths.by_path(state.params)
-  assert all((after[path] != before[path]).any() for path in before)
+  assert all(run.moved().values())
   assert np.isfinite(evaluated['cross_entropy'][0])
 
 

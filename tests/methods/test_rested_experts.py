@@ -7,20 +7,14 @@ import numpy as np
 import pytest
 
 from st_moe import config_file, paths
-from st_moe.config import Part
+from st_moe.config import OptimizerConfig, Part
 from st_moe.model import parts
 from st_moe.routing.losses import kl_uniform
 from st_moe.routing.shaping import rested
 from st_moe.routing.types import RouteContext, Routed, Scores
 from st_moe.train.after import used
 from tests.helpers import assert_trees_close, jit
-from tests.methods.one_step import (
-  begun,
-  config_of,
-  evaluated,
-  trained,
-  unrolled,
-)
+from tests.methods import steps
 
 
 def _shaped(usage, z=(2, 1, 0, -1), train=True, threshold=0.5):
@@ -114,28 +108,31 @@ def test_the_kl_of_the_mean_gate(kl):
 
 # The whole layer.
 
-CONFIG = config_of(
-  {
+MODEL = steps.encoder(
+  2,
+  group_size=8,
+  moe={
+    **steps.CALM,
     'selector': Part.of('top_k', k=1),
-    'shaping': (Part.of('rested', threshold=0.5),),
+    'shaping': (Part.of('rested', threshold=0.25),),
     'losses': (Part.of('kl_uniform', weight=1e-2),),
   },
-  after=(Part.of('used', decay=0.0),),
 )
+RULE = OptimizerConfig('adamw', after=(Part.of('used', decay=0.0),))
 KEPT = 'encoder/layers/layer_0/moe/kept_usage'
 
 
 def test_a_tired_expert_gets_no_token_in_the_next_step():
-  start = begun(CONFIG)
-  state, metrics = trained(CONFIG, start, steps=2)
+  run = steps.Run(steps.config_of(MODEL, rows=16, optimizer=RULE))
+  metrics = [run.take(), run.take()]
   first, second = (m['encoder/load'] for m in metrics)
-  # 88 tokens, one expert each, in either layer: 22 are the mean, 33 too many.
-  np.testing.assert_array_equal(first.sum(-1), [88, 88])
-  tired = first > 33
+  # 96 tokens, one expert each, in either layer: 24 are the mean, 30 too many.
+  np.testing.assert_array_equal(first.sum(-1), [96, 96])
+  tired = first > 30
   assert tired.any(-1).all() and not second[tired].any()
   # Nothing is remembered at decay 0: the usage is the last step's share.
-  usage = paths.by_path(state.params)[KEPT]
-  np.testing.assert_allclose(usage, second / 88, rtol=1e-6)
+  usage = paths.by_path(run.params)[KEPT]
+  np.testing.assert_allclose(usage, second / 96, rtol=1e-6)
   assert 0 < metrics[0]['kl_uniform'] < math.log(4)
   # Evaluation hears nothing of it, and changes nothing.
   rest = lambda params, value: paths.map_by_path(
@@ -146,9 +143,9 @@ def test_a_tired_expert_gets_no_token_in_the_next_step():
     ),
     params,
   )
-  one = evaluated(CONFIG, rest(start.params, 0))
-  other, unused = unrolled(CONFIG)
-  assert_trees_close(one, evaluated(other, rest(unused.params, 1)))
+  one, other = (run.terms(rest(run.start, usage)) for usage in (0, 1))
+  assert_trees_close(one, other, tolerance=1e-9)
+  assert_trees_close(*steps.both_ways(MODEL, train=False), tolerance=2e-6)
 
 
 def test_the_config():

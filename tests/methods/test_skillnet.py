@@ -9,13 +9,15 @@ from st_moe.config import Part, StackConfig
 from st_moe.model import parts
 from st_moe.model.transformer import Transformer
 from tests.helpers import (
+  assert_trees_close,
   examples,
   padded_batch,
   random_params,
   slow_expert,
   tiny,
 )
-from tests.methods.tasks import ROWS, SparseLayer, check_steps, moe_of
+from tests.methods import steps
+from tests.methods.tasks import ROWS, SparseLayer, moe_of
 
 # Any task past the second takes of both.
 GATE = Part.of('skills', table=((2,), (0, 1), (1, 2)))
@@ -52,8 +54,11 @@ def test_who_is_not_asked_has_a_gradient_of_zero(layer):
 
 
 def test_a_model_takes_a_step():
-  still = check_steps(moe_of(Part.of('skills', table=((0, 3), (1, 2)))))
-  assert still == []
+  table = ((0, 3), (1, 2))
+  model = steps.encoder(2, moe=moe_of(Part.of('skills', table=table)))
+  run = steps.Run(steps.config_of(model))
+  assert np.isfinite(run.take()['loss']) and all(run.moved().values())
+  assert_trees_close(*steps.both_ways(model), tolerance=2e-6)
 
 
 def test_a_model_that_is_not_told_says_so():

@@ -14,13 +14,7 @@ from st_moe.routing.selectors import top_k
 from st_moe.routing.shaping import near_best
 from st_moe.routing.types import RouteContext, RouteOverride, Scores
 from tests.helpers import assert_trees_close, jit, slow_softmax, tiny
-from tests.methods.one_step import (
-  begun,
-  config_of,
-  evaluated,
-  trained,
-  unrolled,
-)
+from tests.methods import steps
 
 
 def _ctx(shape, train=True, **changes):
@@ -226,27 +220,26 @@ def test_omega_is_born_1_and_multiplies():
 
 
 def test_a_step_and_an_evaluation():
-  config = config_of(
-    {
+  model = steps.encoder(
+    2,
+    group_size=8,
+    moe={
+      **steps.CALM,
       'shaping': (Part.of('near_best', jitter=0.4),),
       'selector': Part.of('mixed_sampling', k=1),
-      'beside': 'scaled',
+      'beside': Part('scaled'),
       'losses': (Part.of('load_balance', weight=1e-2),),
-    }
+    },
   )
-  start = begun(config)
-  state, (metrics,) = trained(config, start)
+  run = steps.Run(steps.config_of(model))
+  metrics = run.take()
   assert np.isfinite(metrics['loss'])
-  assert metrics['encoder/load'].sum() == 2 * 88
+  assert metrics['encoder/load'].sum() == 2 * 48
   layer = 'encoder/layers/layer_0/moe/'
-  before, after = paths.by_path(start.params), paths.by_path(state.params)
-  for path in ('shared/scale', 'router/kernel'):
-    assert np.abs(after[layer + path] - before[layer + path]).max() > 0
+  assert all(run.moved()[layer + p] for p in ('shared/scale', 'router/kernel'))
   assert paths.role(f'{layer}shared/scale') == 'norms'
-  other, rest = unrolled(config)
-  # Which draws nothing.
-  one = evaluated(config, start.params)
-  assert_trees_close(one, evaluated(other, rest.params))
+  # Evaluation draws nothing.
+  assert_trees_close(*steps.both_ways(model, train=False), tolerance=2e-6)
 
 
 def test_the_config():

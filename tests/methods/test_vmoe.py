@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from st_moe import config_file, paths
+from st_moe import config_file
 from st_moe.config import Part, StackConfig
 from st_moe.model import parts
 from st_moe.routing import losses, shaping
 from st_moe.routing.selectors import top_k
 from st_moe.routing.types import RouteContext, Routed, Scores, Seats
-from tests.helpers import first_step, jit, method_lines, slow_softmax, tiny
+from tests.helpers import jit, method_lines, slow_softmax, tiny
+from tests.methods import steps
 
 G, S, E = 2, 12, 4
 
@@ -374,13 +375,13 @@ def test_a_model_trains_and_evaluates():
   loaded = config_file.load('configs/methods/vmoe.py:runlocal').model
   stack = StackConfig(1, 1, 0, group_size=16, moe=loaded.encoder.moe)
   model = tiny(encoder=stack, decoder=None)
-  params, state, found, evaluated = first_step(model)
+  run = steps.Run(steps.config_of(model))
+  found, evaluated = run.take(), run.terms()
   routers = 5e-3 * (found['importance'] + found['load'])
   plain = found['cross_entropy'] + 1e-4 * found['z_loss']
   assert float(found['loss']) == pytest.approx(float(plain + routers), rel=1e-5)
   assert found['load'] > 0
-  before, after = paths.by_path(params), paths.by_path(state.params)
-  assert all((after[path] != before[path]).any() for path in before)
+  assert all(run.moved().values())
   assert not evaluated['load'][1].any()
   assert np.isfinite(evaluated['cross_entropy'][0])
 
