@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from st_moe import about, config_file, schedules
+from st_moe import about, config_file, methods, schedules
 from st_moe.config import Part
 from st_moe.config import options as options_of
 from st_moe.model import parts
@@ -190,6 +190,8 @@ def test_a_config_is_its_base_and_its_own_lines(name):
     r'\((S\d-\d\d, )?(arXiv:|http)[^)]+\)', doc.split('\n')[0]
   ), doc
   assert 'Claim: ' in doc, 'what would an experiment show?'
+  shown = methods.experiments()[name]['shown']
+  assert shown in ('yes', 'no', 'in part', 'not yet')
   whole, base = (
     config_file.to_dict(config_file.load(f'{path}:{arg}runlocal'))
     for arg in ('', 'base,')
