@@ -159,7 +159,10 @@ def experiments() -> dict[str, dict[str, str]]:
 
   'shown' says whether a claim showed there: 'yes', 'no' or 'in part'.
   """
-  lines = (_EXPERIMENTS / 'methods.md').read_text().splitlines()
+  page = _EXPERIMENTS / 'methods.md'
+  if not page.exists():  # Installed without it.
+    return {}
+  lines = page.read_text().splitlines()
   cells = [
     [cell.strip() for cell in line.strip('|').split(' | ')]
     for line in lines

@@ -5,13 +5,14 @@ import dataclasses
 import datetime
 import functools
 import math
+import re
 import sys
 import time
 
 from etils import epath
 
 from st_moe import checkpoint, config_file, hosts, sharding, terminal
-from st_moe.config import Config
+from st_moe.config import Config, ModelConfig
 from st_moe.data import files, trust
 from st_moe.data.eval_data import EvalData
 from st_moe.data.mixture import Library
@@ -146,7 +147,9 @@ def _check_fields(overrides: dict) -> None:
         f"{field} is of training; a vocabulary in place of the checkpoint's is"
         ' --vocabulary=FILE.'
       )
-    if not any(f'{field}.'.startswith(f'{known}.') for known in _SETTABLE):
+    # A stack may have its own.
+    whole = re.sub(r'^model\.(encoder|decoder)\.moe\.', 'model.moe.', field)
+    if not any(f'{whole}.'.startswith(f'{known}.') for known in _SETTABLE):
       raise ValueError(
         f'{field} cannot be set for an evaluation: a checkpoint is what it was'
         f' trained to be. What can be set is {", ".join(_SETTABLE)}.'
@@ -294,13 +297,25 @@ def _about(loaded, config: Config) -> dict:
 
 
 def _announce(config: Config, sources) -> None:
-  capacity = config.model.moe.eval_capacity
-  limit = 'no limit' if capacity.dropless else f'capacity {capacity.factor}'
+  limit = _limit(config.model)
   answers = 'no limit' if config.evaluate.dropless else limit
   print(f'Losses of text with {limit}, answers with {answers}.')
   for source in sources:
     for line in source.notes():
       terminal.say(line)
+
+
+def _limit(model: ModelConfig) -> str:
+  """How many tokens an expert takes: of each stack, where they differ."""
+  limits = {}
+  for stack in model.stacks:
+    places = model.moe_of(stack).eval_capacity
+    told = f'{places.count} places' if places.count else ''
+    told = told or f'capacity {places.factor}'
+    limits[stack] = 'no limit' if places.dropless else told
+  if len({*limits.values()}) == 1:
+    return limits.popitem()[1]
+  return ' and '.join(f'{limit} ({stack})' for stack, limit in limits.items())
 
 
 def _measure(evaluator: Evaluator, loaded, sources) -> dict:

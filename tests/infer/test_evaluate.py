@@ -393,6 +393,11 @@ def test_no_limit_is_told(run, capsys):
   run(mixture=['bool'], overrides={'model.moe.eval_capacity.dropless': 'true'})
   said = capsys.readouterr().out
   assert 'Losses of text with no limit, answers with no limit.' in said
+  # A stack may have places of its own.
+  overrides = {'model.encoder.moe.eval_capacity.factor': '0.5'}
+  run(mixture=['bool'], overrides=overrides)
+  said = capsys.readouterr().out
+  assert 'with capacity 0.5 (encoder) and capacity 2.0 (decoder), ans' in said
 
 
 def test_a_checkpoint_that_left_its_run_is_scored_beside_it(run, tmp_path):
