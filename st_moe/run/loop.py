@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from st_moe import (
@@ -103,7 +104,7 @@ def _train(run: begin.Settled, modules, check_owner) -> dict:
     for line in data.notes():
       report.note(line)
     row, pending, found = {}, None, {}
-    done, stop = start, False
+    done, stop, seed = start, False, np.uint32(config.seed)
     clock = Clock()
     look = functools.partial(
       _look, config.log.every, config.optimizer.max_bad_steps, report, clock
@@ -146,7 +147,7 @@ def _train(run: begin.Settled, modules, check_owner) -> dict:
     if start < config.total_steps:
       # Before SIGTERM is left to the steps: a compiler does not let go.
       first = next(batches)
-      train_step = train_step.lower(state, first).compile()
+      train_step = train_step.lower(state, first, seed).compile()
       batches = itertools.chain([first], batches)
     run.first.forget()
     backend.give_back()
@@ -169,7 +170,7 @@ def _train(run: begin.Settled, modules, check_owner) -> dict:
           check_owner()
           trace.before(n, state)
           with jax.profiler.StepTraceAnnotation('step', step_num=n + 1):
-            state, *numbers = train_step(state, batch)
+            state, *numbers = train_step(state, batch, seed)
           # The numbers of the step before are read while this one runs.
           if pending:
             row = look(pending, seen)
@@ -232,11 +233,11 @@ def _counting(train_step, sources: int):
   Counts are int32: real tokens, and targets by source [sources].
   """
 
-  def counted(state, batch):
+  def counted(state, batch, seed):
     targets = jnp.sum(batch['decoder_loss_weights'] > 0, axis=-1)
     inputs = jnp.count_nonzero(batch['encoder_input_tokens'])
     mine = batch['task'][:, None] == jnp.arange(sources)[None]  # [b, source]
-    state, metrics = train_step(state, batch)
+    state, metrics = train_step(state, batch, seed)
     counts = inputs + targets.sum(), (mine * targets[:, None]).sum(0)
     return state, metrics, counts
 

@@ -75,13 +75,14 @@ def forward(
 def make_train_step(model, optimizer, config: Config):
   """The step of `config`, ready to be jitted with its state donated.
 
-  What `optimizer.train` does not name is frozen: it has no gradient.
+  What `optimizer.train` does not name is frozen: it has no gradient. A seed
+  that is handed in is no part of the program: all seeds share one.
   """
   schedule = schedules.learning_rate(config.optimizer)
   after = rules_after(config.optimizer)
 
-  def train_step(state: TrainState, batch: dict):
-    rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
+  def train_step(state: TrainState, batch: dict, seed=config.seed):
+    rng = jax.random.fold_in(jax.random.key(seed), state.step)
     trained, frozen = paths.split(state.params, config.optimizer.train)
     # Cast out here, gradients stay in the dtype in which they arise until the
     # optimizer reads them: the same bits in half of the memory.

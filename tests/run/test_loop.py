@@ -385,16 +385,17 @@ def test_data_of_runs_without_digests(run, written, capsys):
   config = _load(written)
   begun = {'config': config_file.to_dict(config), 'tokens_seen': {}}
   digests = {'reds': 'a', 'blues': ''}
-  begin._check_data(config, digests, begun)
-  begin._check_data(config, digests, {'tokens_seen': {}})
-  begin._check_data(
-    config, digests, {**begun, 'data': {'reds': '', 'blues': 'b'}}
+  check = lambda config, *more: begin._check_data(
+    config_file.to_dict(config), *more
   )
+  check(config, digests, begun)
+  check(config, digests, {'tokens_seen': {}})
+  check(config, digests, {**begun, 'data': {'reds': '', 'blues': 'b'}})
   moved = _load(written, data__files__reds__train='elsewhere.txt')
   with pytest.raises(ValueError, match='--config.data.may_change=true'):
-    begin._check_data(moved, digests, begun)
+    check(moved, digests, begun)
   allowed = dataclasses.replace(moved.data, may_change=True)
-  begin._check_data(dataclasses.replace(moved, data=allowed), digests, begun)
+  check(dataclasses.replace(moved, data=allowed), digests, begun)
   said = 'Going on with other training data of '
   assert capsys.readouterr().out == f"{said}'reds', 'blues'.\n"
 

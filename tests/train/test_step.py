@@ -271,6 +271,20 @@ def test_the_weighing_pass_costs_nothing():
   assert flops[4] < flops[1] / 2
 
 
+def test_all_seeds_share_a_program():
+  model = dataclasses.replace(MODEL, decoder=None, dropout=0.5)
+  (module, made, config), state = _parts(model)
+  lowered = set()
+  for seed in (0, 2**32 - 1):
+    own = dataclasses.replace(config, seed=seed)
+    run = jax.jit(step.make_train_step(module, made, own))
+    lowered.add(run.lower(state, _batch(model), np.uint32(seed)).as_text())
+    # The numbers that it would draw by itself.
+    data = lambda seed: jax.random.key_data(jax.random.key(seed))
+    np.testing.assert_array_equal(jax.jit(data)(np.uint32(seed)), data(seed))
+  assert len(lowered) == 1
+
+
 def test_a_bad_batch_is_not_applied():
   good, bad = _batch(), _batch()
   bad['decoder_loss_weights'][0, 0] = np.inf
