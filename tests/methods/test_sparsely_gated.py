@@ -17,7 +17,6 @@ from st_moe.routing.selectors import top_k
 from st_moe.routing.types import RouteContext, Routed, Scores
 from tests.helpers import (
   examples,
-  first_step,
   jit,
   method_lines,
   padded_batch,
@@ -25,6 +24,7 @@ from tests.helpers import (
   slow_softmax,
   tiny,
 )
+from tests.methods import steps
 
 S, D, E, K = 2000, 3, 8, 4
 GATE = NoisyGate(E)
@@ -171,15 +171,15 @@ def _model(layers):
 
 
 def test_a_model_trains_and_evaluates():
-  params, state, found, evaluated = first_step(_model(1))
+  run = steps.Run(steps.config_of(_model(1)))
+  found, evaluated = run.take(), run.terms()
   routers = 0.1 * (found['importance'] + found['load'])
   plain = found['cross_entropy'] + 1e-4 * found['z_loss']
   assert float(found['loss']) == pytest.approx(float(plain + routers), rel=1e-5)
   assert found['load'] > 0 and found['encoder/active_experts'] == K
   assert found['encoder/dropped_routes'] == 0
-  before, after = paths.by_path(params), paths.by_path(state.params)
-  assert all((after[path] != before[path]).any() for path in before)
-  assert paths.count(params)['router'] == 2 * 16 * E
+  assert all(run.moved().values())
+  assert paths.count(run.start)['router'] == 2 * 16 * E
   assert not evaluated['load'][1].any()
 
 

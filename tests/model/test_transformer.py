@@ -213,8 +213,12 @@ def test_the_dense_twin_costs_what_the_sparse_model_does():
   sparse, twin = (
     counts.forward_flops(c, 512, 114) for c in (ST_MOE_32B, config)
   )
-  # All but the routers: 12 layers of 2 d e FLOPs a token.
-  assert sparse - twin == 2 * 5120 * 64 * 6 * (512 + 114)
+  # All but the routers: 12 layers of 2 d e FLOPs a token. And the twin has
+  # whole hidden units: a decoder's group of 456 has 64 x 8 places, which are
+  # 22995.09 units a token.
+  routers = 2 * 5120 * 64 * 6 * (512 + 114)
+  units = 114 * 64 * 8 // 456 * 20480 - 114 * 22995
+  assert sparse - twin == routers + 6 * 3 * 2 * 5120 * units
   assert config.plan('encoder').layers[3][1].dim == 20480 * 1.25
 
 
