@@ -13,10 +13,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 NOTHING_LOST = 'nothing was lost; the same command goes on.\n'
 
 
-# What a shell starts in the background ignores Ctrl-C, and so would its child.
+# What a shell starts in the background ignores Ctrl-C, and what nohup starts a
+# hang-up, and so would their children.
 _HEARS = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
 
