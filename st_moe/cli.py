@@ -395,6 +395,8 @@ def _grid(flags, overrides):
     from st_moe.run import grid
 
     def make(cell):
+      if flags.config and 'config' in cell:
+        raise twice('--config', flags.config, cell['config'])
       for field in overrides.keys() & cell:
         raise twice(f'--config.{field}', overrides[field], cell[field])
       fields = {**overrides, **cell}

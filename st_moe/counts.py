@@ -100,7 +100,7 @@ def _moe(model, stack, sublayer: Sublayer, n: int, keys: int):
   d, moe, into = model.embed_dim, sublayer.moe, _matrices(model) - 1
   size = n if moe.group_by == 'sequence' else model.stack(stack).group_size
   hidden = round(n * moe.executed_experts(size) * sublayer.dim)
-  router = n * moe.num_experts * _ROUTERS.get(moe.gate.name, _one)(moe.gate)
+  router = n * moe.num_experts * _routers_of(moe.gate)
   if router:
     yield Product('router', 2 * router * d, 2 * (n * d + router))
   places = round(n * moe.executed_experts(size))  # Filled by the n tokens.
@@ -133,17 +133,12 @@ def _conditional(model, stack, sublayer: Sublayer, n: int, keys: int):
   yield Product('router', 2 * n * d, 2 * n * (d + 1))
 
 
-def _one(gate: Part) -> int:
-  return 1
+def _routers_of(gate: Part) -> int:
+  """Its products with a column for each expert: one, if it has no line here."""
+  tasks = gate.kwargs.get('tasks', 1)
+  known = {'noisy': 2, 'per_task': tasks, 'hash': 0, 'skills': 0}
+  return known.get(gate.name, 1)
 
-
-# Products of a gate with all columns; without a line it has one.
-_ROUTERS = {
-  'noisy': lambda gate: 2,
-  'per_task': lambda gate: gate.kwargs['tasks'],
-  'hash': lambda gate: 0,
-  'skills': lambda gate: 0,
-}
 
 # Products of what stands beside the experts; without a line it has none.
 BESIDE = {'conditional': _conditional, 'shared': _mlp_beside}

@@ -157,7 +157,7 @@ def table() -> list[tuple[str, ...]]:
 def experiments() -> dict[str, dict[str, str]]:
   """Config -> its row of experiments/methods.md, by the heads of columns.
 
-  'shown' says whether a claim showed there: 'yes', 'no' or 'in part'.
+  'shown' says whether a claim showed there: 'yes', 'no', 'in part', 'not yet'.
   """
   page = _EXPERIMENTS / 'methods.md'
   if not page.exists():  # Installed without it.
@@ -183,11 +183,11 @@ def listed(width: int = 0) -> str:
   if 0 < width < _WIDE:
     rows = [row[:2] + row[3:] for row in rows]
   sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  lines, gap, last = [], ' ', ''
+  lines, last = [], ''
   for row in rows:
     words = ['' if row[0] == last else row[0], *row[1:]]
     padded = (w.ljust(size) for w, size in zip(words, sizes, strict=True))
-    lines.append(gap.join(padded).rstrip())
+    lines.append(' '.join(padded).rstrip())
     last = row[0]
   return '\n'.join(
     [

@@ -34,8 +34,7 @@ class Evaluator:
         mesh, jax.sharding.PartitionSpec()
       ),
     )
-    moes = map(model.config.moe_of, model.config.stacks)
-    self._by_task = any('task' in parts.needs(moe) for moe in moes)
+    self._by_task = parts.by_task(model.config)
     asked = config.evaluate
     # Another name: the lambda above looks at `model` when it is traced.
     answers = model

@@ -65,9 +65,7 @@ class Loaded:
 
   def _tasks(self) -> list[str]:
     """Sources by number, if the model routes by them."""
-    model = self.model.config
-    sparse = [s for s in model.stacks if model.plan(s).num_sparse]
-    if not any('task' in parts.needs(model.moe_of(s)) for s in sparse):
+    if not parts.by_task(self.model.config):
       return []  # It takes seconds to find out.
     from st_moe.data.mixture import Library
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from st_moe import paths
 from st_moe.config import Config, ModelConfig, Part
+from st_moe.model.layers import inputs_of
 from st_moe.model.transformer import Transformer
 from st_moe.train.state import abstract_params
 
@@ -50,9 +51,7 @@ class Link:
 
 def matrices(config: ModelConfig) -> tuple[str, ...]:
   """Names of the kernels of a feed-forward network."""
-  if config.activation.name == 'geglu':
-    return 'wi_0', 'wi_1', 'wo'
-  return 'wi', 'wo'
+  return *inputs_of(config.activation), 'wo'
 
 
 def attention(config: ModelConfig, name: Callable) -> dict[str, Link]:
@@ -95,7 +94,9 @@ def has_extra_ffn(config: ModelConfig) -> bool:
   )
 
 
-# What formats of other codes have names for, by field of `MoEConfig`.
+# What formats of other codes have names for: activations, and parts by field of
+# `MoEConfig`.
+_ACTIVATIONS = 'relu', 'gelu', 'geglu'
 _PLAIN = {
   'gate': ('linear',),
   'shaping': (),
@@ -107,9 +108,10 @@ _PLAIN = {
 
 
 def unknown_parts(config: ModelConfig) -> list[str]:
-  """Parts of sparse layers that no other code has, as 'gate hash'."""
+  """Parts of layers that no other code has, as "gate 'hash'"."""
   sparse = [s for s in config.stacks if config.plan(s).num_sparse]
-  found = []
+  name = config.activation.name
+  found = [] if name in _ACTIVATIONS else [f'activation {name!r}']
   for moe in map(config.moe_of, sparse):
     for field, plain in _PLAIN.items():
       parts = getattr(moe, field)

@@ -71,6 +71,12 @@ def needs(moe: MoEConfig) -> set[str]:
   return {need for needs in every for need in needs}
 
 
+def by_task(model: ModelConfig) -> bool:
+  """Whether a sparse layer wants to know whose a token is."""
+  sparse = [s for s in model.stacks if model.plan(s).num_sparse]
+  return any('task' in needs(model.moe_of(stack)) for stack in sparse)
+
+
 def check(model: ModelConfig) -> None:
   """Raises for a part, or an option of one, that cannot be."""
   layers.activation(model.activation)

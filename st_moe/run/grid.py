@@ -215,6 +215,7 @@ def summary(
     seed = tuple(v for f, v in cell.items() if seeded(f))
     if directory(cell) in measured:
       groups.setdefault(key, {})[seed] = measured[directory(cell)]
+  several = len(groups) > 1 and any(map(seeded, done[0]))
   rows, first = [], {}
   for key, by_seed in groups.items():
     runs = list(by_seed.values())
@@ -229,7 +230,7 @@ def summary(
         raise unknown('metric', metric, runs[0]['best'])
       digits = 3 if metric.endswith('/loss') else 2
       row[metric] = _spread(list(values.values()), digits)
-      if len(groups) > 1 and any(seeded(f) for cell in done for f in cell):
+      if several:
         base = first.setdefault(metric, values)
         same = [values[s] - base[s] for s in values if s in base]
         told = base is not values and same

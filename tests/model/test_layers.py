@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from st_moe.config import Part
+from st_moe.interop import links
 from st_moe.model import layers, parts
 from tests.helpers import tiny
 
@@ -20,3 +21,11 @@ def test_an_activation_is_a_part():
     parts.check(tiny(activation='gegl'))
   with pytest.raises(ValueError, match="option of activation 'relu' 'a'"):
     parts.check(dataclasses.replace(tiny(), activation=Part.of('relu', a=1)))
+
+
+def test_another_activation_goes_nowhere_by_a_wrong_name(monkeypatch):
+  swiglu = lambda x, linear: x / (1 + jnp.exp(-x)) * linear
+  monkeypatch.setitem(layers.ACTIVATIONS, 'swiglu', swiglu)
+  model = tiny(activation='swiglu')
+  assert links.matrices(model) == ('wi_0', 'wi_1', 'wo')
+  assert links.unknown_parts(model) == ["activation 'swiglu'"]

@@ -89,6 +89,17 @@ ROWS = {
 VARY = ['optimizer.train=all,moe', 'seed=0,1']
 
 
+def test_a_config_beside_those_that_vary_is_refused(
+  tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr(grid.loop, 'train', _trains({})[0])
+  path = 'configs/methods/top_p.py'
+  flags = [f'--config={path}', f'--vary=config={path}:base,{path}']
+  with pytest.raises(SystemExit):
+    cli.main(['grid', *flags, f'--workdir={tmp_path}'])
+  assert '--config is given twice' in capsys.readouterr().err
+
+
 def test_configs_side_by_side(tmp_path, monkeypatch):
   ran = {}
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -841,6 +842,27 @@ class _Report:
 
   def progress(self, step, row):
     pass
+
+
+def test_a_step_draws_from_the_seed_of_the_run(written, tmp_path, monkeypatch):
+  class Stop(Exception):
+    pass
+
+  class Jitted:
+    def __init__(self, *_, **__):
+      pass
+
+    def lower(self, state, batch, seed):
+      raise Stop(seed)
+
+  # All of JAX is as it is, but for the compiler of the step.
+  patched = types.SimpleNamespace(**{**vars(jax), 'jit': Jitted})
+  monkeypatch.setattr(loop, 'jax', patched)
+  config = _load(written, seed='7', log__tensorboard='false')
+  with pytest.raises(Stop) as found:
+    loop.train(config, tmp_path / 'run')
+  (seed,) = found.value.args
+  assert seed == 7 and seed.dtype == np.uint32
 
 
 def test_too_many_bad_steps_end_a_run(written):
