@@ -1,18 +1,21 @@
 """Eight CPU devices for every test, and what the rooms share."""
 
+import gc
 import os
+import pathlib
 
-# Tests compile much and compute little.
+from tests.flags import IN_HASTE
+
 os.environ['XLA_FLAGS'] = (
   os.environ.get('XLA_FLAGS', '')
-  + ' --xla_force_host_platform_device_count=8'
-  + ' --xla_backend_optimization_level=0'
+  + f' --xla_force_host_platform_device_count=8 {IN_HASTE}'
 )
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 # A test starts no command anew to tell its allocator something.
 os.environ.setdefault('GLIBC_TUNABLES', '')
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from tests.store import Store  # noqa: E402
@@ -37,3 +40,14 @@ def store(tmp_path):
 def bucket(store):
   """The folder behind `gs://`, an object store without append and rename."""
   return store.root
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _room_for_programs():
+  """Every program on a CPU takes places of the process's memory map, of which
+  Linux gives 65,530: a compiler that finds none left dies."""
+  yield
+  maps = pathlib.Path('/proc/self/maps')
+  if maps.exists() and maps.read_bytes().count(b'\n') > 20_000:
+    jax.clear_caches()
+    gc.collect()

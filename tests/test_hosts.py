@@ -16,6 +16,7 @@ import pytest
 import st_moe
 from st_moe import backend, hosts, sharding
 from st_moe.history import read_rows
+from tests.flags import IN_HASTE
 
 # Half of each expert's copies, and of each batch, on either of two processes.
 _CONFIG = """
@@ -185,8 +186,7 @@ class Team:
   def __init__(self, folder, verb, *flags, processes: int, devices: int):
     env = dict(
       os.environ,
-      XLA_FLAGS=f'--xla_force_host_platform_device_count={devices}'
-      ' --xla_backend_optimization_level=0',
+      XLA_FLAGS=f'--xla_force_host_platform_device_count={devices} {IN_HASTE}',
       JAX_COMPILATION_CACHE_DIR=str(folder / 'compiled'),
       JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.1',
     )

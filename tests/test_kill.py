@@ -1,11 +1,12 @@
 """SIGKILL at any moment costs time, never a bit."""
 
 from tests import kill_and_resume
+from tests.flags import IN_HASTE
 
 
 def test_three_kills_change_no_bit(tmp_path, monkeypatch):
   # One device, not eight: starting up is most of the time.
-  monkeypatch.setenv('XLA_FLAGS', '--xla_backend_optimization_level=0')
+  monkeypatch.setenv('XLA_FLAGS', IN_HASTE)
   kills, runs = kill_and_resume.run(
     tmp_path,
     kills=3,
