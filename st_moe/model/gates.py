@@ -215,7 +215,8 @@ class HashGate(Gate, kw_only=True):
     salt: another one is another hash.
     per_layer: each layer draws a salt of its own; of those that are computed.
     vocab: ids of a table that is stored: balanced, clustered, dispersed.
-    frequencies: of `balanced`, a .npy file of counts [vocab]; '': 1 / (1 + id).
+    frequencies: of `balanced`, a .npy file of counts [vocab]; '': those of
+      a vocabulary in order, 1 / (id - 2) from id 3 on.
     vectors: of `clustered` and `dispersed`, a .npy file of [vocab, d].
   """
 

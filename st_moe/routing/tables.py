@@ -24,8 +24,11 @@ def mixed(*numbers):
 
 
 def zipf(vocab: int) -> np.ndarray:
-  """Frequencies of ids that stand in their order, as SentencePiece has them."""
-  return 1 / np.arange(1, vocab + 1)
+  """Frequencies of ids that stand in their order, as SentencePiece has them.
+
+  The first three are padding, the end and the unknown, which texts hardly have.
+  """
+  return np.concatenate([np.zeros(3), 1 / np.arange(1, vocab)])[:vocab]
 
 
 def balanced(frequencies, buckets: int, rng=None) -> np.ndarray:
