@@ -18,6 +18,8 @@ __all__ = sorted([*_PUBLIC, *_PACKAGES])
 
 
 def __getattr__(name: str):
+  if name == '__version__':
+    return importlib.import_module('importlib.metadata').version('st_moe')
   if name in _PACKAGES:
     return importlib.import_module(f'st_moe.{name}')
   if name not in _PUBLIC:

@@ -25,8 +25,9 @@ from typing import Literal
 from st_moe import config as config_lib
 from st_moe import fields
 from st_moe.fields import shown, unknown
+from st_moe.shipped import folder
 
-_CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
+_CONFIGS = folder('configs')
 
 # How other codes route, as fields that differ from the defaults; a checkpoint
 # means what it meant only under the routing it was trained with.
@@ -441,19 +442,19 @@ def _fill(kind, values: Mapping, path: list[str], value) -> dict:
 def find(name: str) -> pathlib.Path:
   """The config file `name`: as given, or among the ones shipped.
 
-  Those are meant by `NAME.py` and `configs/NAME.py` alone.
+  Those are meant by `NAME`, `NAME.py` and `configs/NAME.py` alone.
   """
   if os.path.isfile(name):
     return pathlib.Path(name)
+  known = {f'configs/{p.relative_to(_CONFIGS)}': p for p in shipped()}
+  for spelling in (name, f'configs/{name}', f'{name}.py', f'configs/{name}.py'):
+    if spelling in known:
+      return known[spelling]
   if os.path.exists(name):
     raise ValueError(
       f'The config {name} is no file. One of Python is needed, with'
       ' get_config(arg); `st-moe list configs` shows some.'
     )
-  known = {f'configs/{p.relative_to(_CONFIGS)}': p for p in shipped()}
-  for spelling in (name, f'configs/{name}'):
-    if spelling in known:
-      return known[spelling]
   raise unknown('config file', name, known)
 
 

@@ -17,6 +17,7 @@ from st_moe import about, config_file, fields
 from st_moe.config import Config, Part
 from st_moe.config import options as options_of
 from st_moe.model import parts
+from st_moe.shipped import folder
 from st_moe.train.after import AFTER
 
 # Field of a config -> the table it chooses from.
@@ -24,7 +25,7 @@ PLACES = {
   **{f'model.moe.{field}': table for field, table in parts.TABLES.items()},
   'optimizer.after': AFTER,
 }
-_EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
+_EXPERIMENTS = folder('experiments')
 _WIDTH, _WIDE = 80, 90  # Of a card, and of the table with papers.
 
 
