@@ -530,9 +530,11 @@ def _list(flags, overrides):
     _print_columns(rows)
   elif flags.what == 'tasks':
     _start(flags)
-    from st_moe.data import task_shards
+    from st_moe.data import registry
 
-    terminal.say('\n'.join(task_shards.registered()))
+    terminal.say('\n'.join(registry.names()))
+    if not registry.has_seqio():
+      terminal.say(registry.HOW_TO_SEQIO)
   else:
     _start(flags)
     from st_moe import methods

@@ -37,9 +37,9 @@ def test_the_task_of_the_page_is_trained_and_scored(tmp_path, monkeypatch):
     lines = ''.join(json.dumps(row) + '\n' for row in rows)
     (tmp_path / 'mood' / f'{name}.jsonl').write_text(lines)
 
-  from st_moe.data import tasks
+  from st_moe.data import catalogue
 
-  monkeypatch.setattr(tasks, 'TASKS', dict(tasks.TASKS))
+  monkeypatch.setattr(catalogue, 'TASKS', dict(catalogue.TASKS))
   monkeypatch.syspath_prepend(tmp_path)
   importlib.import_module('my_tasks')
   config = DataConfig(

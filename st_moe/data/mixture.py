@@ -1,7 +1,7 @@
 """What the names in a mixture stand for, and how often each is drawn.
 
 A name is, in this order: a text source of `data.files`, the embedded corpus,
-pairs of `data.pairs`, a registered SeqIO task or mixture.
+pairs of `data.pairs`, a task or mixture of ours, of SeqIO.
 """
 
 import functools
@@ -17,6 +17,7 @@ from st_moe.data import (
   tiny_world,
 )
 from st_moe.data import vocabulary as vocabulary_lib
+from st_moe.data.registry import HOW_TO_SEQIO, Registry, has_seqio
 from st_moe.data.task import tell_once
 from st_moe.data.vocabulary import SENTINELS, Vocabulary
 
@@ -44,11 +45,8 @@ class Library:
 
   @functools.cached_property
   def registry(self):
-    """SeqIO's tasks. Takes seconds: asked only for names unknown so far."""
-    from st_moe.data import task_shards
-
-    place = self.config.data_dir
-    return task_shards.Registry(self.vocabulary, place, self._pairs)
+    """Tasks. SeqIO's take seconds: asked for names unknown so far."""
+    return Registry(self.vocabulary, self.config.data_dir, self._pairs)
 
   def check(self, splits: Sequence[str] = ('train',)) -> None:
     """Looks at every name and file of the mixture, before work starts.
@@ -104,9 +102,10 @@ class Library:
     """The sources behind a name and their shares: a mixture has several."""
     if self.is_text(name):
       return {name: 1.0}
-    if name not in self.registry.names():
+    if not self.registry.has(name):
       known = {*self.config.files, sources.EMBEDDED, *self.registry.names()}
-      raise unknown('data source', name, known)
+      error = unknown('data source', name, known)
+      raise error if has_seqio() else ValueError(f'{error} {HOW_TO_SEQIO}')
     return self.registry.tasks(name)
 
   def sources(self) -> list[str]:

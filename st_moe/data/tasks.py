@@ -1,28 +1,27 @@
-"""Our seqio tasks and mixtures. Registrations only.
+"""Our tasks and mixtures as SeqIO's. Registrations only.
 
 Importing this module registers them with T5's vocabulary, as T5X users expect
 of a `mixture_or_task_module`; `register` does it again with another vocabulary
-or other files. Either way nothing is read before a task is used.
+or other files. Either way nothing is read before a task is used. What they are
+made of is in `catalogue.py`, which needs no SeqIO.
 """
 
 import functools
 import json
-import types
-from collections.abc import Mapping
 
-import seqio
-import tensorflow as tf
+try:
+  import seqio
+  import tensorflow as tf
+except ImportError as error:
+  raise ImportError(
+    f'st_moe.data.tasks registers tasks with SeqIO ({error}): pip install'
+    " 'st_moe[seqio]'. The tasks themselves are in st_moe.data.catalogue."
+  ) from None
 
-from st_moe.data import (
-  anli,
-  arc,
-  closed_book,
-  glue,
-  squad,
-  summarization,
-  superglue,
-  tiny_world,
-  winogrande,
+from st_moe.data.catalogue import (
+  MIXTURES,
+  TASKS,
+  WITH_SENTINEL,
 )
 from st_moe.data.task import SENTINEL, TextTask
 
@@ -35,66 +34,13 @@ except RuntimeError:  # Somebody used TensorFlow before us and settled it.
 
 T5_VOCABULARY = 'gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model'
 
-TASKS: dict[str, TextTask] = {
-  **{f'tiny_{name}': task for name, task in tiny_world.TASKS.items()},
-  **{f'super_glue_{name}': task for name, task in superglue.TASKS.items()},
-  **anli.TASKS,
-  **arc.TASKS,
-  **winogrande.TASKS,
-  **squad.TASKS,
-  **closed_book.TASKS,
-  **summarization.TASKS,
-  **glue.TASKS,
-}
 
-# Tasks that exist with a sentinel too (arXiv:2202.08906, section 4.5).
-WITH_SENTINEL = tuple(f'super_glue_{name}' for name in superglue.TASKS)
-
-# Name -> rates. Those of T5 are sizes of training sets; `size` as the rate of a
-# whole mixture in a config counts anew, with a cap (arXiv:2202.08906, 6.1).
-MIXTURES = {
-  # COPA is the last of the three to be learnt.
-  'tiny_glue': {'tiny_boolq': 1.0, 'tiny_cb': 1.0, 'tiny_copa': 2.0},
-  'super_glue': {f'super_glue_{k}': r for k, r in superglue.RATES.items()},
-  'super_glue_sentinel': {
-    f'super_glue_{k}{SENTINEL}': r for k, r in superglue.RATES.items()
-  },
-  'glue': {f'glue_{k}': r for k, r in glue.RATES.items()},
-}
-
-
-def text_task(name: str) -> TextTask | None:
-  """The task of a name, with a sentinel or without; None: not one of ours."""
-  return TASKS.get(name.removesuffix(SENTINEL))
-
-
-_own: list[str] = []  # Names that the last registration had of its own.
-
-
-def register(
-  vocabulary: seqio.Vocabulary,
-  data_dir: str = '',
-  own: Mapping[str, TextTask] = types.MappingProxyType({}),
-) -> None:
+def register(vocabulary: seqio.Vocabulary, data_dir: str = '') -> None:
   """Registers all tasks with `vocabulary`, in place of any before.
 
   Args:
     data_dir: holds their files; '' is $ST_MOE_DATA.
-    own: tasks that stay until the next registration.
-
-  Raises:
-    ValueError: one of these has the name of another task.
   """
-  for name in _own:
-    seqio.TaskRegistry.remove(name)
-  _own.clear()
-  for name, task in own.items():
-    if name in (*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()):
-      raise ValueError(
-        f'data.pairs.{name}: there is a task of this name; take another.'
-      )
-    _add(name, task, vocabulary, data_dir)
-    _own.append(name)
   for name, task in TASKS.items():
     seqio.TaskRegistry.remove(name)
     _add(name, task, vocabulary, data_dir)

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import importlib
+import inspect
 import itertools
 import json
 import pathlib
@@ -17,11 +18,13 @@ import pytest
 
 from st_moe.config import DataConfig
 from st_moe.data import (
+  catalogue,
   metrics,
   pipeline,
   rows,
   sources,
   superglue,
+  task_shards,
   text_shards,
   vocabulary,
 )
@@ -109,24 +112,45 @@ def test_importing_it_is_cheap():
   assert done.stdout.strip() == '[]'
 
 
-def test_text_needs_no_tensorflow(folder):
+def test_texts_pairs_and_tasks_of_ours_need_no_tensorflow(folder):
+  """Where it is not installed, nor SeqIO: from names to scores."""
+  put(folder, 'pairs', [{'inputs': 'a', 'targets': 'b'}])
+  put(folder, 'superglue/CB/val', CB[:1])
   code = (
     'import sys\n'
+    'sys.modules["tensorflow"] = sys.modules["seqio"] = None\n'
     'from st_moe.config import DataConfig\n'
-    'from st_moe.data import pipeline, vocabulary\n'
+    'from st_moe.data import pipeline, registry, vocabulary\n'
     'from st_moe.data.eval_data import EvalData\n'
     'from st_moe.data.mixture import Library\n'
-    f'c = DataConfig(mixture={{"big": 1}}, files={config(folder).files!r},'
-    f' inputs_length=61, targets_length=16, cache_dir="{folder}/cache")\n'
-    'v = vocabulary.load("bytes")\n'
-    'pipeline.TrainData(Library(c, v)).batch(0)\n'
-    'next(EvalData(Library(c, v), "big").batches(2))\n'
-    'print([m for m in ("tensorflow", "seqio") if m in sys.modules])'
+    'c = DataConfig(mixture={"big": 1, "tiny_glue": 1, "asked": 1},'
+    f' files={config(folder).files!r}, data_dir="{folder}",'
+    f' pairs={{"asked": {{"train": "{folder}/pairs.jsonl"}}}},'
+    ' inputs_length=61, targets_length=16, allow_cut=1.0, batch_size=8,'
+    f' cache_dir="{folder}/cache")\n'
+    'library = Library(c, vocabulary.load("bytes"))\n'
+    'library.check()\n'
+    'data = pipeline.TrainData(library)\n'
+    'assert len(data.sources) == 5, data.sources\n'
+    'data.batch(0)\n'
+    'next(EvalData(library, "big").batches(2))\n'
+    'for name in ("super_glue_cb", "super_glue_cb_1_sentinel"):\n'
+    '  cb = EvalData(library, name)\n'
+    '  assert cb.scores(cb.examples, ["entailment"])["accuracy"] == 100\n'
+    'assert not registry.has_seqio()\n'
+    'try:\n'
+    '  library.members("super_gleu")\n'
+    'except ValueError as error:\n'
+    '  print(error)'
   )
   done = subprocess.run(
-    [sys.executable, '-c', code], capture_output=True, text=True, check=True
+    [sys.executable, '-c', code], capture_output=True, text=True
   )
-  assert done.stdout.strip() == '[]'
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.startswith(
+    "Unknown data source 'super_gleu'. Did you mean 'super_glue'?"
+  )
+  assert "pip install 'st_moe[seqio]'" in done.stdout
 
 
 def test_a_batch_of_text(folder):
@@ -799,7 +823,7 @@ def test_what_a_test_split_hides_is_not_scored(tmp_path):
 @pytest.fixture
 def moods(tmp_path, monkeypatch):
   """Rows of examples -> the validation split of a task that yields them."""
-  from st_moe.data import task, tasks
+  from st_moe.data import task
 
   def opened(*rows, labels=('sad', 'happy'), split='validation'):
     put(tmp_path / 'data', 'mood', rows)
@@ -807,14 +831,11 @@ def moods(tmp_path, monkeypatch):
     made = task.TextTask(
       lambda row, _: [row], (metrics.accuracy,), labels, files=files
     )
-    monkeypatch.setitem(tasks.TASKS, 'mood', made)
+    monkeypatch.setitem(catalogue.TASKS, 'mood', made)
     c = of_tasks(tmp_path / 'cache', {}, data_dir=str(tmp_path / 'data'))
     return EvalData(Library(c, BYTES), 'mood', split)
 
-  yield opened
-  import seqio
-
-  seqio.TaskRegistry.remove('mood')
+  return opened
 
 
 @pytest.mark.parametrize(
@@ -1023,18 +1044,13 @@ def test_what_is_not_trained_on_needs_no_training_file(tmp_path):
   ],
 )
 def test_changed_code_makes_a_task_stale(monkeypatch, name, module, stale):
-  import seqio
-
-  from st_moe.data import task_shards, tasks
-
-  assert tasks.text_task(name)
-  task = seqio.TaskRegistry.get(name)
+  task = catalogue.text_task(name)
   before = task_shards._code(task)
-  source = task_shards.inspect.getsource
+  source = inspect.getsource
   assert before == task_shards._code(task)
   edited = f'st_moe.data.{module}'
   monkeypatch.setattr(
-    task_shards.inspect,
+    inspect,
     'getsource',
     lambda module: source(module) + '# edited' * (module.__name__ == edited),
   )
@@ -1044,17 +1060,17 @@ def test_changed_code_makes_a_task_stale(monkeypatch, name, module, stale):
 def test_changed_code_makes_a_task_of_ones_own_stale(weather, monkeypatch):
   import seqio
 
-  from st_moe.data import task_shards
+  from st_moe.data import seqio_shards
 
   task = seqio.TaskRegistry.get('weather')
-  before = task_shards._code(task)
-  source = task_shards.inspect.getsource
+  before = seqio_shards._code(task)
+  source = inspect.getsource
   monkeypatch.setattr(
-    task_shards.inspect,
+    inspect,
     'getsource',
     lambda module: source(module) + '# edited' * (module.__name__ == __name__),
   )
-  assert before != task_shards._code(task)
+  assert before != seqio_shards._code(task)
 
 
 # Stale tasks: what a task read and did may have changed since.
@@ -1212,12 +1228,8 @@ def test_what_cannot_be_known_is_written_anew(remade, tmp_path, caplog):
 
 
 def test_all_of_our_tasks_can_be_told_apart():
-  import seqio
-
-  from st_moe.data import task_shards, tasks
-
-  for name in tasks.TASKS:
-    assert task_shards._code(seqio.TaskRegistry.get(name))[1] == []
+  for task in catalogue.TASKS.values():
+    assert task_shards._code(task)[1] == []
 
 
 def test_a_task_without_inputs_is_refused(tmp_path):

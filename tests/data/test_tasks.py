@@ -4,9 +4,18 @@ import itertools
 import json
 
 import pytest
+import sentencepiece
 import seqio
 
-from st_moe.data import superglue, tasks, tiny_world, vocabulary
+from st_moe.data import (
+  catalogue,
+  seqio_shards,
+  superglue,
+  tasks,
+  tiny_world,
+  vocabulary,
+)
+from st_moe.data.registry import Registry
 
 BYTES = seqio.ByteVocabulary(extra_ids=100)
 EOS, SENTINEL = 1, 358
@@ -60,11 +69,11 @@ def test_every_task_and_mixture_is_registered():
 
 def test_text_task_knows_ours_with_a_sentinel_or_without():
   cb = superglue.TASKS['cb']
-  assert tasks.text_task('super_glue_cb') is cb
-  assert tasks.text_task('super_glue_cb_1_sentinel') is cb
-  assert tasks.text_task('tiny_cb') is tiny_world.TASKS['cb']
-  assert tasks.text_task('cb') is None
-  assert tasks.text_task('super_glue') is None  # A mixture.
+  assert catalogue.text_task('super_glue_cb') is cb
+  assert catalogue.text_task('super_glue_cb_1_sentinel') is cb
+  assert catalogue.text_task('tiny_cb') is tiny_world.TASKS['cb']
+  assert catalogue.text_task('cb') is None
+  assert catalogue.text_task('super_glue') is None  # A mixture.
 
 
 def test_splits_are_those_of_the_task():
@@ -386,6 +395,46 @@ def test_a_sentinel_is_taken_off_before_scoring(folder, pieces):
     plain = evaluate(f'super_glue_{name}', say)
     marked = evaluate(f'super_glue_{name}_1_sentinel', say)
     assert plain == marked and plain
+
+
+@pytest.mark.parametrize('lengths', [(256, 16), (24, 4)])
+@pytest.mark.parametrize('kind', ['bytes', 'pieces', 'behind'])
+def test_ours_and_seqios_records_are_one(
+  folder, pieces, tmp_path, kind, lengths
+):
+  """What is trained on without SeqIO is to the byte what SeqIO makes of it."""
+  ours = pieces if kind == 'pieces' else vocabulary.load('bytes')
+  if kind == 'behind':  # Its sentinels are ids behind all pieces, as in T5's.
+    plain = str(tmp_path / 'plain.model')
+    text = itertools.islice(tiny_world.text(), 500)
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=text, model_prefix=plain[:-6], vocab_size=200,
+      pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    ours = vocabulary.load(plain)
+  tasks.register(ours.to_seqio(), str(folder))
+  theirs = seqio_shards.Tasks(ours)
+  registry = Registry(ours, str(folder))
+  how = dict(inputs_length=lengths[0], targets_length=lengths[1])
+  marked = {f'super_glue_{name}_1_sentinel' for name in ('cb', 'wsc', 'record')}
+  names = {*(f'super_glue_{name}' for name in superglue.TASKS), *marked, *TINY}
+  compared = 0
+  for name in sorted(names):
+    for split in registry.splits(name):
+      try:
+        one = registry.write(name, split, cache_dir=str(tmp_path / 'a'), **how)
+      except ValueError:  # The folder has not every file.
+        continue
+      other = theirs.write(name, split, cache_dir=str(tmp_path / 'b'), **how)
+      assert list(one) == list(other), name
+      assert one.summary == other.summary and one.cut == other.cut
+      compared += len(one)
+    assert registry.labels(name) == catalogue.text_task(name).labels
+    assert registry.metric_fns(name) == theirs.metric_fns(name)
+    assert registry.splits(name) == theirs.splits(name)
+  assert compared > 300
+  for name in tasks.MIXTURES:
+    assert registry.tasks(name) == theirs.tasks(name)
 
 
 # ---- Registrations ----------------------------------------------------------
