@@ -18,12 +18,11 @@ _PACKAGES = (
   'flax',
   'optax',
   'orbax-checkpoint',
-  'seqio',
-  'tensorflow',
   'grain',
   'sentencepiece',
   'numpy',
 )
+_EXTRAS = ('seqio', 'tensorflow')
 
 
 def examine(workdir: str) -> int:
@@ -44,6 +43,11 @@ def _versions(workdir) -> str:
   found = [f'python {platform.python_version()}']
   for package in _PACKAGES:
     found.append(f'{package} {importlib.metadata.version(package)}')
+  for package in _EXTRAS:
+    try:
+      found.append(f'{package} {importlib.metadata.version(package)}')
+    except importlib.metadata.PackageNotFoundError:
+      found.append(f'no {package}')
   return ', '.join(found)
 
 

@@ -41,9 +41,16 @@ def open_source(where: str) -> Source:
   """Opens a checkpoint.
 
   Raises:
-    ValueError: none there, a damaged one, or of a model we do not have.
+    ValueError: none there, a damaged one, or of a model we do not have; no
+      TensorFlow to read it by.
   """
-  import tensorflow as tf
+  try:
+    import tensorflow as tf
+  except ImportError:
+    raise ValueError(
+      f'mtf:{where}: only TensorFlow reads such checkpoints, and it is not'
+      " installed: pip install 'st_moe[seqio]' brings it."
+    ) from None
 
   try:
     prefix = _prefix(str(where))
