@@ -17,11 +17,15 @@ setuptools.setup(
     'st_moe.configs': 'configs',
     'st_moe.experiments': 'experiments',
   },
-  package_data={'st_moe.experiments': ['*.md']},
+  package_data={
+    'st_moe.configs': ['gin/*/*.gin'],
+    'st_moe.experiments': ['*.md'],
+  },
   install_requires=[
     'array-record>=0.8',
     'etils[epath]>=1.9',
     'flax>=0.12',
+    'gin-config>=0.5',
     'grain>=0.2.15',
     'huggingface_hub>=0.30',
     'jax>=0.10',

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import shutil
 import sys
 
@@ -172,6 +173,20 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     made[name].add_argument(
       '--config', metavar='FILE[:ARG]', default='', rule=str
     )
+    made[name].add_argument(
+      '--gin_file',
+      metavar='FILE',
+      action='append',
+      default=[],
+      help='in place of --config: macros as of T5X; later files win',
+    )
+    made[name].add_argument(
+      '--gin',
+      metavar='NAME=VALUE',
+      action='append',
+      default=[],
+      help='a macro; also --gin.NAME=VALUE',
+    )
   for name in ('train', 'grid', 'prepare', 'evaluate'):
     made[name].add_argument(
       '--module_import',
@@ -187,7 +202,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
       help="of the files of tasks; '': $ST_MOE_DATA",
     )
   for name in ('train', 'grid'):
-    made[name].add_argument('--workdir', required=True)
+    made[name].add_argument('--workdir', help='where all of it goes')
   for name in ('train', 'grid', 'evaluate'):
     several = made[name].add_argument_group(
       'several processes',
@@ -293,6 +308,9 @@ def run(argv: list[str]) -> int:
     return 0
   verb, rest = argv[0], argv[1:]
   flags, overrides = verbs[verb].read(rest)
+  flags.macros = _macros(flags)
+  if 'workdir' in flags and flags.workdir is None:
+    verbs[verb].error('the following arguments are required: --workdir')
   if getattr(flags, 'data_dir', ''):
     field = 'data.data_dir'
     if overrides.setdefault(field, flags.data_dir) != flags.data_dir:
@@ -347,9 +365,38 @@ def _start(flags) -> None:
       importlib.import_module(name)
 
 
+def _macros(flags) -> dict:
+  """Those of --gin_file and --gin.NAME; what is a flag here becomes one.
+
+  MODEL_DIR is --workdir, MIXTURE_OR_TASK_MODULE --module_import.
+  """
+  if not getattr(flags, 'gin_file', ()):
+    if getattr(flags, 'gin', ()):
+      raise ValueError(
+        f'--gin.{flags.gin[0]}: a macro of which file? Add --gin_file=FILE.'
+      )
+    return {}
+  if flags.config:
+    raise ValueError(
+      f'--config={flags.config} and --gin_file={flags.gin_file[0]} both say'
+      ' what to run: which?'
+    )
+  from st_moe import gin_file
+
+  macros = gin_file.macros(flags.gin_file, flags.gin)
+  if 'workdir' in flags:
+    where = macros.get('MODEL_DIR')
+    if where and flags.workdir not in (None, where):
+      raise twice('--workdir', flags.workdir, where)
+    flags.workdir = flags.workdir or where
+  if macros.get('MIXTURE_OR_TASK_MODULE') and not flags.module_import:
+    flags.module_import = [macros['MIXTURE_OR_TASK_MODULE']]
+  return macros
+
+
 def _load(flags, overrides, path=''):
   path = path or flags.config
-  if not path:
+  if not path and not flags.macros:
     raise ValueError(
       'Which config? Pass --config=configs/NAME.py; `st-moe list configs` shows'
       ' them.'
@@ -361,7 +408,15 @@ def _load(flags, overrides, path=''):
 
     return config_file.to_dict(convert.open_source(init).config)
 
-  config = config_file.load(path, overrides, base=base)
+  if flags.macros:
+    from st_moe import gin_file
+
+    values = {'name': pathlib.Path(flags.gin_file[0]).stem}
+    values |= gin_file.values(flags.macros)
+    where = ' '.join(flags.gin_file)
+    config = config_file.settle(values, overrides, base=base, where=where)
+  else:
+    config = config_file.load(path, overrides, base=base)
   # What stands in tables of mechanisms, which a config does not know.
   from st_moe.model import parts
   from st_moe.train import after, terms
@@ -518,7 +573,7 @@ def _methods(flags, overrides):
 
 
 def _list(flags, overrides):
-  from st_moe import config_file
+  from st_moe import config_file, gin_file
 
   if flags.what == 'configs':
     rows = []
@@ -527,6 +582,9 @@ def _list(flags, overrides):
       shown = ', '.join(f'{k}={v}' for k, v in arguments.items())
       text = f'{config_file.summary(path)}\narguments: {shown or "none"}'
       rows.append((f'configs/{path.name}', text))
+    for path in gin_file.files():
+      name = '/'.join(path.parts[-4:])
+      rows.append((name, path.read_text().split('\n')[0].lstrip('# ')))
     _print_columns(rows)
   elif flags.what == 'tasks':
     _start(flags)

@@ -547,12 +547,23 @@ def load(
   path = find(name)
   values = _values(path, arg)
   values.setdefault('name', path.stem)
+  return settle(values, overrides, base=base, where=path)
+
+
+def settle(
+  values: dict,
+  overrides: Mapping | None = None,
+  *,
+  base: Callable[[str], Mapping] | None = None,
+  where='',
+) -> config_lib.Config:
+  """The run of plain `values`, of which `where` is the file; as `load`."""
   if 'routing' in (overrides or {}):
     values['routing'] = overrides['routing']
   values = routed(values)
   for field, value in (overrides or {}).items():
     values = merge(config_lib.Config, values, field, value)
-  values = _closed(values, path, refuse=base is not None)
+  values = _closed(values, where, refuse=base is not None)
   if values.get('init') and base:
     hint = fields.of(config_lib.Config)['init']
     init = fields.check(values['init'], hint, 'config.init')

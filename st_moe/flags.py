@@ -99,6 +99,8 @@ def _sorted(argv: Sequence[str], takes: Mapping[str, bool]):
     if not flag.startswith('-') or ' ' in flag or _NUMBER.match(flag):
       others.append(flag + equals + value)
       continue
+    if flag.startswith('--gin.'):  # T5X's spelling of a macro.
+      flag, equals, value = '--gin', '=', flag[6:] + equals + value
     field = flag.startswith('--config.')
     follows = rest and not rest[0].startswith('--')
     if not equals and follows and (field or takes.get(flag)):

@@ -23,6 +23,7 @@ LINES = (
     'config',
     'counts',
     'config_file',
+    'gin_file',
     'schedules',
     'paths',
     'backend',
