@@ -27,6 +27,21 @@ _VERBS = {
   'config': 'show a resolved config, or `diff` two of them',
 }
 
+_EXAMPLES = {
+  'train': '--config=st_moe_tiny --workdir=runs/tiny',
+  'grid': '--config=st_moe_tiny --workdir=runs/k --vary=seed=0,1',
+  'evaluate': '--checkpoint=runs/tuned --mixture=tiny_glue',
+  'generate': "--checkpoint=runs/tuned 'a prompt' 'another'",
+  'convert': '--from=hf:google/switch-base-8 --to=st_moe:runs/switch --verify',
+  'plan': '--config=st_moe_32b --topology=v5p:4x4x8',
+  'prepare': '--config=st_moe_tiny --vocabulary=my.model',
+  'report': 'runs/tiny runs/tuned --curves=curves.png',
+  'doctor': '--workdir=runs',
+  'methods': 'gshard',
+  'list': 'configs',
+  'config': 'diff st_moe_tiny st_moe_tiny:dense',
+}
+
 _EPILOG = """
 --config=configs/NAME.py[:argument,argument=value] names a config file;
 --config.path.to.field=value sets a field of it.
@@ -44,9 +59,6 @@ FORMAT:PLACE is one of
                    layout, read in either
   t5x_orbax:PLACE  the same, written as Orbax does today
   mtf:PLACE        Mesh-TensorFlow's model.ckpt-N, read only
-
-st-moe convert --from=hf:google/switch-base-8 --to=st_moe:runs/switch --verify
-st-moe convert --from=runs/switch --to=hf:exported
 """
 
 
@@ -154,6 +166,10 @@ def _plainly(e: Exception) -> str:
   return str(e)
 
 
+def _example(verb: str) -> str:
+  return f'example:\n  st-moe {verb} {_EXAMPLES[verb]}\n'
+
+
 def _parser() -> tuple[Parser, dict[str, Parser]]:
   """The parser of the command, and that of each verb."""
   parser = Parser(
@@ -166,13 +182,16 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
   )
   verbs = parser.add_subparsers(dest='verb', metavar='VERB')
   made = {
-    name: verbs.add_parser(name, help=text, description=text, epilog=_EPILOG)
+    name: verbs.add_parser(
+      name, help=text, description=text, epilog=_example(name) + _EPILOG
+    )
     for name, text in _VERBS.items()
   }
   for name in ('train', 'grid', 'prepare', 'plan', 'config'):
     made[name].add_argument(
       '--config', metavar='FILE[:ARG]', default='', rule=str
     )
+  for name in ('train', 'grid', 'prepare', 'plan', 'config', 'evaluate'):
     made[name].add_argument(
       '--gin_file',
       metavar='FILE',
@@ -237,7 +256,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     '--vocabulary', default='', help='where a new vocabulary goes'
   )
   made['evaluate'].add_argument(
-    '--checkpoint', required=True, help='a workdir, or its checkpoints/STEP'
+    '--checkpoint', help='a workdir, or its checkpoints/STEP'
   )
   made['evaluate'].add_argument(
     '--mixture',
@@ -274,7 +293,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     action='store_true',
     help="compare logits with the source's own implementation",
   )
-  made['convert'].epilog = _FORMATS + _EPILOG
+  made['convert'].epilog = _example('convert') + _FORMATS + _EPILOG
   plan_flags.add(made['plan'])
   made['report'].add_argument('workdirs', nargs='+')
   made['report'].add_argument(
@@ -309,8 +328,9 @@ def run(argv: list[str]) -> int:
   verb, rest = argv[0], argv[1:]
   flags, overrides = verbs[verb].read(rest)
   flags.macros = _macros(flags)
-  if 'workdir' in flags and flags.workdir is None:
-    verbs[verb].error('the following arguments are required: --workdir')
+  for name in _REQUIRED.get(verb, ()):
+    if getattr(flags, name) is None:
+      verbs[verb].error(f'the following arguments are required: --{name}')
   if getattr(flags, 'data_dir', ''):
     field = 'data.data_dir'
     if overrides.setdefault(field, flags.data_dir) != flags.data_dir:
@@ -365,18 +385,21 @@ def _start(flags) -> None:
       importlib.import_module(name)
 
 
-def _macros(flags) -> dict:
-  """Those of --gin_file and --gin.NAME; what is a flag here becomes one.
+# What a flag has to say, or a macro that stands for it.
+_REQUIRED = {
+  'train': ('workdir',), 'grid': ('workdir',), 'evaluate': ('checkpoint',)
+}  # fmt: skip
 
-  MODEL_DIR is --workdir, MIXTURE_OR_TASK_MODULE --module_import.
-  """
+
+def _macros(flags) -> dict:
+  """Those of --gin_file and --gin.NAME; what is a flag here becomes one."""
   if not getattr(flags, 'gin_file', ()):
     if getattr(flags, 'gin', ()):
       raise ValueError(
         f'--gin.{flags.gin[0]}: a macro of which file? Add --gin_file=FILE.'
       )
     return {}
-  if flags.config:
+  if getattr(flags, 'config', ''):
     raise ValueError(
       f'--config={flags.config} and --gin_file={flags.gin_file[0]} both say'
       ' what to run: which?'
@@ -384,13 +407,14 @@ def _macros(flags) -> dict:
   from st_moe import gin_file
 
   macros = gin_file.macros(flags.gin_file, flags.gin)
-  if 'workdir' in flags:
-    where = macros.get('MODEL_DIR')
-    if where and flags.workdir not in (None, where):
-      raise twice('--workdir', flags.workdir, where)
-    flags.workdir = flags.workdir or where
-  if macros.get('MIXTURE_OR_TASK_MODULE') and not flags.module_import:
-    flags.module_import = [macros['MIXTURE_OR_TASK_MODULE']]
+  for macro, name in gin_file.FLAGS.items():
+    value, said = macros.get(macro), vars(flags).get(name)
+    if name not in flags or value is None:
+      continue
+    value = [value] if isinstance(said, list) else value
+    if said and said != value:
+      raise twice(f'--{name}', said, value)
+    setattr(flags, name, value)
   return macros
 
 

@@ -267,8 +267,14 @@ _THEIRS = (
   *('t5_common_layers', 'linen', 'initializers', 'jnp', 'jax', 'flax'),
 )
 
-# Macros that a flag of the command says: where they are given, it is left out.
-FLAGS = {'MODEL_DIR': 'workdir', 'MIXTURE_OR_TASK_MODULE': 'module_import'}
+# Macros that are flags of the verbs that have them.
+FLAGS = {
+  'MODEL_DIR': 'workdir',
+  'MIXTURE_OR_TASK_MODULE': 'module_import',
+  'CHECKPOINT_PATH': 'checkpoint',
+  'EVAL_OUTPUT_DIR': 'output',
+  'MIXTURE_OR_TASK_NAME': 'mixture',
+}
 
 
 def macros(files: Sequence[str], bindings: Sequence[str] = ()) -> dict:

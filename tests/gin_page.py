@@ -21,7 +21,8 @@ def page() -> str:
       said = ', '.join(f'`{field}`' for field in made)
     rows.append(f'| `{name}` | {said} |\n')
   for name, flag in gin_file.FLAGS.items():
-    rows.append(f'| `{name}` | the flag `--{flag}` |\n')
+    if name not in gin_file.MACROS:
+      rows.append(f'| `{name}` | the flag `--{flag}` |\n')
   rows.append(
     '\n## Parameters\n\n| parameter of T5X | macro |\n| --- | --- |\n'
   )

@@ -8,6 +8,7 @@ import os
 import pathlib
 import platform
 import re
+import shlex
 import subprocess
 import sys
 
@@ -76,6 +77,14 @@ try:
 finally:
   print(time.process_time(), *{name.split('.')[0] for name in sys.modules})
 """
+
+
+def test_every_verb_has_an_example_that_parses():
+  _, verbs = cli._parser()
+  assert verbs.keys() == cli._EXAMPLES.keys() == cli._VERBS.keys()
+  for verb, parser in verbs.items():
+    line = re.search(f'example:\n  st-moe {verb} (.*)', parser.epilog)[1]
+    parser.read(shlex.split(line))
 
 
 def test_help_is_quick_and_needs_nothing():

@@ -37,7 +37,7 @@ def made(*files, gin=()) -> Config:
 
 def test_every_gin_file_is_one_of_these():
   names = {path.stem for path in gin_file.files()}
-  assert names == {*MODELS, *RUNS, 'st_moe', 'switch', 't5_1_1'}
+  assert names == {*MODELS, *RUNS, 'eval', 'st_moe', 'switch', 't5_1_1'}
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -202,6 +202,19 @@ def test_a_run_of_gin_files(tmp_path, capsys):
   run = config_file.of_run(where / 'config.json')
   assert run.total_steps == 2 and run.model.moe.num_experts == 4
   assert run.name == 'st_moe_base'
+  evaluate = [
+    'evaluate',
+    '--gin_file=runs/eval.gin',
+    f"--gin.CHECKPOINT_PATH='{where}'",
+    '--gin.MIXTURE_OR_TASK_NAME=python_reference',
+    f"--gin.EVAL_OUTPUT_DIR='{tmp_path}/scores'",
+    '--config.evaluate.batches=1',
+  ]
+  assert cli.run(evaluate) == 0
+  assert (tmp_path / 'scores' / 'metrics.json').exists()
+  again = [*evaluate, '--checkpoint=elsewhere']
+  with pytest.raises(ValueError, match='--checkpoint is given twice'):
+    cli.run(again)
 
 
 @pytest.mark.parametrize(
