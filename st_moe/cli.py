@@ -474,8 +474,9 @@ def _grid(flags, overrides):
     from st_moe.run import grid
 
     def make(cell):
-      if flags.config and 'config' in cell:
-        raise twice('--config', flags.config, cell['config'])
+      if 'config' in cell and (flags.config or flags.gin_file):
+        said = flags.config or ' '.join(flags.gin_file)
+        raise twice('--config', said, cell['config'])
       for field in overrides.keys() & cell:
         raise twice(f'--config.{field}', overrides[field], cell[field])
       fields = {**overrides, **cell}

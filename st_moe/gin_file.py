@@ -5,8 +5,7 @@
 
 A file is read for its macros, NAME = value, and for the few parameters of T5X
 in PARAMETERS that mean something to a run of ours. What a macro is here stands
-in one table, MACROS; the same files give T5X the same model (`t5x_bridge.py`).
-Later files and --gin.NAME=value win over earlier ones, as in gin.
+in one table, MACROS. Later files and --gin.NAME=value win over earlier ones.
 """
 
 import dataclasses
@@ -124,6 +123,8 @@ def _schedule(value, macros):
 
 def _mixture(value, macros):
   """`data.mixture`: this name, at the rate 1"""
+  if not isinstance(value, str):
+    raise ValueError('a name')
   return {'data.mixture': {value: 1.0}}
 
 
@@ -134,6 +135,8 @@ def _activations(value, macros):
 
 def _with_factors(value, macros):
   """a part of `LEARNING_RATE_FACTORS`"""
+  if macros.get('LEARNING_RATE_FACTORS') is None:
+    raise ValueError('beside LEARNING_RATE_FACTORS, which say what it is for')
   return {}
 
 
@@ -323,23 +326,30 @@ def values(macros: Mapping) -> dict:
   return run
 
 
-def _read(path: pathlib.Path) -> dict:
+def _read(path: pathlib.Path, within: tuple = ()) -> dict:
+  if path.resolve() in within:
+    raise ValueError(f'{path} includes itself.')
   try:
     text = path.read_text()
   except UnicodeDecodeError:
     raise ValueError(f'{path} is no text, so no gin file.') from None
-  return _statements(text, str(path), path.parent)
+  return _statements(text, str(path), path, within=(*within, path.resolve()))
 
 
 def _statements(
-  text: str, where: str, beside: pathlib.Path | None, plain: str | None = None
+  text: str,
+  where: str,
+  path: pathlib.Path | None,
+  plain: str | None = None,
+  within: tuple = (),
 ) -> dict:
   """{macro: value} of gin text; of one binding, `plain` text may be a word."""
   found, left_out = {}, []
   try:
     for statement in config_parser.ConfigParser(text, _Delegate()):
       if isinstance(statement, config_parser.IncludeStatement):
-        found |= _read(_find(statement.filename, beside))
+        beside = path and path.parent
+        found |= _read(_find(statement.filename, beside), within)
       elif isinstance(statement, config_parser.BindingStatement):
         line = statement.location.line_num
         at = where if plain is not None else f'{where}, line {line}'
@@ -349,7 +359,7 @@ def _statements(
     if plain is not None and not isinstance(error, ValueError):
       name = where.removeprefix('--gin.')
       if name.isidentifier():  # An unquoted word, as a shell leaves it.
-        return _statements(f'{name} = {plain!r}', where, beside, plain)
+        return _statements(f'{name} = {plain!r}', where, path, plain)
     if isinstance(error, ValueError):
       raise
     line = getattr(error, 'lineno', None) or (error.args[-1] or [0])[0]

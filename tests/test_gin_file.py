@@ -161,6 +161,9 @@ utils.create_learning_rate_scheduler:
       "LEARNING_RATE_FACTORS = 'constant * cosine' should be one of 'constant'",
     ),
     ("MLP_ACTIVATIONS = ('tanh',)", (), 'MLP_ACTIVATIONS'),
+    ("MIXTURE_OR_TASK_NAME = ['a']", (), 'should be a name.'),
+    ('WARMUP_STEPS = 400', (), 'beside LEARNING_RATE_FACTORS'),
+    ("include 'a.gin'", (), 'a.gin includes itself.'),
     ('TASK_FEATURE_LENGTHS = 5', (), "should be {'inputs': N, 'targets': N}."),
     ('', ('EMBED_DIM',), '--gin.EMBED_DIM needs a value'),
   ],
@@ -227,3 +230,8 @@ def test_a_run_of_gin_files(tmp_path, capsys):
 def test_flags_that_do_not_go_together(flags, message):
   with pytest.raises(ValueError, match=re.escape(message)):
     cli.run(['train', '--workdir=w', *flags])
+
+
+def test_a_grid_of_configs_is_not_one_of_gin_files(tmp_path):
+  with pytest.raises(ValueError, match='--config is given twice'):
+    cli.run(['grid', f'--workdir={tmp_path}', '--vary=config=a,b', *SMALL])

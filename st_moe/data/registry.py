@@ -6,6 +6,7 @@ left over, where it is installed.
 
 import functools
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping
 
 from st_moe.data import catalogue, shards, task_shards
@@ -52,8 +53,10 @@ class Registry:
   ):
     self._vocabulary, self._data_dir = vocabulary, data_dir
     self._own = own or {}
+    # Those of SeqIO where somebody asked for it: who did not has none there.
+    theirs = _seqio().names() if sys.modules.get('seqio') and own else ()
     for name in self._own:
-      if name in catalogue.names():
+      if name in catalogue.names() or name in theirs:
         raise ValueError(
           f'data.pairs.{name}: there is a task of this name; take another.'
         )

@@ -30,6 +30,7 @@ from st_moe.data import (
 )
 from st_moe.data.eval_data import EvalData, Example
 from st_moe.data.mixture import Library
+from st_moe.data.registry import Registry
 
 BYTES = vocabulary.load('bytes')
 SENTINEL = BYTES.sentinel(0)
@@ -1230,6 +1231,14 @@ def test_what_cannot_be_known_is_written_anew(remade, tmp_path, caplog):
 def test_all_of_our_tasks_can_be_told_apart():
   for task in catalogue.TASKS.values():
     assert task_shards._code(task)[1] == []
+
+
+@pytest.mark.parametrize('name', ['tiny_cb', 'tiny_glue', 'weather'])
+def test_pairs_have_a_name_of_their_own(weather, name):
+  """Neither that of a task of ours nor of one that somebody registered."""
+  own = {name: catalogue.TASKS['tiny_cb']}
+  with pytest.raises(ValueError, match=f'data.pairs.{name}: there is a task'):
+    Registry(BYTES, own=own)
 
 
 def test_a_task_without_inputs_is_refused(tmp_path):
