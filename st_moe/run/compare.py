@@ -1,5 +1,6 @@
 """`st-moe report`: finished runs side by side, from the files they wrote."""
 
+import fnmatch
 import os
 
 import numpy as np
@@ -118,32 +119,57 @@ def draw_curves(workdirs: list[str], path: str) -> None:
   if ending not in endings:
     raise unknown('kind of picture', ending, endings)
   files.check_free(path, lambda p: _MARK.encode() in p.read_bytes())
+  figure = curves(workdirs)
+  signed = {'png': 'Software', 'svg': 'Creator', 'pdf': 'Creator'}
+  signature = {signed[ending]: _MARK} if ending in signed else None
+  with files.appearing(path) as temp:
+    figure.savefig(temp, format=ending, dpi=100, metadata=signature)
+  terminal.say(f'wrote {path}')
+
+
+def curves(
+  workdirs: list[str],
+  metrics: str = 'eval/*/loss',
+  label: str = 'validation loss, nats per target token',
+):
+  """Metrics over steps as a picture: a panel for each, a line for each run.
+
+  Args:
+    metrics: a pattern of their names in metrics.jsonl.
+    label: of the axis of numbers.
+
+  Raises:
+    ValueError: no run has such a metric.
+  """
+  from st_moe.analysis.figures import Picture, colour
+
   runs = [_Run(*each) for each in zip(workdirs, _names(workdirs), strict=True)]
-  names = sorted({n for run in runs for n in run.scores if n.endswith('/loss')})
+  known = {k for run in runs for row in run.rows for k in row}
+  names = sorted(fnmatch.filter(known, metrics))
+  if not names:
+    raise unknown('metric', metrics, sorted(known))
   columns = min(len(names), 4)
   rows = -(-len(names) // columns)
-  figure = Figure(figsize=(3 * columns + 1, 2.4 * rows), layout='constrained')
+  figure = Picture(3 * columns + 1, 2.4 * rows)
   panels = figure.subplots(rows, columns, squeeze=False, sharex=True).flat
   for panel, name in zip(panels, names, strict=False):
-    for run in runs:
-      points = [(r['step'], float(r[name])) for r in run.measured if name in r]
+    for n, run in enumerate(runs):
+      points = [(r['step'], float(r[name])) for r in run.rows if name in r]
       if points:
-        panel.plot(*zip(*points, strict=True), label=run.name)
-    panel.set_title(name.split('/')[1], fontsize='medium')
+        one = {'marker': '.'} if len(points) < 20 else {}
+        of_run = dict(label=run.name, color=colour(n), **one)
+        panel.plot(*zip(*points, strict=True), **of_run)
+    parts = name.split('/')
+    panel.set_title(parts[1] if parts[0] == 'eval' else name, fontsize='medium')
     panel.grid(alpha=0.3)
   for panel in figure.axes[len(names) :]:
     panel.remove()
   figure.supxlabel('step')
-  figure.supylabel('validation loss, nats per target token')
+  figure.supylabel(label)
   figure.legend(
     *figure.axes[0].get_legend_handles_labels(), loc='outside right'
   )
-  signed = {'png': 'Software', 'svg': 'Creator', 'pdf': 'Creator'}
-  signature = {signed[ending]: _MARK} if ending in signed else None
-  with files.appearing(path) as temp:
-    FigureCanvasAgg(figure)
-    figure.savefig(temp, format=ending, dpi=100, metadata=signature)
-  terminal.say(f'wrote {path}')
+  return figure
 
 
 class _Run:
@@ -153,7 +179,7 @@ class _Run:
     self.workdir, self.name = epath.Path(workdir).expanduser(), name
     if not (self.workdir / 'config.json').exists():
       raise ValueError(f'{workdir} is no workdir of `st-moe train`.')
-    rows = read_rows(self.workdir)
+    self.rows = rows = read_rows(self.workdir)
     self.steps = [r for r in rows if 'loss' in r]
     self.measured = [r for r in rows if any(k.startswith('eval/') for k in r)]
     if not self.steps or not self.measured:
