@@ -25,11 +25,25 @@ def say(*words: object, file=None) -> None:
   print(*map(shown, words), file=file or sys.stdout, flush=True)
 
 
+def is_there() -> bool:
+  """Whether somebody sits at a terminal, and bars may move.
+
+  What notebooks print to says so of itself, and moves nothing.
+  """
+  module = type(sys.stdout).__module__.partition('.')[0]
+  return sys.stdout.isatty() and module != 'ipykernel'
+
+
 def console(*, stderr: bool = False):
   """A rich console that prints every string as it is, in tables too."""
   from rich.console import Console
 
-  made = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+  plain = dict(markup=False, emoji=False, highlight=False)
+  # In a notebook too: as HTML every line would be a paragraph of its own.
+  plain |= dict(force_jupyter=False)
+  if sys.stdout.isatty() and not is_there():
+    plain |= dict(force_terminal=False)
+  made = Console(stderr=stderr, **plain)
   render = made.render_str
   made.render_str = lambda text, **options: render(shown(text), **options)
   return made

@@ -37,9 +37,10 @@ LINES = (
   ('decode', 'train'),
   ('data',),
   ('history', 'listing', 'checkpoint', 'interop'),
+  ('analysis',),
   ('infer',),
   ('run',),
-  ('analysis', 'surgery', 'plan', 'doctor', 'methods'),
+  ('surgery', 'plan', 'doctor', 'methods'),
   ('cli', 't5x_bridge', '__init__', '__main__', 'train.__init__'),  # Leaves.
 )
 LINE_OF = {room: i for i, line in enumerate(LINES) for room in line}

@@ -1,6 +1,7 @@
 """Text from outside is shown, and neither obeyed nor taken for markup."""
 
 import io
+import sys
 
 from rich.table import Table
 
@@ -30,3 +31,17 @@ def test_tables_and_titles():
   console.print(table)
   said = console.file.getvalue()
   assert said.count(HARMLESS) == 3 and '\x1b' not in said
+
+
+def test_a_notebook_is_no_terminal(monkeypatch):
+  """Though its stream says so: no bar moves there, and no colour is sent."""
+  stream = type('OutStream', (io.StringIO,), {'isatty': lambda self: True})
+  monkeypatch.setattr(sys, 'stdout', stream())
+  assert terminal.is_there() and terminal.console().is_terminal
+  stream.__module__ = 'ipykernel.iostream'
+  console = terminal.console()
+  assert not terminal.is_there() and not console.is_terminal
+  table = Table('name', title='title')
+  table.add_row('row')
+  console.print(table)
+  assert 'row' in sys.stdout.getvalue() and '\x1b' not in sys.stdout.getvalue()

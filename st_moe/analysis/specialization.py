@@ -55,12 +55,13 @@ def top_tokens(
     least: how often a token must be seated at the expert to be named.
 
   Raises:
-    ValueError: there is no such layer, or that is several.
+    ValueError: there is no such layer, or it is a stack.
   """
   found = trace.at(layer)
-  if len(set(found.layer)) > 1:
-    raise ValueError(f'{layer} has several sparse layers: name one of them.')
-  (experts,) = {found.layers[n].experts for n in found.layer[:1]} or {0}
+  named = {str(each): each for each in trace.layers}
+  if layer not in named:
+    raise ValueError(f'{layer} is a whole stack: name one layer of it.')
+  experts = named[layer].experts
   token = np.broadcast_to(found.token[:, None], found.expert.shape)[found.kept]
   ids, column = np.unique(token, return_inverse=True)
   counts = np.zeros((experts, len(ids)), np.int64)

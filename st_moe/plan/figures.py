@@ -15,6 +15,8 @@ from st_moe.plan.tables import mesh_name
 def mesh(sizes: Mapping[str, int], num_experts: int) -> Picture:
   """Devices as they lie in the mesh, each with the experts it holds.
 
+  (A dense model counts as one expert.)
+
   A block is all devices along `expert` and `model`: within it tokens travel to
   their experts, and what a frame holds shares the weights of the same ones.
   Every block has a part of the batch; between them gradients travel, and along
@@ -22,7 +24,7 @@ def mesh(sizes: Mapping[str, int], num_experts: int) -> Picture:
   """
   expert, model = sizes['expert'], sizes['model']
   blocks = [(d, f) for d in range(sizes['data']) for f in range(sizes['fsdp'])]
-  held = num_experts // expert
+  held = max(num_experts // expert, 1)
   wide = next(n for n in sharding.divisors(expert) if n * n >= expert)
   high = expert // wide
   across = min(len(blocks), max(1, 16 // (wide * model) or 1))
@@ -42,8 +44,7 @@ def mesh(sizes: Mapping[str, int], num_experts: int) -> Picture:
     axes.text(left, top - 0.3, title or 'all devices', size=9, weight='bold')
     for e in range(expert):
       x, y = left + e % wide * model, top + e // wide
-      first = e * held
-      said = f'{first}' if held == 1 else f'{first}-{first + held - 1}'
+      said = '-'.join(f'{n}' for n in sorted({e * held, (e + 1) * held - 1}))
       for m in range(model):
         box = Rectangle(
           (x + m + 0.03, y + 0.03), 0.94, 0.94, lw=0, fc=colour(e, 0.45)

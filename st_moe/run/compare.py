@@ -150,7 +150,7 @@ def curves(
     raise unknown('metric', metrics, sorted(known))
   columns = min(len(names), 4)
   rows = -(-len(names) // columns)
-  figure = Picture(3 * columns + 1, 2.4 * rows)
+  figure = Picture(3 * columns + 1, max(2.4 * rows, 2.8))
   panels = figure.subplots(rows, columns, squeeze=False, sharex=True).flat
   for panel, name in zip(panels, names, strict=False):
     for n, run in enumerate(runs):
@@ -164,8 +164,8 @@ def curves(
     panel.grid(alpha=0.3)
   for panel in figure.axes[len(names) :]:
     panel.remove()
-  figure.supxlabel('step')
-  figure.supylabel(label)
+  figure.supxlabel('step', fontsize='medium')
+  figure.supylabel(label, fontsize='medium')
   figure.legend(
     *figure.axes[0].get_legend_handles_labels(), loc='outside right'
   )

@@ -301,7 +301,8 @@ def _run(workdir):
   """A whole run in short; returns what the reader was told."""
   said = io.StringIO()
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr('rich.console.Console', lambda: Console(file=said, width=200))
+    console = Console(file=said, width=200)
+    patch.setattr('rich.console.Console', lambda **_: console)
     made = Report(workdir, _WANDB.log, config_file.to_dict(_WANDB), start=0)
     made.write(1, {'loss': 2.5, 'load': np.ones(3)})
     made.write(2, {'loss': 1.5})
