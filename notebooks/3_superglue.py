@@ -35,7 +35,7 @@ if importlib.util.find_spec('st_moe') is None:
 # an accelerator.
 data_dir = 'runs/data'
 steps = 300
-pretraining_steps = 300
+pretraining_steps = 600
 
 # %%
 import json

@@ -31,7 +31,7 @@ if importlib.util.find_spec('st_moe') is None:
 
 # %% tags=["parameters"]
 checkpoint = 'runs/first_hour'  # A run of yours, or the one that is made here.
-steps = 300
+steps = 600
 examples = 64
 pairs_for_losses = 24  # Of these; each expert is switched off for all of them.
 

@@ -35,6 +35,7 @@ def test_a_text_is_written_out_and_coloured():
   said = _texts(picture)
   assert said[0] == 'encoder.1'
   assert [t for t in said[1:] if not t.isdigit()] == [*text.replace('1', '')]
+  assert not any(t.get_parse_math() for t in picture.axes[0].texts)
   boxes = picture.axes[0].patches
   assert len(boxes) == len(text)
   # Its fifth token is of the expert that its first is of.

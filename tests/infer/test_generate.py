@@ -349,7 +349,8 @@ def test_routes_are_those_of_the_sown_seats():
   trace = model.inspect(PROMPTS, targets, scores=True)
   assert [str(layer) for layer in trace.layers] == ['encoder.0', 'decoder.0']
   # With an EOS each, in either stack.
-  assert len(trace) == 2 * sum(len(text) + 1 for text in PROMPTS)
+  tokens = [2 * len(text) + 2 for text in PROMPTS]
+  assert np.bincount(trace.example).tolist() == tokens
   assert trace.kept.all() and trace.expert.shape[1] == 2
   n = 13
   ids = np.array([[*BYTES.encode(PROMPTS[n]), BYTES.eos]], np.int32)
@@ -380,6 +381,9 @@ def test_an_expert_that_is_forced_is_met_by_all():
   model = _loaded()
   trace = model.inspect(PROMPTS, on='encoder.0.2', off='encoder.0.1')
   assert (trace.expert[:, 0] == 2).all() and not (trace.expert == 1).any()
+  told = model.inspect(PROMPTS, PROMPTS, on='decoder.0.3')
+  assert (told.at('decoder').expert[:, 0] == 3).all()
+  assert (told.at('encoder').expert[:, 0] != 3).any()
   (score,), (without,) = (
     model.score(PROMPTS[:1], ['yes'], **options)
     for options in ({}, {'off': 'decoder.0.2'})

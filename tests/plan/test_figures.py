@@ -36,5 +36,6 @@ def test_bars_are_the_numbers_of_the_plan():
   # The longest of three, and tokens, for which everything waits.
   assert axes.lines[0].get_xdata() == pytest.approx([350])
   axes = figures.memory(found, chips.named('v5e')).axes[0]
-  assert [patch.get_width() for patch in axes.patches] == [2, 1]
+  bars = [(patch.get_x(), patch.get_width()) for patch in axes.patches]
+  assert bars == [(0, 2), (2, 1)]  # GiB, one behind the other.
   assert axes.lines[0].get_xdata()[0] == 16
