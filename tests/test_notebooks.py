@@ -51,8 +51,8 @@ def test_they_import_and_never_define(path):
   notebook = notebooks.read(path)
   never = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda
   for cell in _code(notebook):
-    found = [n for n in ast.walk(ast.parse(cell.source)) if isinstance(n, never)]
-    assert not found, cell.source
+    nodes = ast.walk(ast.parse(cell.source))
+    assert not any(isinstance(node, never) for node in nodes), cell.source
   title, first = notebook.cells[:2]
   assert re.match('# [A-Z]', title.source) and '![' not in title.source
   assert _tagged(notebook, 'install') == [first]

@@ -2,6 +2,7 @@
 
 import fnmatch
 import os
+import typing
 
 import numpy as np
 from etils import epath
@@ -10,6 +11,9 @@ from st_moe import terminal
 from st_moe.config import unknown
 from st_moe.data import files
 from st_moe.history import best_steps, read_rows
+
+if typing.TYPE_CHECKING:
+  from st_moe.analysis.figures import Picture
 
 _MARK = 'st-moe report'  # In pictures that may be drawn anew.
 
@@ -131,7 +135,7 @@ def curves(
   workdirs: list[str],
   metrics: str = 'eval/*/loss',
   label: str = 'validation loss, nats per target token',
-):
+) -> 'Picture':
   """Metrics over steps as a picture: a panel for each, a line for each run.
 
   Args:
@@ -144,7 +148,8 @@ def curves(
   from st_moe.analysis.figures import Picture, colour
 
   runs = [_Run(*each) for each in zip(workdirs, _names(workdirs), strict=True)]
-  known = {k for run in runs for row in run.rows for k in row}
+  rows = [row for run in runs for row in run.rows]
+  known = {k for row in rows for k, v in row.items() if not np.ndim(v)}
   names = sorted(fnmatch.filter(known, metrics))
   if not names:
     raise unknown('metric', metrics, sorted(known))
@@ -166,9 +171,10 @@ def curves(
     panel.remove()
   figure.supxlabel('step', fontsize='medium')
   figure.supylabel(label, fontsize='medium')
-  figure.legend(
-    *figure.axes[0].get_legend_handles_labels(), loc='outside right'
-  )
+  lines = {
+    line.get_label(): line for panel in figure.axes for line in panel.lines
+  }
+  figure.legend(lines.values(), lines.keys(), loc='outside right')
   return figure
 
 

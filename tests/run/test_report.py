@@ -473,6 +473,25 @@ def test_curves_are_drawn(tmp_path, monkeypatch):
     compare.draw_curves([first], str(tmp_path / 'curves.pgn'))
 
 
+def test_curves_of_any_metric(tmp_path):
+  runs = [
+    _finished(tmp_path / name, {f'eval/{task}/accuracy': value})
+    for name, task, value in (('a', 'cb', 60.0), ('b', 'copa', 50.0))
+  ]
+  picture = compare.curves(runs, 'eval/*/accuracy', '% right')
+  assert [axes.get_title() for axes in picture.axes] == ['cb', 'copa']
+  # A run that the first panel has nothing of is named too.
+  (legend,) = picture.legends
+  assert [text.get_text() for text in legend.get_texts()] == ['a', 'b']
+  loads = compare.curves(runs[:1], 'encoder/dropped_tokens')
+  (axes,) = loads.axes
+  assert axes.get_title() == 'encoder/dropped_tokens'
+  with pytest.raises(ValueError, match="metric 'encoder/load'"):
+    compare.curves(runs, 'encoder/load')  # A number for each expert.
+  with pytest.raises(ValueError, match="metric 'eval/[*]/f1'"):
+    compare.curves(runs, 'eval/*/f1')
+
+
 def test_a_folder_that_is_no_run(tmp_path):
   with pytest.raises(ValueError, match='is no workdir of `st-moe train`'):
     compare.compare([str(tmp_path)])
