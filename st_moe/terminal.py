@@ -30,8 +30,9 @@ def is_there() -> bool:
 
   What notebooks print to says so of itself, and moves nothing.
   """
-  module = type(sys.stdout).__module__.partition('.')[0]
-  return sys.stdout.isatty() and module != 'ipykernel'
+  ipython = sys.modules.get('IPython')
+  shell = ipython.get_ipython() if ipython else None
+  return sys.stdout.isatty() and not hasattr(shell, 'kernel')
 
 
 def console(*, stderr: bool = False):

@@ -2,6 +2,7 @@
 
 import io
 import sys
+import types
 
 from rich.table import Table
 
@@ -35,10 +36,13 @@ def test_tables_and_titles():
 
 def test_a_notebook_is_no_terminal(monkeypatch):
   """Though its stream says so: no bar moves there, and no colour is sent."""
-  stream = type('OutStream', (io.StringIO,), {'isatty': lambda self: True})
-  monkeypatch.setattr(sys, 'stdout', stream())
+  monkeypatch.setattr(sys, 'stdout', io.StringIO())
+  monkeypatch.setattr(sys.stdout, 'isatty', lambda: True, raising=False)
+  shell = types.SimpleNamespace()
+  ipython = types.SimpleNamespace(get_ipython=lambda: shell)
+  monkeypatch.setitem(sys.modules, 'IPython', ipython)
   assert terminal.is_there() and terminal.console().is_terminal
-  stream.__module__ = 'ipykernel.iostream'
+  shell.kernel = 'of a notebook'
   console = terminal.console()
   assert not terminal.is_there() and not console.is_terminal
   table = Table('name', title='title')

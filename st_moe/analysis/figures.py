@@ -5,7 +5,6 @@ numbers stand beside them where there are more things than colours.
 """
 
 import io
-import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -167,7 +166,7 @@ def bars(
     at = np.arange(len(rows)) + (n - (each - 1) / 2) * 0.8 / each
     of_name = dict(bottom=base, color=colour(n), label=names[n])
     axes.bar(at, column - base, 0.8 / each, **of_name)
-  axes.set_xticks(range(len(rows)), [textwrap.fill(k, 14) for k in values])
+  axes.set_xticks(range(len(rows)), list(values))
   axes.set_ylabel(label)
   axes.axhline(base, color='black', lw=0.8)
   axes.grid(axis='y', alpha=0.3)

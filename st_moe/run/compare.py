@@ -148,8 +148,8 @@ def curves(
   from st_moe.analysis.figures import Picture, colour
 
   runs = [_Run(*each) for each in zip(workdirs, _names(workdirs), strict=True)]
-  rows = [row for run in runs for row in run.rows]
-  known = {k for row in rows for k, v in row.items() if not np.ndim(v)}
+  every = [row for run in runs for row in run.rows]
+  known = {k for row in every for k, v in row.items() if not np.ndim(v)}
   names = sorted(fnmatch.filter(known, metrics))
   if not names:
     raise unknown('metric', metrics, sorted(known))
