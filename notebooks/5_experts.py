@@ -37,6 +37,7 @@ pairs_for_losses = 24  # Of these; each expert is switched off for all of them.
 
 # %%
 import pathlib
+from dataclasses import replace
 
 import numpy as np
 
@@ -65,7 +66,9 @@ if not pathlib.Path(checkpoint).exists():
   st_moe.train(config, checkpoint)
 model = st_moe.load(checkpoint)
 vocab = model.vocabulary
-library = Library(model.config.data, vocab)
+# Somewhat shorter, so that they fit when they are read as texts again.
+shorter = model.config.data.inputs_length * 3 // 4
+library = Library(replace(model.config.data, inputs_length=shorter), vocab)
 data = EvalData(library, library.sources()[0])
 rows = [data.example(n) for n in range(min(examples, len(data)))]
 prompts = [vocab.decode(row['encoder_input_tokens']) for row in rows]
@@ -89,7 +92,8 @@ figures.load(trace)
 # ## What they are for
 #
 # Tokens that tell an expert from the others, with their lift: how much more
-# frequent the token is there than in all of the layer.
+# frequent the token is there than in all of the layer. (A decoder begins with
+# `<pad>`.)
 
 # %%
 layers = sorted({str(trace.layers[n]) for n in trace.layer})
