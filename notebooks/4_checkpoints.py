@@ -156,10 +156,25 @@ shutil.rmtree('runs/t5x', ignore_errors=True)
 out = convert.convert('runs/upcycled', 't5x:runs/t5x/checkpoint_100')
 print(*out, sep='\n')
 
+# %% [markdown]
+# And in. Such a checkpoint has tensors, and its gin file says how they are
+# routed; without one it is taken for Flaxformer's Switch. So what is different is
+# said: two experts a token, whose weights add up to 1.
+
+# %%
+shutil.rmtree('runs/back', ignore_errors=True)
+routing = {'name': 'top_k', 'k': 2, 'normalize': True}
+back = convert.convert(
+  't5x:runs/t5x/checkpoint_100',
+  'st_moe:runs/back',
+  overrides={'model.moe.selector': routing},
+)
+print(*back, sep='\n')
+
 # %%
 before = child.score(prompts, targets)
 after = st_moe.load(
-  't5x:runs/t5x/checkpoint_100', vocabulary='runs/upcycled/vocabulary.model'
+  'runs/back', vocabulary='runs/upcycled/vocabulary.model'
 ).score(prompts, targets)
 before, after
 

@@ -32,25 +32,26 @@ if importlib.util.find_spec('st_moe') is None:
 # %% tags=["parameters"]
 checkpoint = 'runs/first_hour'  # A run of yours, or the one that is made here.
 steps = 600
+texts = (
+  ''  # A glob of .txt or .jsonl; '' takes the manual that it has not seen.
+)
 examples = 64
 pairs_for_losses = 24  # Of these; each expert is switched off for all of them.
 
 # %%
 import pathlib
-from dataclasses import replace
 
 import numpy as np
 
 import st_moe
 from st_moe.analysis import figures, health, specialization
-from st_moe.data.eval_data import EvalData
-from st_moe.data.mixture import Library
+from st_moe.data import sources
 
 # %% [markdown]
 # ## A model and texts
 #
-# Texts of its validation split, as it is trained: spans are taken out, and the
-# decoder says them.
+# As it was trained: words are taken out of a text that it has not seen, and the
+# decoder says them. Here every sixth word.
 
 # %%
 if not pathlib.Path(checkpoint).exists():
@@ -66,13 +67,27 @@ if not pathlib.Path(checkpoint).exists():
   st_moe.train(config, checkpoint)
 model = st_moe.load(checkpoint)
 vocab = model.vocabulary
-# Somewhat shorter, so that they fit when they are read as texts again.
-shorter = model.config.data.inputs_length * 3 // 4
-library = Library(replace(model.config.data, inputs_length=shorter), vocab)
-data = EvalData(library, library.sources()[0])
-rows = [data.example(n) for n in range(min(examples, len(data)))]
-prompts = [vocab.decode(row['encoder_input_tokens']) for row in rows]
-targets = [vocab.decode(row['decoder_target_tokens']) for row in rows]
+
+# %%
+if texts:
+  documents = sources.documents(texts)
+else:
+  documents = sources.documents_of('python_reference:validation')
+words = [part.split() for text in documents for part in text.split('\n\n')]
+words = [some[:48] for some in words if len(some) >= 48][:examples]
+prompts = [
+  ' '.join(
+    f'<extra_id_{n // 6}>' if n % 6 == 3 else word
+    for n, word in enumerate(some)
+  )
+  for some in words
+]
+targets = [
+  ' '.join(
+    f'<extra_id_{n // 6}> {word}' for n, word in enumerate(some) if n % 6 == 3
+  )
+  for some in words
+]
 print(prompts[0], targets[0], sep='\n\n')
 
 # %%

@@ -25,14 +25,9 @@ def say(*words: object, file=None) -> None:
   print(*map(shown, words), file=file or sys.stdout, flush=True)
 
 
-def is_there() -> bool:
-  """Whether somebody sits at a terminal, and bars may move.
-
-  What notebooks print to says so of itself, and moves nothing.
-  """
+def _in_notebook() -> bool:
   ipython = sys.modules.get('IPython')
-  shell = ipython.get_ipython() if ipython else None
-  return sys.stdout.isatty() and not hasattr(shell, 'kernel')
+  return hasattr(ipython and ipython.get_ipython(), 'kernel')
 
 
 def console(*, stderr: bool = False):
@@ -40,10 +35,10 @@ def console(*, stderr: bool = False):
   from rich.console import Console
 
   plain = dict(markup=False, emoji=False, highlight=False)
-  # In a notebook too: as HTML every line would be a paragraph of its own.
-  plain |= dict(force_jupyter=False)
-  if sys.stdout.isatty() and not is_there():
-    plain |= dict(force_terminal=False)
+  if _in_notebook():
+    # As HTML every line would be a paragraph, and FORCE_COLOR, which is set
+    # there, makes it a terminal, where no bar can move.
+    plain |= dict(force_jupyter=False, force_terminal=False)
   made = Console(stderr=stderr, **plain)
   render = made.render_str
   made.render_str = lambda text, **options: render(shown(text), **options)

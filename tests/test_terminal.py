@@ -35,17 +35,18 @@ def test_tables_and_titles():
 
 
 def test_a_notebook_is_no_terminal(monkeypatch):
-  """Though its stream says so: no bar moves there, and no colour is sent."""
-  monkeypatch.setattr(sys, 'stdout', io.StringIO())
-  monkeypatch.setattr(sys.stdout, 'isatty', lambda: True, raising=False)
+  """Though it asks for colours: no bar moves there, and lines are text."""
+  monkeypatch.setenv('FORCE_COLOR', '1')
   shell = types.SimpleNamespace()
   ipython = types.SimpleNamespace(get_ipython=lambda: shell)
   monkeypatch.setitem(sys.modules, 'IPython', ipython)
-  assert terminal.is_there() and terminal.console().is_terminal
+  assert terminal.console().is_terminal
   shell.kernel = 'of a notebook'
   console = terminal.console()
-  assert not terminal.is_there() and not console.is_terminal
+  assert not console.is_terminal and not console.is_jupyter
+  console.file = io.StringIO()
   table = Table('name', title='title')
   table.add_row('row')
   console.print(table)
-  assert 'row' in sys.stdout.getvalue() and '\x1b' not in sys.stdout.getvalue()
+  said = console.file.getvalue()
+  assert 'row' in said and '\x1b' not in said

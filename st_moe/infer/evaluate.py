@@ -320,7 +320,7 @@ def _limit(model: ModelConfig) -> str:
 
 def _measure(evaluator: Evaluator, loaded, sources) -> dict:
   total = sum(map(evaluator.size, sources))
-  shows = _bar if terminal.is_there() else _lines
+  shows = _bar if sys.stdout.isatty() else _lines
   with shows(f'step {loaded.step}', total) as advance:
     return evaluator.measure(
       loaded.params, sources, progress=advance, read=advance
