@@ -475,27 +475,28 @@ def test_the_job_is_told_before_its_time_is_up():
 # lists it; a pip, once in .venv, installs whatever it is asked for, unless
 # $ROOT/broken is there: then it dies half way.
 PYTHON = r"""
+venv=${VENV:-.venv}
 has() { grep -qx "$1" "$ROOT/has" 2>/dev/null; }
-own() { cp "$ROOT/bin/python3" .venv/bin/python; }
+own() { cp "$ROOT/bin/python3" $venv/bin/python; }
 case "$*" in
   '-c '*) ;;
-  '-m venv .venv') mkdir -p .venv/bin && own && has ensurepip &&
-    touch .venv/pip ;;
-  '-m venv --without-pip .venv') has venv && mkdir -p .venv/bin && own ;;
-  '-m virtualenv .venv') has virtualenv && mkdir -p .venv/bin && own &&
-    touch .venv/pip ;;
-  '-m ensurepip') has ensurepip && touch .venv/pip ;;
-  '-m pip --python '*) has pip && touch .venv/pip ;;
-  '-m pip --version') [ -e .venv/pip ] ;;
+  "-m venv $venv") mkdir -p $venv/bin && own && has ensurepip &&
+    touch $venv/pip ;;
+  "-m venv --without-pip $venv") has venv && mkdir -p $venv/bin && own ;;
+  "-m virtualenv $venv") has virtualenv && mkdir -p $venv/bin && own &&
+    touch $venv/pip ;;
+  '-m ensurepip') has ensurepip && touch $venv/pip ;;
+  '-m pip --python '*) has pip && touch $venv/pip ;;
+  '-m pip --version') [ -e $venv/pip ] ;;
   '-m pip install '*)
-    [ -e .venv/pip ] || exit 1
+    [ -e $venv/pip ] || exit 1
     if [ -e "$ROOT/broken" ]; then
-      touch .venv/rubbish
+      touch $venv/rubbish
       eval "$(cat "$ROOT/broken")"
     fi
-    echo "$*" >>.venv/installs
-    printf '#!%s/bash\n' "$(dirname "$(command -v bash)")" >.venv/bin/st-moe
-    chmod +x .venv/bin/st-moe ;;
+    echo "$*" >>$venv/installs
+    printf '#!%s/bash\n' "$(dirname "$(command -v bash)")" >$venv/bin/st-moe
+    chmod +x $venv/bin/st-moe ;;
   *) exit 1 ;;
 esac || { echo "No module named ${2:-}" >&2; exit 1; }
 """
@@ -531,6 +532,15 @@ def test_an_environment_is_made_with_what_there_is(bare, modules):
   assert _installed(bare) and 'source .venv/bin/activate' in done.stdout
   again = _run(bare, 'env.sh')
   assert again.returncode == 0 and again.stdout + again.stderr == ''
+
+
+def test_each_python_may_have_an_environment_of_its_own(bare):
+  _has(bare, 'venv', 'ensurepip')
+  other = {'PYTHON': str(bare / 'bin' / 'python3'), 'VENV': '.venv-3.13'}
+  done = _run(bare, 'env.sh', **other)
+  assert 'source .venv-3.13/bin/activate' in done.stdout, done.stderr
+  assert (bare / 'checkout' / '.venv-3.13' / 'installs').exists()
+  assert not (bare / 'checkout' / '.venv').exists()
 
 
 @pytest.mark.parametrize('modules', [('venv',), ()])
