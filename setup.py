@@ -22,6 +22,7 @@ setuptools.setup(
     'st_moe.experiments': ['*.md'],
   },
   install_requires=[
+    'argcomplete>=3.5',
     'array-record>=0.8',
     'etils[epath]>=1.9',
     'flax>=0.12',

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from st_moe import cli, config_file
+from st_moe import config_file, verbs
 from st_moe.config import DataConfig, OptimizerConfig, Part
 from st_moe.data import pipeline, vocabulary
 from st_moe.data.eval_data import EvalData
@@ -104,8 +104,8 @@ def _commands(verb):
 
 @pytest.mark.parametrize('number', range(3))
 def test_the_grids_of_the_page_are_those_of_the_paper(number):
-  _, verbs = cli._parser()
-  flags, overrides = verbs['grid'].read(_commands('grid')[number][1:])
+  _, parsers = verbs.parser()
+  flags, overrides = parsers['grid'].read(_commands('grid')[number][1:])
   cells = grid.cells(flags.vary)
   # Figure 5 over three seeds, Table 5, Table 20 of sparse models.
   assert len(cells) == (15, 8, 18)[number]

@@ -10,7 +10,7 @@ import re
 
 import pytest
 
-from st_moe import cli, config_file
+from st_moe import config_file, verbs
 from st_moe.config import Config
 from st_moe.interop import convert
 from tests import first_hour
@@ -122,14 +122,13 @@ def _fields(words) -> dict[str, str]:
 
 
 @pytest.fixture(scope='module')
-def verbs():
+def parsers():
   """The parser of each verb."""
-  return cli._parser()[1]
+  return verbs.parser()[1]
 
 
 def test_there_are_commands_to_check():
-  verbs = {words[0] for _, _, words in _st_moe()}
-  assert set(cli._VERBS) <= verbs
+  assert {*verbs.VERBS} <= {words[0] for _, _, words in _st_moe()}
   assert len(list(_st_moe())) > 40
 
 
@@ -138,20 +137,20 @@ def test_there_are_commands_to_check():
   list(_st_moe()),
   ids=lambda x: ' '.join(x)[:60] if isinstance(x, list) else '',
 )
-def test_a_command_is_one(verbs, place, whole, words, capsys):
+def test_a_command_is_one(parsers, place, whole, words, capsys):
   verb, *rest = words
-  assert verb in verbs or verb.startswith('-'), place
+  assert verb in parsers or verb.startswith('-'), place
   flags = [word.partition('=')[0] for word in rest if word.startswith('--')]
-  known = verbs[verb]._option_string_actions if verb in verbs else flags
+  known = parsers[verb]._option_string_actions if verb in parsers else flags
   assert {f for f in flags if not f.startswith('--config.')} <= set(known)
   fields = _fields(rest)
   for field, value in fields.items():
     config_file.merge(Config, {}, field, value)
   if not whole:  # In passing: what matters of it.
     return
-  if verb not in verbs:  # --version
+  if verb not in parsers:  # --version
     return
-  asked, overrides = verbs[verb].read(rest)
+  asked, overrides = parsers[verb].read(rest)
   assert overrides == fields
   if verb == 'convert':
     for uri in (getattr(asked, 'from'), asked.to):
