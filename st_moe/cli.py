@@ -328,14 +328,19 @@ def _prepare(flags, overrides):
 def _evaluate(flags, overrides):
   _start(flags)
   with _hosts(flags):
+    from st_moe import gin_file
     from st_moe.infer import evaluate
 
+    said = gin_file.fields(flags.macros)
+    said.pop('data.mixture', None)  # That flag.
+    # The model is the checkpoint's.
+    said = {name: v for name, v in said.items() if evaluate.settable(name)}
     evaluate.evaluate(
       flags.checkpoint,
       mixture=[name for name in flags.mixture.split(',') if name],
       output=flags.output,
       vocabulary=flags.vocabulary,
-      overrides=overrides,
+      overrides={**said, **overrides},
       trust_config=flags.trust_config,
       every_step=flags.all,
       submission=flags.submission,
