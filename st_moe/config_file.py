@@ -535,7 +535,7 @@ def of_run(path: pathlib.Path) -> config_lib.Config:
 
 
 def load(
-  spec: str,
+  spec: str | os.PathLike,
   overrides: Mapping | None = None,
   *,
   base: Callable[[str], Mapping] | None = None,
@@ -551,7 +551,7 @@ def load(
   Raises:
     ValueError: what is wrong and where.
   """
-  name, _, arg = spec.partition(':')
+  name, _, arg = os.fspath(spec).partition(':')
   path = find(name)
   values = _values(path, arg)
   values.setdefault('name', path.stem)
