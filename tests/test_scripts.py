@@ -94,9 +94,13 @@ def root(tmp_path, monkeypatch):
 
 
 def _run(root, script, *arguments, **env):
+  # What env.sh is told of the environment that runs this.
+  inherited = {**os.environ}
+  for name in ('PYTHON', 'VENV', 'EXTRAS'):
+    inherited.pop(name, None)
   return subprocess.run(
     ['bash', root / 'checkout' / 'scripts' / script, *arguments],
-    env={**os.environ, **env},
+    env={**inherited, **env},
     capture_output=True,
     text=True,
     timeout=30,
