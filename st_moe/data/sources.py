@@ -77,7 +77,7 @@ def documents_of(
 ) -> Iterator[str]:
   """Documents `start`, `start + step`, ... of one file.
 
-  Workers share a file by different `start`s: what the others take is read, but
+  Workers share a file, each from another `start`: what the others take is read, but
   not parsed.
   """
   if path.startswith(f'{EMBEDDED}:'):
