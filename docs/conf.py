@@ -4,6 +4,7 @@ The source folder is the repository, so that a page may stand anywhere in it and
 a link between pages is the same file here and on GitHub.
 """
 
+import logging
 import os
 import pathlib
 import re
@@ -99,6 +100,10 @@ def plain_types(app, what, name, obj, options, signature, returned):
 
 
 def setup(app):
+  # A glob that matches nothing is as meant: not every checkout has notebooks.
+  logging.getLogger('sphinx.sphinx.directives.other').addFilter(
+    lambda record: 'toctree glob pattern' not in record.msg
+  )
   app.add_directive('flags', Flags)
   # Before napoleon, which indents what stands under `Args:`.
   app.connect('autodoc-process-docstring', as_it_stands, priority=400)

@@ -174,6 +174,8 @@ def importance(
 ):
   """CV^2 over experts of what the tokens of a group give them: 0 when even.
 
+  What a token gives, `by`
+
     weights  those of routes, before anyone is dropped (arXiv:1701.06538, Eq. 7)
     probs    what the gate gives, to who is not asked as well
     logits   their softmax, without noise (V-MoE: arXiv:2106.05974, App. A)
