@@ -38,6 +38,8 @@ nb_execution_mode = 'off'
 myst_heading_anchors = 4
 myst_enable_extensions = ['dollarmath']
 highlight_language = 'bash'
+# A tree of files is no bash: then it is shown as it stands.
+suppress_warnings = ['misc.highlighting_failure']
 nitpicky = True
 
 # Docstrings are in Google's style, with `code` in single backticks.
@@ -65,6 +67,34 @@ class Flags(Directive):
 
     text = cli._parser()[1][self.arguments[0]].format_help()
     return [nodes.literal_block(text, text, language='none')]
+
+
+class Mechanisms(Directive):
+  """`{mechanisms}`: what `st-moe methods NAME` prints of each, by kind."""
+
+  def run(self):
+    from st_moe import methods
+
+    kinds = {}
+    for name, kind in dict.fromkeys(
+      (m.name, m.kind) for m in methods.entries()
+    ):
+      kinds.setdefault(kind, []).append(name)
+    made = []
+    for kind, names in kinds.items():
+      section = self._section(kind)
+      for name in names:
+        section += self._section(name, kind)
+        for card in methods.cards(name):
+          section[-1] += nodes.literal_block(card, card, language='none')
+      made.append(section)
+    return made
+
+  def _section(self, title, above=''):
+    section = nodes.section('', nodes.title('', title))
+    section['ids'] = section['names'] = [f'{above}-{title}'.strip('-')]
+    self.state.document.note_implicit_target(section, section)
+    return section
 
 
 def as_it_stands(app, what, name, obj, options, lines):
@@ -105,6 +135,7 @@ def setup(app):
     lambda record: 'toctree glob pattern' not in record.msg
   )
   app.add_directive('flags', Flags)
+  app.add_directive('mechanisms', Mechanisms)
   # Before napoleon, which indents what stands under `Args:`.
   app.connect('autodoc-process-docstring', as_it_stands, priority=400)
   app.connect('autodoc-process-signature', plain_types)

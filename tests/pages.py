@@ -187,7 +187,8 @@ def run(page: str, folder: pathlib.Path, env: dict) -> bool:
   code, ran = script(page, text)
   if not ran:
     return True
-  process = subprocess.Popen(
+  at, said, began = -1, [], time.monotonic()
+  with subprocess.Popen(
     ['bash', '-c', code],
     cwd=folder,
     env=env,
@@ -195,17 +196,16 @@ def run(page: str, folder: pathlib.Path, env: dict) -> bool:
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
-  )
-  at, said, began = -1, [], time.monotonic()
-  for line in process.stdout:
-    if not line.startswith('@@ '):
-      said.append(line)
-      continue
-    if at >= 0:
-      seconds = time.monotonic() - began
-      print(f'{page}:{ran[at].line}  {seconds:.1f} s', flush=True)
-    at, said, began = int(line.split()[1]), [], time.monotonic()
-  if process.wait() == 0:
+  ) as process:
+    for line in process.stdout:
+      if not line.startswith('@@ '):
+        said.append(line)
+        continue
+      if at >= 0:
+        seconds = time.monotonic() - began
+        print(f'{page}:{ran[at].line}  {seconds:.1f} s', flush=True)
+      at, said, began = int(line.split()[1]), [], time.monotonic()
+  if process.returncode == 0:
     return True
   print(f'{page}:{ran[at].line} failed:\n{ran[at].code}\nIt said:')
   print(''.join(said))
