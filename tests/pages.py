@@ -6,8 +6,8 @@ From the wheel of this tree, in a fresh folder a page, with an empty home and an
 empty environment; the README in a fresh clone. A page that says "After the
 [tutorial]" begins in the folder that the tutorial leaves. What runs:
 
-* a block of no language or of `bash` that has a command, in one shell a page
-  that stops where a command fails;
+* a block of `bash`, or of no language that has a command of ours, in one shell
+  a page that stops where a command fails;
 * a block of `python`, as a program; below "Save this as `FILE`:" it is saved.
 
 What cannot run everywhere says so where its reader sees it: a command that ends
@@ -86,8 +86,8 @@ class Block:
 
   @property
   def is_shell(self) -> bool:
-    plain = self.language in ('', 'bash')
-    return plain and bool(_COMMAND.search(self.code))
+    is_tree = not _COMMAND.search(self.code)
+    return self.language == 'bash' or (not self.language and not is_tree)
 
 
 def blocks(text: str) -> list[Block]:
@@ -141,7 +141,7 @@ def runs(block: Block) -> str:
   if block.language == 'python':
     return f'python - <<"END"\n{block.code}END\n'
   code = ''.join(_parted(block)[0])
-  return code if _COMMAND.search(code) else ''
+  return code if re.search(r'^\s*[^\s#]', code, re.M) else ''
 
 
 def _parted(block: Block) -> tuple[list[str], list[str]]:

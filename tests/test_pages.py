@@ -27,7 +27,7 @@ st-moe train --config=a \\
 ```
 
 ```bash
-st-moe doctor
+mkdir -p a
 # needs a network, and days
 st-moe list tasks
 ```
@@ -57,7 +57,7 @@ def test_what_of_a_page_is_run():
   assert [block.line for block in made] == [2, 8, 16, 20, 24, 28]
   assert [pages.runs(block) for block in made] == [
     'st-moe list configs  # which there are\n',
-    'st-moe doctor\n',
+    'mkdir -p a\n',
     'cat > mine.py <<"END"\nx = 1\nEND\n',
     'python - <<"END"\nimport mine\nEND\n',
     '',
