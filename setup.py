@@ -52,6 +52,7 @@ setuptools.setup(
     'seqio': ['seqio>=0.0.20'],
     'kernels': [],  # Pallas, which comes with jax.
     'notebooks': ['jupyterlab', 'nbmake'],
+    'docs': ['myst-nb>=1.4', 'sphinx>=8.2', 'sphinx-book-theme>=1.1'],
     'wandb': ['wandb'],
     'dev': ['pytest>=8.0', 'pytest-xdist>=3.5', 'ruff>=0.9', 'seqio>=0.0.20'],
   },

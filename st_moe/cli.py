@@ -405,7 +405,7 @@ def _methods(flags, overrides):
 
 
 def _list(flags, overrides):
-  from st_moe import config_file, gin_file
+  from st_moe import config_file, gin_file, shipped
 
   if flags.what == 'configs':
     rows = []
@@ -413,7 +413,8 @@ def _list(flags, overrides):
       arguments = config_file.arguments(path)
       shown = ', '.join(f'{k}={v}' for k, v in arguments.items())
       text = f'{config_file.summary(path)}\narguments: {shown or "none"}'
-      rows.append((f'configs/{path.name}', text))
+      inside = path.relative_to(shipped.folder('configs')).as_posix()
+      rows.append((f'configs/{inside}', text))
     for path in gin_file.files():
       name = '/'.join(path.parts[-4:])
       rows.append((name, path.read_text().split('\n')[0].lstrip('# ')))
