@@ -372,7 +372,9 @@ def _axes(path: str, names: tuple) -> tuple:
   an FFN has a name without a rule, so that `mlp` is split and it is not.
   """
   if 'kv' in names:  # Joined with the heads.
-    names = tuple('joined_kv' if n == 'kv' else n for n in names if n != 'heads')
+    names = tuple(
+      'joined_kv' if n == 'kv' else n for n in names if n != 'heads'
+    )
   if paths.role(path) in ('mlp', 'experts'):
     names = tuple('mlp_embed' if n == 'embed' else n for n in names)
   return names
