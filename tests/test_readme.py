@@ -18,7 +18,7 @@ from tests import first_hour
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = (
   *('README.md', 'CONTRIBUTING.md', 'docs/hosts.md', 'docs/plan.md'),
-  *('docs/tasks.md', 'docs/methods.md'),
+  *('docs/tasks.md', 'docs/methods.md', 'docs/t5x.md'),
 )
 
 
