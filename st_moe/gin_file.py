@@ -335,6 +335,11 @@ def fields(macros: Mapping) -> dict:
 
 
 def _read(path: pathlib.Path, within: tuple = ()) -> dict:
+  if path.resolve().parent == _OF_T5X.resolve():
+    raise ValueError(
+      f'{path} is for T5X itself: python -m st_moe.t5x_bridge train'
+      f' --gin_file={path} (docs/t5x.md).'
+    )
   if path.resolve() in within:
     raise ValueError(f'{path} includes itself.')
   try:
@@ -422,9 +427,14 @@ def _find(name: str, beside: pathlib.Path | None) -> pathlib.Path:
   raise unknown('gin file', name, known)
 
 
+# What wires our model into T5X's own programs.
+_OF_T5X = folder('configs') / 'gin' / 't5x'
+
+
 def files() -> list[pathlib.Path]:
-  """The gin files that come with the package."""
-  return sorted((folder('configs') / 'gin').rglob('*.gin'))
+  """The gin files for a run of ours that come with the package."""
+  shipped = sorted((folder('configs') / 'gin').rglob('*.gin'))
+  return [path for path in shipped if path.parent != _OF_T5X]
 
 
 def _resolved(name: str, value, found: Mapping, seen: tuple = ()):

@@ -228,6 +228,14 @@ def test_a_run_of_gin_files(tmp_path, capsys):
     cli.run(again)
 
 
+def test_a_gin_file_for_t5x_itself_is_told_apart():
+  """tests/test_t5x_bridge.py holds what they bind."""
+  where = 'configs/gin/t5x/pretrain.gin'
+  assert not [path for path in gin_file.files() if path.parent.name == 't5x']
+  with pytest.raises(ValueError, match='python -m st_moe.t5x_bridge train'):
+    cli.run(['train', '--workdir=w', f'--gin_file={where}'])
+
+
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [

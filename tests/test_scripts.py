@@ -601,3 +601,35 @@ def test_the_quickstart_ends_with_what_to_type_next(root):
     'report',
   ]
   assert 'source .venv/bin/activate' in done.stdout.splitlines()[-1]
+
+
+def _t5x(root, *words, **variables):
+  (root / 'checkout' / 'scripts' / 'env.sh').write_text('touch sourced\n')
+  return _run(root, 'install_t5x.sh', *words, **variables)
+
+
+def test_t5x_comes_from_its_repository_or_a_checkout(root):
+  done = _t5x(root, '--dry-run')
+  assert done.returncode == 0, done.stderr
+  steps = [line for line in done.stdout.splitlines() if line.startswith('+ ')]
+  assert all(step.startswith('+ .venv/bin/python') for step in steps)
+  assert 'jestimator tensorboard' in steps[0] and 'aqtp' not in steps[0]
+  url = 'git+https://github.com/google-research/t5x'
+  assert steps[1].endswith(f'pip install --quiet --no-deps {url}')
+  assert 'import_t5x' in steps[2]
+  for name in ('t5x', 'flaxformer'):
+    (root / 'there' / name / name).mkdir(parents=True)
+  place = lambda name: f'{root}/there/{name}'
+  there = {name.upper(): place(name) for name in ('t5x', 'flaxformer')}
+  done = _t5x(root, '--dry-run', **there)
+  assert done.returncode == 0 and 'git+' not in done.stdout
+  assert f'{place("t5x")} {place("flaxformer")}' in done.stdout
+  assert 'tensorboard aqtp' in done.stdout
+  assert not (root / 'checkout' / 'sourced').exists()  # Nothing was made.
+
+
+def test_t5x_of_what_is_no_checkout_is_refused(root):
+  done = _t5x(root, '--dry-run', T5X='/nowhere')
+  assert done.returncode == 1 and done.stdout == ''
+  assert '/nowhere is no checkout of t5x: there is no folder' in done.stderr
+  assert _t5x(root, '--try').returncode == 2

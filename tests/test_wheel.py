@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 
-from st_moe import config_file, gin_file
+from st_moe import config_file
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -56,8 +56,9 @@ def test_a_wheel_lists_what_a_clone_lists(site):
   shipped = {str(p.relative_to(ROOT)) for p in config_file.shipped()}
   inside = {str(p.relative_to(site / 'st_moe')) for p in site.rglob('*.py')}
   assert shipped <= inside
-  gins = {path.name for path in (site / 'st_moe' / 'configs').rglob('*.gin')}
-  assert gins == {path.name for path in gin_file.files()} and gins
+  gins = lambda root: {str(p.relative_to(root)) for p in root.rglob('*.gin')}
+  held = gins(site / 'st_moe' / 'configs')
+  assert held == gins(ROOT / 'configs') and 'gin/t5x/model.gin' in held
   rows = [line.split() for line in _command(site, 'methods').splitlines()]
   (row,) = (row for row in rows if 'gumbel_second' in row)
   assert row[-1] == 'yes'  # The experiments came along.
