@@ -51,10 +51,17 @@ setuptools.setup(
     # Tasks of others, and TensorFlow with it, which is half of an install.
     'seqio': ['seqio>=0.0.20'],
     'kernels': [],  # Pallas, which comes with jax.
-    'notebooks': ['jupyterlab', 'nbmake'],
+    'notebooks': ['jupyterlab', 'jupytext'],
     'docs': ['myst-nb>=1.4', 'sphinx>=8.2', 'sphinx-book-theme>=1.1'],
     'wandb': ['wandb'],
-    'dev': ['pytest>=8.0', 'pytest-xdist>=3.5', 'ruff>=0.9', 'seqio>=0.0.20'],
+    'dev': [
+      'jupytext>=1.16',
+      'nbclient>=0.10',
+      'pytest>=8.0',
+      'pytest-xdist>=3.5',
+      'ruff>=0.9',
+      'seqio>=0.0.20',
+    ],
   },
   entry_points={'console_scripts': ['st-moe = st_moe.cli:main']},
 )

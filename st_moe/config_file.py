@@ -569,18 +569,29 @@ def settle(
   if 'routing' in (overrides or {}):
     values['routing'] = overrides['routing']
   values = routed(values)
+  of_model, rest = {}, {}
   for field, value in (overrides or {}).items():
-    values = merge(config_lib.Config, values, field, value)
-  values = _closed(values, where, refuse=base is not None)
+    (of_model if field.startswith('model.') else rest)[field] = value
+  values = file = _merged(values, rest)
+  values = _closed(_merged(values, of_model), where, refuse=base is not None)
   if values.get('init') and base:
+    own = _closed(file, where, refuse=False).get('model', {})
     hint = fields.of(config_lib.Config)['init']
     init = fields.check(values['init'], hint, 'config.init')
     try:
-      model, own = base(init)['model'], values.get('model', {})
+      model = base(init)['model']
     except ValueError as e:
       raise ValueError(f'config.init = {init!r}: {e}') from None
     values['model'] = _over(model, own) if isinstance(own, Mapping) else own
+    # Last, so that what else a stack has is not of the defaults.
+    values = _merged(values, of_model)
   return build(config_lib.Config, values)
+
+
+def _merged(values: dict, overrides: Mapping) -> dict:
+  for field, value in overrides.items():
+    values = merge(config_lib.Config, values, field, value)
+  return values
 
 
 _LARGEST = 2**20  # Bytes of a config file. More is something else.

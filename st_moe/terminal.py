@@ -25,11 +25,21 @@ def say(*words: object, file=None) -> None:
   print(*map(shown, words), file=file or sys.stdout, flush=True)
 
 
+def _in_notebook() -> bool:
+  ipython = sys.modules.get('IPython')
+  return hasattr(ipython and ipython.get_ipython(), 'kernel')
+
+
 def console(*, stderr: bool = False):
   """A rich console that prints every string as it is, in tables too."""
   from rich.console import Console
 
-  made = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+  plain = dict(markup=False, emoji=False, highlight=False)
+  if _in_notebook():
+    # As HTML every line would be a paragraph, and FORCE_COLOR, which is set
+    # there, makes it a terminal, where no bar can move.
+    plain |= dict(force_jupyter=False, force_terminal=False)
+  made = Console(stderr=stderr, **plain)
   render = made.render_str
   made.render_str = lambda text, **options: render(shown(text), **options)
   return made

@@ -18,7 +18,6 @@ that a reader has and a page does not make are made by `tests.given`.
 
 import argparse
 import dataclasses
-import os
 import pathlib
 import re
 import shlex
@@ -29,14 +28,11 @@ import sysconfig
 import tempfile
 import time
 
-from tests import given
+from tests import given, wheel
 
 ROOT = pathlib.Path(__file__).parents[1]
 TUTORIAL = 'docs/tutorial.md'
 FROM_CLONE = ('README.md',)
-
-# Where the environment may come from: pip and networks, nothing of our own.
-KEPT = r'PATH|LANG|PIP_.*|UV_.*|SSL_.*|.*_proxy|.*_PROXY'
 
 # A command that is left out says what it would take.
 _MARK = re.compile(r'(^|\s)# (needs|takes) \S.*$')
@@ -217,25 +213,14 @@ def install(folder: pathlib.Path) -> pathlib.Path:
 
   The needs are those of the Python that runs this: no network.
   """
-  for name in ('st_moe', 'configs', 'experiments'):
-    ignore = shutil.ignore_patterns('__pycache__')
-    shutil.copytree(ROOT / name, folder / 'tree' / name, ignore=ignore)
-  for name in ('setup.py', 'pyproject.toml', 'README.md', 'LICENSE'):
-    shutil.copy(ROOT / name, folder / 'tree')
+  built, venv = wheel.build(folder), folder / 'venv'
   python, pip = sys.executable, [sys.executable, '-m', 'pip', '--quiet']
   quiet = dict(check=True, stderr=subprocess.DEVNULL)
-  subprocess.run(
-    [*pip, 'wheel', '--no-deps']
-    + [f'--wheel-dir={folder}', str(folder / 'tree')],
-    **quiet,
-  )
-  (wheel,) = folder.glob('*.whl')
-  venv = folder / 'venv'
   subprocess.run([python, '-m', 'venv', '--without-pip', venv], **quiet)
   (site,) = venv.glob('lib/python*/site-packages')
   (site / 'needs.pth').write_text(sysconfig.get_path('purelib'))
   subprocess.run(
-    [*pip, f'--python={venv}/bin/python', 'install', '--no-deps', str(wheel)],
+    [*pip, f'--python={venv}/bin/python', 'install', '--no-deps', str(built)],
     **quiet,
   )
   shutil.copy(ROOT / 'setup.py', venv / 'installed-dev')  # For scripts/env.sh.
@@ -278,11 +263,7 @@ def main(argv=None) -> int:
     venv = install(work)
     print(f'the wheel  {time.monotonic() - began:.1f} s', flush=True)
     (work / 'home').mkdir()
-    env = {k: v for k, v in os.environ.items() if re.fullmatch(KEPT, k)}
-    # Of the environment that runs this, nothing.
-    here = os.path.dirname(sys.executable)
-    paths = [p for p in env['PATH'].split(':') if p != here]
-    env.update(HOME=str(work / 'home'), PATH=':'.join([f'{venv}/bin', *paths]))
+    env = wheel.surroundings(work / 'home', venv)
     # Others go on from its folder.
     for page in dict.fromkeys([TUTORIAL, *asked]):
       if not run(page, prepare(page, work, env), env):

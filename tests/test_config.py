@@ -259,6 +259,21 @@ def test_what_a_file_leaves_open_must_be_said():
   assert config_file.read('configs/finetune.py')['init'] == ''
 
 
+def test_one_field_of_a_stack_leaves_the_rest_of_init_alone():
+  """Not the depth of the defaults, with a dense layer as with a sparse one."""
+  model = dict(encoder=dict(num_layers=3), decoder=dict(num_layers=5))
+  base = lambda init: {'name': init, 'model': model}
+  fields = {
+    'init': 'w', 'model.encoder.group_size': '64',
+    'model.moe.selector.k': '1', 'model.moe.expert_dropout': '0.5',
+  }  # fmt: skip
+  found = config_file.load('configs/finetune.py', fields, base=base).model
+  assert found.encoder == StackConfig(num_layers=3, group_size=64)
+  assert found.decoder.num_layers == 5
+  # What is asked for goes before what the file says.
+  assert found.moe.k == 1 and found.moe.expert_dropout == 0.5
+
+
 def test_a_stored_config_that_breaks_a_rule_is_named(tmp_path):
   path = tmp_path / 'config.json'
   path.write_text('{"model": {"dropout": 7.0}}')

@@ -37,9 +37,10 @@ LINES = (
   ('decode', 'train'),
   ('data',),
   ('history', 'listing', 'checkpoint', 'interop'),
+  ('analysis',),
   ('infer',),
   ('run',),
-  ('analysis', 'surgery', 'plan', 'doctor', 'methods'),
+  ('surgery', 'plan', 'doctor', 'methods'),
   ('verbs',),
   ('cli', 't5x_bridge', '__init__', '__main__', 'train.__init__'),  # Leaves.
 )

@@ -1,6 +1,8 @@
 """Text from outside is shown, and neither obeyed nor taken for markup."""
 
 import io
+import sys
+import types
 
 from rich.table import Table
 
@@ -30,3 +32,21 @@ def test_tables_and_titles():
   console.print(table)
   said = console.file.getvalue()
   assert said.count(HARMLESS) == 3 and '\x1b' not in said
+
+
+def test_a_notebook_is_no_terminal(monkeypatch):
+  """Though it asks for colours: no bar moves there, and lines are text."""
+  monkeypatch.setenv('FORCE_COLOR', '1')
+  shell = types.SimpleNamespace()
+  ipython = types.SimpleNamespace(get_ipython=lambda: shell)
+  monkeypatch.setitem(sys.modules, 'IPython', ipython)
+  assert terminal.console().is_terminal
+  shell.kernel = 'of a notebook'
+  console = terminal.console()
+  assert not console.is_terminal and not console.is_jupyter
+  console.file = io.StringIO()
+  table = Table('name', title='title')
+  table.add_row('row')
+  console.print(table)
+  said = console.file.getvalue()
+  assert 'row' in said and '\x1b' not in said

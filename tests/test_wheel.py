@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -10,6 +9,7 @@ import zipfile
 import pytest
 
 from st_moe import config_file
+from tests import wheel
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -18,18 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 def site(tmp_path_factory):
   """The wheel of this tree, unpacked."""
   folder = tmp_path_factory.mktemp('wheel')
-  for name in ('st_moe', 'configs', 'experiments'):
-    ignore = shutil.ignore_patterns('__pycache__')
-    shutil.copytree(ROOT / name, folder / 'tree' / name, ignore=ignore)
-  for name in ('setup.py', 'pyproject.toml', 'README.md', 'LICENSE'):
-    shutil.copy(ROOT / name, folder / 'tree')
-  subprocess.run(
-    [sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--quiet']
-    + ['--wheel-dir', str(folder), str(folder / 'tree')],
-    check=True,
-  )
-  (wheel,) = folder.glob('*.whl')
-  zipfile.ZipFile(wheel).extractall(folder / 'site')
+  zipfile.ZipFile(wheel.build(folder)).extractall(folder / 'site')
   return folder / 'site'
 
 

@@ -131,6 +131,22 @@ class Vocabulary:
         text += bytes([i - 3])
     return text.decode(errors='ignore')
 
+  def piece(self, id: int) -> str:
+    """What stands for one id, a space as ▁; of bytes that are no ASCII <0xE4>.
+
+    The text of several is not that of each: see `decode`.
+    """
+    special = {self.pad: '<pad>', self.eos: '</s>', self.unk: '<unk>'}
+    names = special | {i: name for name, i in self.tokens.items()}
+    if id in names or not 0 <= id < self.size:
+      return names.get(id, '<unk>')
+    if not self.is_bytes:
+      return self._pieces.id_to_piece(id)
+    byte = id - 3
+    return (
+      chr(byte).replace(' ', '▁') if 32 <= byte < 127 else f'<0x{byte:02X}>'
+    )
+
   def check_fits(self, model_vocab_size: int) -> None:
     """Raises if a model has no logit for some of the ids."""
     if model_vocab_size < self.size:

@@ -245,6 +245,11 @@ def greedy(
 # Scores of given answers.
 
 
+def shifted(targets):
+  """What a decoder reads to say `targets` [b, t]: 0, then all but the last."""
+  return jnp.pad(targets[:, :-1], ((0, 0), (1, 0)))
+
+
 def token_logprobs(model, params, prompts, targets, overrides=None):
   """Log-probability of each token of `targets`, float32 [b, t]; 0 of padding.
 
@@ -263,7 +268,7 @@ def _teacher_forced(model, params, encoded, prompts, targets, override=None):
     {'params': params},
     encoded,
     prompts,
-    jnp.pad(targets[:, :-1], ((0, 0), (1, 0))),
+    shifted(targets),
     targets,
     enable_dropout=False,
     override=override,
@@ -288,3 +293,37 @@ def score(model, params, prompts, answers) -> jax.Array:
   rows = answers.reshape(b * r, t)
   found = _teacher_forced(model, params, encoded, prompts, rows)
   return found.sum(-1).reshape(b, r)
+
+
+# What routers decide.
+
+
+def routes(model, params, prompts, targets=None, overrides=None) -> dict:
+  """Scores and seats of prompts and, where given, of targets after them.
+
+  Args:
+    prompts: int32 [b, length], 0 is padding.
+    targets: int32 [b, t], 0 is padding; None: the encoder alone is asked.
+
+  Returns:
+    The collection 'routing' of 'encoder' and 'decoder', as they sow it.
+  """
+  overrides = overrides or {}
+  ask = functools.partial(
+    model.apply, {'params': params}, enable_dropout=False, mutable=['routing']
+  )
+  encoded, found = ask(
+    prompts, override=overrides.get('encoder'), method='encode'
+  )
+  if targets is None:
+    return found.get('routing', {})
+  _, of_targets = ask(
+    encoded,
+    prompts,
+    shifted(targets),
+    targets,
+    override=overrides.get('decoder'),
+    project=False,
+    method='decode',
+  )
+  return {**found.get('routing', {}), **of_targets.get('routing', {})}

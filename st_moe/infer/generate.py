@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from st_moe import paths, sharding
+from st_moe.analysis import trace
 from st_moe.config import ModelConfig, unknown
 from st_moe.data.vocabulary import Vocabulary
 from st_moe.decode import decoding, methods
@@ -157,6 +158,7 @@ class Generator:
     jit = lambda f: jax.jit(lambda task, *args: f(self._asked(task), *args))
     self._encode = jit(decoding.encode)
     self._score = jit(decoding.token_logprobs)
+    self._routes = jit(decoding.routes)
 
   # What people ask.
 
@@ -231,29 +233,13 @@ class Generator:
     numbers=None,
   ) -> Iterator[list[Answer]]:
     """As `answers`, had the model said each target."""
-    prompts, targets = (
-      texts_of('prompts', prompts),
-      texts_of('targets', targets),
-    )
-    if len(prompts) != len(targets):
-      raise ValueError(
-        f'{len(prompts)} prompts and {len(targets)} targets: each needs one.'
-      )
-    told = dataclasses.asdict(options)
-    for name in ('method', 'prefix', 'stop', 'forbid'):
-      if told[name] != _PLAIN[name]:
-        raise ValueError(
-          f'A score depends on no {name}: leave the options of answering out.'
-        )
-    _, _, overrides = self.understood(options)
+    prompts, wanted = self._pairs(prompts, targets)
+    overrides = self._given(options, 'A score')
     numbers = range(len(prompts)) if numbers is None else numbers
     rows = self._prompts(prompts, numbers, options.long)
-    eos = self.vocabulary.eos
-    wanted = [[*self.ids(text), eos] for text in targets]
 
     def run(batch, at):
-      length = bucket(max(len(wanted[n]) for n in at))
-      targets = padded([wanted[n] for n in at], length)
+      targets = _batch_of(wanted, at)
       task = self._task(options, len(batch))
       found = self._score(task, self._params, batch, targets, overrides)
       return jax.device_get(found)
@@ -265,6 +251,48 @@ class Generator:
         yield [Answer(targets[n], wanted[n], logprobs, sum(logprobs))]
 
     return each()
+
+  def routed(
+    self,
+    prompts: Sequence[str],
+    targets: Sequence[str] | None = None,
+    options: Options = _GREEDY,
+    *,
+    scores: bool = False,
+  ) -> trace.Trace:
+    """What the routers decide of prompts, and of the target behind each.
+
+    Example n of the trace is prompt n; both end in an EOS, which is routed too.
+
+    Args:
+      targets: None asks the encoder alone.
+      scores: whether the trace has `probs` and `logits`.
+    """
+    if not trace.layers(self.config):
+      raise ValueError('This model is dense: it has no routers to look at.')
+    wanted = None
+    if targets is not None:
+      prompts, wanted = self._pairs(prompts, targets)
+    overrides = self._given(options, 'A route')
+    prompts = texts_of('prompts', prompts)
+    rows = self._prompts(prompts, range(len(prompts)), options.long)
+
+    def run(batch, at):
+      targets = None if wanted is None else _batch_of(wanted, at)
+      task = self._task(options, len(batch))
+      found = self._routes(task, self._params, batch, targets, overrides)
+      tokens = {'encoder': (batch, batch > 0)}
+      if targets is not None:
+        tokens['decoder'] = decoding.shifted(targets), targets > 0
+      found, tokens = jax.device_get((found, tokens))
+      return trace.read(found, self.config, tokens, scores=scores)
+
+    return trace.join(
+      [
+        found.of_example(row, n)
+        for n, (found, row) in enumerate(self._in_order(rows, run))
+      ]
+    )
 
   def encode(
     self, prompts: Sequence[str], *, task: str = '', long: str = 'cut'
@@ -305,6 +333,26 @@ class Generator:
     return filled
 
   # How it is done.
+
+  def _pairs(self, prompts, targets) -> tuple[list[str], list[list[int]]]:
+    """Prompts, and ids of the target of each, ending in an EOS."""
+    prompts = texts_of('prompts', prompts)
+    targets = texts_of('targets', targets)
+    if len(prompts) != len(targets):
+      raise ValueError(
+        f'{len(prompts)} prompts and {len(targets)} targets: each needs one.'
+      )
+    return prompts, [[*self.ids(t), self.vocabulary.eos] for t in targets]
+
+  def _given(self, options: Options, what: str) -> dict:
+    """RouteOverrides for `what` takes texts as they are, and says nothing."""
+    told = dataclasses.asdict(options)
+    for name in ('method', 'prefix', 'stop', 'forbid'):
+      if told[name] != _PLAIN[name]:
+        raise ValueError(
+          f'{what} depends on no {name}: leave the options of answering out.'
+        )
+    return self.understood(options)[2]
 
   def _asked(self, task):
     """The model, of prompts of `task`; None where it does not route by it."""
@@ -426,6 +474,12 @@ class Generator:
       logprobs[:used].tolist(),
       float(score),
     )
+
+
+def _batch_of(rows: list[list[int]], at: Sequence[int]) -> np.ndarray:
+  """int32 [len(at), length]: those of `rows`, with 0 behind."""
+  wanted = [rows[n] for n in at]
+  return padded(wanted, bucket(max(map(len, wanted))))
 
 
 @contextlib.contextmanager

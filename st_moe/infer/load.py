@@ -7,6 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from st_moe import paths, sharding
+from st_moe.analysis import trace
 from st_moe.config import Config, ModelConfig
 from st_moe.data import vocabulary as vocabulary_lib
 from st_moe.interop import convert
@@ -94,13 +95,43 @@ class Loaded:
     return [texts[0] for texts in found] if alone else found
 
   def score(
-    self, prompts: list[str], targets: list[str], *, task: str = ''
+    self, prompts: list[str], targets: list[str], **options
   ) -> list[float]:
-    """Log-probability of each target after its prompt, in nats."""
+    """Log-probability of each target after its prompt, in nats.
+
+    Args:
+      options: of `infer.generate.Options` those that are not of answering:
+        off, on and k of experts, task, long.
+    """
     from st_moe.infer.generate import Options
 
-    found = self.generator.scored(prompts, targets, Options(task=task))
+    found = self.generator.scored(prompts, targets, Options.of(**options))
     return [each.score for (each,) in found]
+
+  def inspect(
+    self,
+    texts: list[str],
+    targets: list[str] | None = None,
+    *,
+    scores: bool = False,
+    **options,
+  ) -> trace.Trace:
+    """What the routers decide of each token of `texts`, the EOS included.
+
+    Nothing is dropped, as in `generate`.
+
+    Args:
+      targets: what the decoder says to each text; None asks the encoder alone.
+      scores: whether the trace has probabilities and logits of all experts.
+      options: as of `score`.
+
+    Raises:
+      ValueError: the model is dense, or what `score` raises.
+    """
+    from st_moe.infer.generate import Options
+
+    reader = self._reader if targets is None else self.generator
+    return reader.routed(texts, targets, Options.of(**options), scores=scores)
 
   def encode(self, prompts: list[str], *, task: str = '') -> list:
     """What the encoder makes of each prompt, float [tokens, embed]."""

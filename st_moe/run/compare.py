@@ -1,6 +1,8 @@
 """`st-moe report`: finished runs side by side, from the files they wrote."""
 
+import fnmatch
 import os
+import typing
 
 import numpy as np
 from etils import epath
@@ -9,6 +11,9 @@ from st_moe import terminal
 from st_moe.config import unknown
 from st_moe.data import files
 from st_moe.history import best_steps, read_rows
+
+if typing.TYPE_CHECKING:
+  from st_moe.analysis.figures import Picture
 
 _MARK = 'st-moe report'  # In pictures that may be drawn anew.
 
@@ -118,32 +123,59 @@ def draw_curves(workdirs: list[str], path: str) -> None:
   if ending not in endings:
     raise unknown('kind of picture', ending, endings)
   files.check_free(path, lambda p: _MARK.encode() in p.read_bytes())
-  runs = [_Run(*each) for each in zip(workdirs, _names(workdirs), strict=True)]
-  names = sorted({n for run in runs for n in run.scores if n.endswith('/loss')})
-  columns = min(len(names), 4)
-  rows = -(-len(names) // columns)
-  figure = Figure(figsize=(3 * columns + 1, 2.4 * rows), layout='constrained')
-  panels = figure.subplots(rows, columns, squeeze=False, sharex=True).flat
-  for panel, name in zip(panels, names, strict=False):
-    for run in runs:
-      points = [(r['step'], float(r[name])) for r in run.measured if name in r]
-      if points:
-        panel.plot(*zip(*points, strict=True), label=run.name)
-    panel.set_title(name.split('/')[1], fontsize='medium')
-    panel.grid(alpha=0.3)
-  for panel in figure.axes[len(names) :]:
-    panel.remove()
-  figure.supxlabel('step')
-  figure.supylabel('validation loss, nats per target token')
-  figure.legend(
-    *figure.axes[0].get_legend_handles_labels(), loc='outside right'
-  )
+  figure = curves(workdirs)
   signed = {'png': 'Software', 'svg': 'Creator', 'pdf': 'Creator'}
   signature = {signed[ending]: _MARK} if ending in signed else None
   with files.appearing(path) as temp:
-    FigureCanvasAgg(figure)
     figure.savefig(temp, format=ending, dpi=100, metadata=signature)
   terminal.say(f'wrote {path}')
+
+
+def curves(
+  workdirs: list[str],
+  metrics: str = 'eval/*/loss',
+  label: str = 'validation loss, nats per target token',
+) -> 'Picture':
+  """Metrics over steps as a picture: a panel for each, a line for each run.
+
+  Args:
+    metrics: a pattern of their names in metrics.jsonl.
+    label: of the axis of numbers.
+
+  Raises:
+    ValueError: no run has such a metric.
+  """
+  from st_moe.analysis.figures import Picture, colour
+
+  runs = [_Run(*each) for each in zip(workdirs, _names(workdirs), strict=True)]
+  every = [row for run in runs for row in run.rows]
+  known = {k for row in every for k, v in row.items() if not np.ndim(v)}
+  names = sorted(fnmatch.filter(known, metrics))
+  if not names:
+    raise unknown('metric', metrics, sorted(known))
+  columns = min(len(names), 4)
+  rows = -(-len(names) // columns)
+  figure = Picture(3 * columns + 1, max(2.4 * rows, 2.8))
+  panels = figure.subplots(rows, columns, squeeze=False, sharex=True).flat
+  for panel, name in zip(panels, names, strict=False):
+    for n, run in enumerate(runs):
+      points = [(r['step'], float(r[name])) for r in run.rows if name in r]
+      if points:
+        one = {'marker': '.'} if len(points) < 20 else {}
+        of_run = dict(label=run.name, color=colour(n), **one)
+        panel.plot(*zip(*points, strict=True), **of_run)
+    parts = name.split('/')
+    panel.set_title(parts[1] if parts[0] == 'eval' else name, fontsize='medium')
+    panel.grid(alpha=0.3)
+  for panel in figure.axes[len(names) :]:
+    panel.remove()
+  figure.supxlabel('step', fontsize='medium')
+  figure.supylabel(label, fontsize='medium')
+  lines = {
+    line.get_label(): line for panel in figure.axes for line in panel.lines
+  }
+  figure.legend(lines.values(), lines.keys(), loc='outside right')
+  return figure
 
 
 class _Run:
@@ -153,7 +185,7 @@ class _Run:
     self.workdir, self.name = epath.Path(workdir).expanduser(), name
     if not (self.workdir / 'config.json').exists():
       raise ValueError(f'{workdir} is no workdir of `st-moe train`.')
-    rows = read_rows(self.workdir)
+    self.rows = rows = read_rows(self.workdir)
     self.steps = [r for r in rows if 'loss' in r]
     self.measured = [r for r in rows if any(k.startswith('eval/') for k in r)]
     if not self.steps or not self.measured:

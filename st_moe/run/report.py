@@ -19,9 +19,7 @@ class Report:
 
   def __init__(self, workdir, log: LogConfig, said: Mapping, *, start: int):
     """`said`: the config of the run in plain values."""
-    from rich.console import Console
-
-    self.console = Console()
+    self.console = terminal.console()
     self._workdir = epath.Path(workdir)
     self._rows = history.Rows(self._workdir, start=start, note=self.note)
     self._others = []

@@ -283,3 +283,13 @@ def test_a_model_that_is_cut_off(tmp_path):
   path.symlink_to('/dev/zero')
   with pytest.raises(ValueError, match='a.model is a device; a file is needed'):
     vocabulary.load(str(path))
+
+
+def test_what_stands_for_an_id():
+  plain = vocabulary.load('bytes')
+  ids = (0, 1, 2, *plain.encode('a é'), 358, 999)
+  said = [plain.piece(i) for i in ids]
+  assert said == [
+    *('<pad>', '</s>', '<unk>', 'a', '▁', '<0xC3>', '<0xA9>'),
+    *('<extra_id_0>', '<unk>'),
+  ]

@@ -343,6 +343,66 @@ def test_a_loaded_model_answers():
   assert filled.startswith('a') and '<' not in filled
 
 
+def test_routes_are_those_of_the_sown_seats():
+  """Of prompts in whatever batch, nobody dropped, padding left out."""
+  model, targets = _loaded(), [text[::-1] for text in PROMPTS]
+  trace = model.inspect(PROMPTS, targets, scores=True)
+  assert [str(layer) for layer in trace.layers] == ['encoder.0', 'decoder.0']
+  # With an EOS each, in either stack.
+  tokens = [2 * len(text) + 2 for text in PROMPTS]
+  assert np.bincount(trace.example).tolist() == tokens
+  assert trace.kept.all() and trace.expert.shape[1] == 2
+  n = 13
+  ids = np.array([[*BYTES.encode(PROMPTS[n]), BYTES.eos]], np.int32)
+  wanted = np.array([[*BYTES.encode(targets[n]), BYTES.eos]], np.int32)
+  run = functools.partial(decoding.routes, Transformer(dropless(CONFIG)))
+  sown = jax.device_get(jax.jit(run)(_params(), ids, wanted))
+  for stack, said in (('encoder', ids), ('decoder', np.roll(wanted, 1))):
+    if stack == 'decoder':
+      said[0, 0] = 0
+    alone, one = sown[stack]['layers']['layer_0']['moe'], trace.at(stack)
+    one = one.of_example(n)
+    assert one.token.tolist() == said[0].tolist()
+    assert one.position.tolist() == list(range(said.size))
+    s, seats = said.size, alone['seats']
+    experts = np.array(seats.expert[0, 0]).reshape(-1, 2)[:s]
+    np.testing.assert_array_equal(one.expert, experts)
+    weights = np.array(seats.weight[0, 0]).reshape(-1, 2)[:s]
+    np.testing.assert_allclose(one.weight, weights, atol=1e-4)
+    np.testing.assert_allclose(
+      one.logits, alone['scores'].logits[0, 0, :s], atol=1e-4
+    )
+  inputs = model.inspect(PROMPTS)
+  assert len(inputs) == len(trace) // 2 and inputs.probs is None
+  np.testing.assert_array_equal(inputs.expert, trace.at('encoder').expert)
+
+
+def test_an_expert_that_is_forced_is_met_by_all():
+  model = _loaded()
+  trace = model.inspect(PROMPTS, on='encoder.0.2', off='encoder.0.1')
+  assert (trace.expert[:, 0] == 2).all() and not (trace.expert == 1).any()
+  told = model.inspect(PROMPTS, PROMPTS, on='decoder.0.3')
+  assert (told.at('decoder').expert[:, 0] == 3).all()
+  assert (told.at('encoder').expert[:, 0] != 3).any()
+  (score,), (without,) = (
+    model.score(PROMPTS[:1], ['yes'], **options)
+    for options in ({}, {'off': 'decoder.0.2'})
+  )
+  assert score != without
+
+
+def test_who_has_no_routes_says_so():
+  with pytest.raises(ValueError, match='dense: it has no routers to look at'):
+    dense = dataclasses.replace(CONFIG, dense=True)
+    _loaded(model=Transformer(dense)).inspect(['a'])
+  with pytest.raises(ValueError, match='A route depends on no method'):
+    _loaded().inspect(['a'], num_beams=2)
+  with pytest.raises(ValueError, match='2 prompts and 1 targets'):
+    _loaded().inspect(['a', 'b'], ['c'])
+  with pytest.raises(ValueError, match='no text to look at'):
+    _loaded().inspect([])
+
+
 def test_who_cannot_answer_says_why():
   with pytest.raises(ValueError, match='here has no vocabulary: give the Sent'):
     _loaded(vocabulary=None).generate(['a'])

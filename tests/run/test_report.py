@@ -301,7 +301,8 @@ def _run(workdir):
   """A whole run in short; returns what the reader was told."""
   said = io.StringIO()
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr('rich.console.Console', lambda: Console(file=said, width=200))
+    console = Console(file=said, width=200)
+    patch.setattr('rich.console.Console', lambda **_: console)
     made = Report(workdir, _WANDB.log, config_file.to_dict(_WANDB), start=0)
     made.write(1, {'loss': 2.5, 'load': np.ones(3)})
     made.write(2, {'loss': 1.5})
@@ -470,6 +471,25 @@ def test_curves_are_drawn(tmp_path, monkeypatch):
   assert '>f1<' not in drawn
   with pytest.raises(ValueError, match="kind of picture 'pgn'. Did you mean"):
     compare.draw_curves([first], str(tmp_path / 'curves.pgn'))
+
+
+def test_curves_of_any_metric(tmp_path):
+  runs = [
+    _finished(tmp_path / name, {f'eval/{task}/accuracy': value})
+    for name, task, value in (('a', 'cb', 60.0), ('b', 'copa', 50.0))
+  ]
+  picture = compare.curves(runs, 'eval/*/accuracy', '% right')
+  assert [axes.get_title() for axes in picture.axes] == ['cb', 'copa']
+  # A run that the first panel has nothing of is named too.
+  (legend,) = picture.legends
+  assert [text.get_text() for text in legend.get_texts()] == ['a', 'b']
+  loads = compare.curves(runs[:1], 'encoder/dropped_tokens')
+  (axes,) = loads.axes
+  assert axes.get_title() == 'encoder/dropped_tokens'
+  with pytest.raises(ValueError, match="metric 'encoder/load'"):
+    compare.curves(runs, 'encoder/load')  # A number for each expert.
+  with pytest.raises(ValueError, match="metric 'eval/[*]/f1'"):
+    compare.curves(runs, 'eval/*/f1')
 
 
 def test_a_folder_that_is_no_run(tmp_path):
