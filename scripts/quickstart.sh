@@ -9,4 +9,4 @@ st-moe train --config=configs/st_moe_tiny.py:$size --workdir="$run/pretrain"
 st-moe train --config=configs/finetune.py:$size --config.init="$run/pretrain" --workdir="$run/finetune"
 st-moe train --config=configs/finetune.py:scratch,$size --config.init="$run/pretrain" --workdir="$run/scratch"
 st-moe report "$run/pretrain" "$run/finetune" --baseline="$run/scratch"
-echo 'To go on (README, "The first hour"), st-moe in your shell: source .venv/bin/activate'
+echo 'To go on (README, "Look around"), st-moe in your shell: source .venv/bin/activate'

@@ -1,21 +1,20 @@
 """What the readers of pages have already: their texts, models and data.
 
-  python -m tests.given PAGE FOLDER TUTORIAL
+  python -m tests.given PAGE FOLDER
 
-makes it in FOLDER, small, of what the tutorial left in its own. `tests.pages`
-calls it before the commands of a page are run.
+makes it in FOLDER, small. `tests.pages` calls it before the commands of a page
+are run.
 """
 
 import gzip
 import json
 import pathlib
-import shutil
 import sys
 from pydoc_data import topics
 
 
-def readme(tutorial: pathlib.Path) -> None:
-  """Texts, questions, SuperGLUE, a base model, models of HuggingFace."""
+def readme() -> None:
+  """Texts, questions, SuperGLUE."""
   documents = list(topics.topics.values())
   texts = pathlib.Path('texts')
   texts.mkdir()
@@ -33,34 +32,6 @@ def readme(tutorial: pathlib.Path) -> None:
   (faq / 'valid.jsonl').write_text(rows)
 
   superglue(pathlib.Path('data/superglue'))
-  shutil.copytree(tutorial / 'runs/text', 'runs/base')
-  pieces = (tutorial / 'runs/text/vocabulary.model').read_bytes()
-  hugging_face('made/switch', 'switch.py:experts=4', pieces)
-  hugging_face('made/t5', 't5_1_1.py', pieces)
-
-
-def hugging_face(place: str, spec: str, pieces: bytes) -> None:
-  """A small random model of theirs."""
-  import jax
-
-  from st_moe import Transformer, config_file, sharding
-  from st_moe.interop import huggingface
-  from st_moe.train.state import init_params
-
-  small = {
-    'model.embed_dim': 16,
-    'model.num_heads': 2,
-    'model.head_dim': 8,
-    'model.mlp_dim': 32,
-    'model.vocab_size': 2048,
-    'model.encoder.num_layers': 2,
-    'model.decoder.num_layers': 2,
-  }
-  if spec.startswith('switch'):
-    small['routing'] = 'huggingface'
-  config = config_file.load(spec, small)
-  params = init_params(Transformer(config.model), jax.random.key(0))
-  huggingface.save(place, sharding.unbox(params), config, pieces)
 
 
 def superglue(place: pathlib.Path) -> None:
@@ -134,7 +105,6 @@ MAKE = {'README.md': readme}
 if __name__ == '__main__':
   import os
 
-  page, folder, tutorial = sys.argv[1:]
-  tutorial = pathlib.Path(tutorial).resolve()
+  page, folder = sys.argv[1:]
   os.chdir(folder)
-  MAKE[page](tutorial)
+  MAKE[page]()

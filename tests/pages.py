@@ -42,9 +42,13 @@ _SAVED = re.compile(r'Save this as `([^`]+)`:\s*$')
 
 # Of commands of the README: what is written otherwise here, and why.
 CHANGES = (
-  (r'^bash scripts/quickstart\.sh\b.*', 'bash scripts/env.sh', 'nine minutes'),
   (
-    r'^bash scripts/test\.sh\b',
+    r'^bash scripts/quickstart\.sh\b.*',
+    'bash scripts/quickstart.sh runs/quickstart runlocal',
+    'nine minutes',
+  ),
+  (
+    r'^bash scripts/test\.sh\b.*',
     'bash scripts/test.sh tests/test_readme.py',
     'the whole suite has a run of its own',
   ),
@@ -53,11 +57,6 @@ CHANGES = (
     r'\1:runlocal,',
     'steps enough to see that they are taken',
   ),
-  (r'^st-moe prepare superglue .*', ':', 'a network'),
-  (r'hf:google/switch-base-8 (.*) --verify', r'hf:made/switch \1', 'torch'),
-  (r'hf:google/flan-t5-base', 'hf:made/t5', 'a network'),
-  (r'^st-moe plan .*--topology=.*', ':', 'jax[tpu]'),
-  (r'\$vm (\w+)', r'$vm \1 --dry-run', 'gcloud and a TPU'),
 )
 
 
@@ -245,7 +244,7 @@ def prepare(page: str, work: pathlib.Path, env: dict) -> pathlib.Path:
     folder.mkdir()
   if page in given.MAKE:
     subprocess.run(
-      ['python', '-m', 'tests.given', page, str(folder), str(tutorial)],
+      ['python', '-m', 'tests.given', page, str(folder)],
       cwd=ROOT,
       env=env,
       check=True,

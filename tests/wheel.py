@@ -14,7 +14,7 @@ _KEPT = r'PATH|LANG|PIP_.*|UV_.*|SSL_.*|.*_proxy|.*_PROXY'
 
 
 def build(folder: pathlib.Path) -> pathlib.Path:
-  """Writes the wheel into `folder`, as it is in this tree and not as committed."""
+  """Writes the wheel into `folder`: this tree as it is, committed or not."""
   tree = folder / 'tree'
   for name in ('st_moe', 'configs', 'experiments'):
     ignore = shutil.ignore_patterns('__pycache__')
