@@ -22,6 +22,7 @@ setuptools.setup(
     'st_moe.experiments': ['*.md'],
   },
   install_requires=[
+    'argcomplete>=3.5',
     'array-record>=0.8',
     'etils[epath]>=1.9',
     'flax>=0.12',
@@ -51,6 +52,7 @@ setuptools.setup(
     'seqio': ['seqio>=0.0.20'],
     'kernels': [],  # Pallas, which comes with jax.
     'notebooks': ['jupyterlab', 'jupytext'],
+    'docs': ['myst-nb>=1.4', 'sphinx>=8.2', 'sphinx-book-theme>=1.1'],
     'wandb': ['wandb'],
     'dev': [
       'jupytext>=1.16',

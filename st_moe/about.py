@@ -1,7 +1,9 @@
 """What a mechanism says of itself: read by `st-moe methods` and the tests.
 
-@about(row='S0-14', paper='arXiv:2202.09368', causal=False)
-def expert_choice(scores, ctx, rng, capacity, *, k): ...
+It stands above the mechanism:
+
+  @about(row='S0-14', paper='arXiv:2202.09368', causal=False)
+  def expert_choice(scores, ctx, rng, capacity, *, k): ...
 """
 
 import dataclasses

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from st_moe import signals
 
-_TRIED = '0.10.'  # Of jaxlib.
+_TRIED = '0.10.', '0.12.'  # Releases of jaxlib; the second without a GPU.
 # Backend -> (variable that its compiler reads, flags).
 FLAGS = {
   'cpu': (

@@ -1,4 +1,5 @@
-"""The command `st-moe`: its verbs, their flags, and errors in plain words."""
+# PYTHON_ARGCOMPLETE_OK
+"""The command `st-moe`: what its verbs do, and errors in plain words."""
 
 import contextlib
 import os
@@ -6,60 +7,10 @@ import pathlib
 import shutil
 import sys
 
-from st_moe import backend, signals, stdio, terminal
-from st_moe.fields import Count, CountOr0
-from st_moe.flags import Parser, twice
+from st_moe import backend, signals, stdio, terminal, verbs
+from st_moe.flags import twice
 from st_moe.infer import generate_flags
 from st_moe.plan import plan_flags
-
-_VERBS = {
-  'train': 'pre-train or fine-tune: config, workdir -> checkpoints, metrics',
-  'grid': 'train a config under all values of some fields -> one table',
-  'evaluate': 'score a checkpoint on its tasks -> metrics.json, predictions',
-  'generate': 'answer prompts: arguments, lines of a file, or a conversation',
-  'convert': "HuggingFace's and our checkpoints into each other",
-  'plan': 'what a run costs on machines you have not bought yet',
-  'prepare': 'train a vocabulary, write a mixture to indexed shards',
-  'report': 'stages and task scores of finished runs, side by side',
-  'doctor': 'devices, versions, memory, write access, data found',
-  'methods': 'mechanisms of the literature that are here, or one of them',
-  'list': 'configs, tasks or mechanisms there are',
-  'config': 'show a resolved config, or `diff` two of them',
-}
-
-_EXAMPLES = {
-  'train': '--config=st_moe_tiny --workdir=runs/tiny',
-  'grid': '--config=st_moe_tiny --workdir=runs/k --vary=seed=0,1',
-  'evaluate': '--checkpoint=runs/tuned --mixture=tiny_glue',
-  'generate': "--checkpoint=runs/tuned 'a prompt' 'another'",
-  'convert': '--from=hf:google/switch-base-8 --to=st_moe:runs/switch --verify',
-  'plan': '--config=st_moe_32b --topology=v5p:4x4x8',
-  'prepare': '--config=st_moe_tiny --vocabulary=my.model',
-  'report': 'runs/tiny runs/tuned --curves=curves.png',
-  'doctor': '--workdir=runs',
-  'methods': 'gshard',
-  'list': 'configs',
-  'config': 'diff st_moe_tiny st_moe_tiny:dense',
-}
-
-_EPILOG = """
---config=configs/NAME.py[:argument,argument=value] names a config file;
---config.path.to.field=value sets a field of it.
-ST_MOE_TRACEBACK=1 shows where in the code an error arose.
-"""
-
-
-_FORMATS = """
-FORMAT:PLACE is one of
-  PLACE            a run of `st-moe train`, or its checkpoints/STEP
-  st_moe:PLACE     the same; as a target, a new directory
-  hf:PLACE         HuggingFace's T5, T5 1.1, Flan-T5, mT5, Switch: a directory,
-                   or, to read, an id of the hub
-  t5x:PLACE        T5X's and Flaxformer's checkpoint_N: written in the old
-                   layout, read in either
-  t5x_orbax:PLACE  the same, written as Orbax does today
-  mtf:PLACE        Mesh-TensorFlow's model.ckpt-N, read only
-"""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -166,171 +117,22 @@ def _plainly(e: Exception) -> str:
   return str(e)
 
 
-def _example(verb: str) -> str:
-  return f'example:\n  st-moe {verb} {_EXAMPLES[verb]}\n'
-
-
-def _parser() -> tuple[Parser, dict[str, Parser]]:
-  """The parser of the command, and that of each verb."""
-  parser = Parser(
-    prog='st-moe',
-    description='Sparse expert encoder-decoder models in JAX.',
-    epilog=_EPILOG,
-  )
-  parser.add_argument(
-    '--version', action='store_true', help='of st_moe and what it stands on'
-  )
-  verbs = parser.add_subparsers(dest='verb', metavar='VERB')
-  made = {
-    name: verbs.add_parser(
-      name, help=text, description=text, epilog=_example(name) + _EPILOG
-    )
-    for name, text in _VERBS.items()
-  }
-  for name in ('train', 'grid', 'prepare', 'plan', 'config'):
-    made[name].add_argument(
-      '--config', metavar='FILE[:ARG]', default='', rule=str
-    )
-  for name in ('train', 'grid', 'prepare', 'plan', 'config', 'evaluate'):
-    made[name].add_argument(
-      '--gin_file',
-      metavar='FILE',
-      action='append',
-      default=[],
-      help='in place of --config: macros as of T5X; later files win',
-    )
-    made[name].add_argument(
-      '--gin',
-      metavar='NAME=VALUE',
-      action='append',
-      default=[],
-      help='a macro; also --gin.NAME=VALUE',
-    )
-  for name in ('train', 'grid', 'prepare', 'evaluate'):
-    made[name].add_argument(
-      '--module_import',
-      metavar='MODULE',
-      action='append',
-      default=[],
-      help='imported first: where your own seqio tasks are registered',
-    )
-    made[name].add_argument(
-      '--data_dir',
-      default='',
-      rule=str,
-      help="of the files of tasks; '': $ST_MOE_DATA",
-    )
-  for name in ('train', 'grid'):
-    made[name].add_argument('--workdir', help='where all of it goes')
-  for name in ('train', 'grid', 'evaluate'):
-    several = made[name].add_argument_group(
-      'several processes',
-      'each runs the same command; Slurm and TPU pods need none of these',
-    )
-    several.add_argument(
-      '--coordinator', metavar='HOST:PORT', default='', help='of process 0'
-    )
-    several.add_argument('--processes', metavar='N', rule=Count)
-    several.add_argument('--process', metavar='I', rule=CountOr0, help='from 0')
-  made['train'].add_argument(
-    '--profile',
-    metavar='START:STOP',
-    default='',
-    help='steps to trace into WORKDIR/profile: 10:13 are 11, 12 and 13',
-  )
-  made['grid'].add_argument(
-    '--vary',
-    metavar='FIELD=A,B',
-    action='append',
-    required=True,
-    help='values of a field, or of fields that change together: F+G=a+x,b+y;'
-    ' config=FILE,FILE are configs side by side',
-  )
-  made['grid'].add_argument(
-    '--metric', action='append', default=[], help="columns: 'eval/TASK/NAME'"
-  )
-  made['prepare'].add_argument(
-    'what', nargs='?', choices=('superglue',), help='a benchmark to download'
-  )
-  made['prepare'].add_argument(
-    '--vocabulary', default='', help='where a new vocabulary goes'
-  )
-  made['evaluate'].add_argument(
-    '--checkpoint', help='a workdir, or its checkpoints/STEP'
-  )
-  made['evaluate'].add_argument(
-    '--mixture',
-    default='',
-    rule=str,
-    help="NAME or NAME,NAME; '': what it trained on",
-  )
-  made['evaluate'].add_argument(
-    '--vocabulary', default='', rule=str, help="'': the checkpoint's"
-  )
-  made['evaluate'].add_argument(
-    '--output', default='', help='in place of WORKDIR/evaluation'
-  )
-  made['evaluate'].add_argument(
-    '--trust_config',
-    action='store_true',
-    help='read the files that a checkpoint names, though others trained it',
-  )
-  made['evaluate'].add_argument(
-    '--all', action='store_true', help='every checkpoint of a workdir'
-  )
-  made['evaluate'].add_argument(
-    '--submission',
-    action='store_true',
-    help="also write superglue.zip, as SuperGLUE's leaderboard takes it",
-  )
-  generate_flags.add(made['generate'])
-  for name, text in (('from', 'what to read'), ('to', 'a new place')):
-    made['convert'].add_argument(
-      f'--{name}', metavar='FORMAT:PLACE', required=True, help=text
-    )
-  made['convert'].add_argument(
-    '--verify',
-    action='store_true',
-    help="compare logits with the source's own implementation",
-  )
-  made['convert'].epilog = _example('convert') + _FORMATS + _EPILOG
-  plan_flags.add(made['plan'])
-  made['report'].add_argument('workdirs', nargs='+')
-  made['report'].add_argument(
-    '--baseline', default='', help='a run fine-tuned alike from scratch'
-  )
-  made['report'].add_argument(
-    '--curves',
-    metavar='FILE.png',
-    default='',
-    help='draw validation losses over steps (.png, .svg or .pdf)',
-  )
-  made['doctor'].add_argument('--workdir', default='.')
-  made['methods'].add_argument(
-    'name', nargs='?', default='', help='an entry, a row (S0-14) or a config'
-  )
-  made['list'].add_argument('what', choices=('configs', 'tasks', 'methods'))
-  made['config'].add_argument(
-    'files', nargs='*', help='diff CONFIG CONFIG, each FILE[:ARG] or a workdir'
-  )
-  return parser, made
-
-
 def run(argv: list[str]) -> int:
   """Parses and runs; returns the exit status."""
-  parser, verbs = _parser()
+  parser, known = verbs.parser()
+  verbs.complete(parser, known)
   if not argv:
     parser.print_help()
     return 2
-  if argv[0] not in verbs and parser.parse_args(argv).version:
+  if argv[0] not in known and parser.parse_args(argv).version:
     print(_version())
     return 0
   verb, rest = argv[0], argv[1:]
-  flags, overrides = verbs[verb].read(rest)
+  flags, overrides = known[verb].read(rest)
   flags.macros = _macros(flags)
   for name in _REQUIRED.get(verb, ()):
     if getattr(flags, name) is None:
-      verbs[verb].error(f'the following arguments are required: --{name}')
+      known[verb].error(f'the following arguments are required: --{name}')
   if getattr(flags, 'data_dir', ''):
     field = 'data.data_dir'
     if overrides.setdefault(field, flags.data_dir) != flags.data_dir:
@@ -526,14 +328,19 @@ def _prepare(flags, overrides):
 def _evaluate(flags, overrides):
   _start(flags)
   with _hosts(flags):
+    from st_moe import gin_file
     from st_moe.infer import evaluate
 
+    said = gin_file.fields(flags.macros)
+    said.pop('data.mixture', None)  # That flag.
+    # The model is the checkpoint's.
+    said = {name: v for name, v in said.items() if evaluate.settable(name)}
     evaluate.evaluate(
       flags.checkpoint,
       mixture=[name for name in flags.mixture.split(',') if name],
       output=flags.output,
       vocabulary=flags.vocabulary,
-      overrides=overrides,
+      overrides={**said, **overrides},
       trust_config=flags.trust_config,
       every_step=flags.all,
       submission=flags.submission,
@@ -598,7 +405,7 @@ def _methods(flags, overrides):
 
 
 def _list(flags, overrides):
-  from st_moe import config_file, gin_file
+  from st_moe import config_file, gin_file, shipped
 
   if flags.what == 'configs':
     rows = []
@@ -606,7 +413,8 @@ def _list(flags, overrides):
       arguments = config_file.arguments(path)
       shown = ', '.join(f'{k}={v}' for k, v in arguments.items())
       text = f'{config_file.summary(path)}\narguments: {shown or "none"}'
-      rows.append((f'configs/{path.name}', text))
+      inside = path.relative_to(shipped.folder('configs')).as_posix()
+      rows.append((f'configs/{inside}', text))
     for path in gin_file.files():
       name = '/'.join(path.parts[-4:])
       rows.append((name, path.read_text().split('\n')[0].lstrip('# ')))

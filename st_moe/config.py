@@ -330,7 +330,7 @@ class ModelConfig(Checked):
   head_dim: Size = 64
   mlp_dim: Size = 2048
   # 'geglu': three matrices; 'relu' (T5 1.0, Switch) or 'gelu': two.
-  activation: Part = Part.of('geglu')  # Of `model.layers.ACTIVATIONS`.
+  activation: Part = Part.of('geglu')  # `ACTIVATIONS` of model/layers.py.
   encoder: StackConfig | None = StackConfig()
   decoder: StackConfig | None = StackConfig(group_size=456)
   moe: MoEConfig = MoEConfig()

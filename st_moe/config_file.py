@@ -252,10 +252,18 @@ def named(name: object) -> list[str]:
 
   Where a part of the model has it too, as a stack's own `moe`, the model's.
   """
-  paths = _paths(config_lib.Config)
-  found = [path for path in paths if _last(path) == _plain(name)]
+  found = [
+    path for path in _paths(config_lib.Config) if _last(path) == _plain(name)
+  ]
   least = min((path.count('.') for path in found), default=0)
   return [path for path in found if path.count('.') == least]
+
+
+def leaves() -> list[str]:
+  """Every field of a config that holds a value, by its dotted path."""
+  paths = list(_paths(config_lib.Config))
+  groups = {path.rpartition('.')[0] for path in paths}
+  return [path for path in paths if path not in groups]
 
 
 def _plain(name: object) -> str:
@@ -527,7 +535,7 @@ def of_run(path: pathlib.Path) -> config_lib.Config:
 
 
 def load(
-  spec: str,
+  spec: str | os.PathLike,
   overrides: Mapping | None = None,
   *,
   base: Callable[[str], Mapping] | None = None,
@@ -543,7 +551,7 @@ def load(
   Raises:
     ValueError: what is wrong and where.
   """
-  name, _, arg = spec.partition(':')
+  name, _, arg = os.fspath(spec).partition(':')
   path = find(name)
   values = _values(path, arg)
   values.setdefault('name', path.stem)

@@ -228,6 +228,7 @@ MACROS: dict[str, tuple[str, ...] | Callable] = {
   'CHECKPOINT_KEEP': ('checkpoint.keep_last',),
   'NUM_MICROBATCHES': ('microbatches',),
   'INIT_SLOTS': ('init_slots',),
+  'SPLIT': ('evaluate.split',),
 }  # fmt: skip
 
 # A parameter of T5X, of whatever scope -> the macro that it is here.
@@ -239,6 +240,7 @@ PARAMETERS = {
   'utils.create_learning_rate_scheduler.warmup_steps': 'WARMUP_STEPS',
   'utils.SaveCheckpointConfig.period': 'CHECKPOINT_PERIOD',
   'utils.SaveCheckpointConfig.keep': 'CHECKPOINT_KEEP',
+  'utils.DatasetConfig.split': 'SPLIT',
   'trainer.Trainer.num_microbatches': 'NUM_MICROBATCHES',
   'moe_trainer.MoeTrainer.num_microbatches': 'NUM_MICROBATCHES',
   'train_script.train.total_steps': 'TRAIN_STEPS',
@@ -276,6 +278,7 @@ FLAGS = {
   'MIXTURE_OR_TASK_MODULE': 'module_import',
   'CHECKPOINT_PATH': 'checkpoint',
   'EVAL_OUTPUT_DIR': 'output',
+  'INFER_OUTPUT_DIR': 'output',
   'MIXTURE_OR_TASK_NAME': 'mixture',
 }
 
@@ -304,6 +307,18 @@ def values(macros: Mapping) -> dict:
   Raises:
     ValueError: a value that a macro cannot have.
   """
+  run = {}
+  for field, value in fields(macros).items():
+    *path, last = field.split('.')
+    inner = run
+    for name in path:
+      inner = inner.setdefault(name, {})
+    inner[last] = value
+  return run
+
+
+def fields(macros: Mapping) -> dict:
+  """The same by dotted paths: {'model.embed_dim': 512}."""
   found = {}
   for name, made in MACROS.items():
     value = macros.get(name)
@@ -316,17 +331,15 @@ def values(macros: Mapping) -> dict:
       found |= made(value, macros)
     except ValueError as rule:
       raise ValueError(f'{name} = {shown(value)} should be {rule}.') from None
-  run = {}
-  for field, value in found.items():
-    *path, last = field.split('.')
-    inner = run
-    for name in path:
-      inner = inner.setdefault(name, {})
-    inner[last] = value
-  return run
+  return found
 
 
 def _read(path: pathlib.Path, within: tuple = ()) -> dict:
+  if path.resolve().parent == _OF_T5X.resolve():
+    raise ValueError(
+      f'{path} is for T5X itself: python -m st_moe.t5x_bridge train'
+      f' --gin_file={path} (docs/t5x.md).'
+    )
   if path.resolve() in within:
     raise ValueError(f'{path} includes itself.')
   try:
@@ -388,10 +401,13 @@ def _macro_of(statement, where: str, left_out: list[str]) -> str:
     if (
       name == known or known.endswith(f'.{name}') or name.endswith(f'.{known}')
     ):
+      if statement.scope == 'train' and macro == 'SPLIT':
+        break  # What is evaluated has a scope of its own, or none.
       return '' if statement.value == _Macro(macro) else macro
   if isinstance(statement.value, _Object | _Macro):  # Wires what T5X has.
     return ''
-  misspelt = difflib.get_close_matches(name, PARAMETERS, cutoff=0.9)
+  others = PARAMETERS.keys() - {name}
+  misspelt = difflib.get_close_matches(name, others, cutoff=0.9)
   if misspelt or name.split('.')[0] not in _THEIRS:
     raise ValueError(f'{where}: {unknown("parameter", name, PARAMETERS)}')
   left_out.append(name)
@@ -411,9 +427,14 @@ def _find(name: str, beside: pathlib.Path | None) -> pathlib.Path:
   raise unknown('gin file', name, known)
 
 
+# What wires our model into T5X's own programs.
+_OF_T5X = folder('configs') / 'gin' / 't5x'
+
+
 def files() -> list[pathlib.Path]:
-  """The gin files that come with the package."""
-  return sorted((folder('configs') / 'gin').rglob('*.gin'))
+  """The gin files for a run of ours that come with the package."""
+  shipped = sorted((folder('configs') / 'gin').rglob('*.gin'))
+  return [path for path in shipped if path.parent != _OF_T5X]
 
 
 def _resolved(name: str, value, found: Mapping, seen: tuple = ()):

@@ -57,14 +57,20 @@ RULES = (
 )
 
 
-def rules(mesh: Mesh):
+def rules(mesh: Mesh | AbstractMesh):
   """`RULES`, with `embed` split where `mesh` asks for FSDP.
 
   Dense weights then lie along `expert` too: to gather them from more devices
-  moves no more bytes, and each holds less.
+  moves no more bytes, and each holds less. Along an axis that `mesh` lacks, as
+  that of another code may lack `fsdp`, nothing is split.
   """
-  whole = () if mesh.shape['fsdp'] > 1 else ('embed',)
-  return tuple((n, None if n in whole else axes) for n, axes in RULES)
+  whole = () if mesh.shape.get('fsdp', 1) > 1 else ('embed',)
+  there = lambda axes: (
+    axes
+    if axes is None or isinstance(axes, str)
+    else tuple(axis for axis in axes if axis in mesh.shape)
+  )
+  return tuple((n, None if n in whole else there(axes)) for n, axes in RULES)
 
 
 annotate = nn.with_logical_partitioning
@@ -219,6 +225,12 @@ def _spec(axes, rules) -> PartitionSpec:
 def _parts(mesh, entry) -> int:
   names = (entry,) if isinstance(entry, str) else entry or ()
   return math.prod(mesh.shape[n] for n in names)
+
+
+def axes_of(axis: str) -> tuple[str, ...]:
+  """The axes of the mesh along which the rules in force cut the logical one."""
+  (entry,) = _spec((axis,), nn.get_logical_axis_rules())
+  return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def shards(axis: str) -> int:

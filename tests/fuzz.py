@@ -24,7 +24,7 @@ import time
 import typing
 from collections.abc import Iterator, Mapping
 
-from st_moe import cli, config, fields
+from st_moe import cli, config, fields, verbs
 
 TINY = 'configs/st_moe_tiny.py:runlocal'
 SECONDS = 60  # For a case, before it counts as one that does not end.
@@ -317,7 +317,7 @@ def of_flags() -> Iterator[Case]:
     'module_import': 'no_such_module|.x|3',
   }
   free = ('data_dir', 'coordinator', 'field', 'prefix', 'metric', 'submission')
-  _, parsers = cli._parser()
+  _, parsers = verbs.parser()
   for verb, parser in parsers.items():
     rest = others[verb]
     yield Case((verb, *rest, '--workdirr=3'), ('--workdirr',))

@@ -17,8 +17,6 @@ import ast
 import json
 import os
 import pathlib
-import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,7 +25,7 @@ import time
 import jupytext
 import nbformat
 
-from tests.first_hour import KEPT
+from tests import wheel
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / 'notebooks').glob('*.py'))
@@ -105,35 +103,23 @@ def main(argv=None) -> int:
 
 def surroundings(place: pathlib.Path, python: str) -> dict[str, str]:
   """A wheel and a kernel in `place`; the environment they are used in."""
-  tree = place / 'tree'
-  for name in ('st_moe', 'configs', 'experiments'):
-    ignore = shutil.ignore_patterns('__pycache__')
-    shutil.copytree(ROOT / name, tree / name, ignore=ignore)
-  for name in ('setup.py', 'pyproject.toml', 'README.md', 'LICENSE'):
-    shutil.copy(ROOT / name, tree)
   quiet = dict(check=True, stdout=subprocess.DEVNULL)
   venv = place / 'venv'
   subprocess.run([python, '-m', 'venv', venv], **quiet)
   pip = [venv / 'bin' / 'python', '-m', 'pip', '--quiet']
   pip.append('--disable-pip-version-check')
   subprocess.run([*pip, 'install', 'ipykernel'], **quiet)
-  wheel = [*pip, 'wheel', '--no-deps', '--wheel-dir', place, tree]
-  subprocess.run(wheel, **quiet)
-  (wheel,) = place.glob('*.whl')
   kernel = place / 'jupyter' / 'kernels' / 'bare'
   kernel.mkdir(parents=True)
   command = [f'{venv}/bin/python', '-m', 'ipykernel_launcher', '-f']
   spec = {'argv': [*command, '{connection_file}'], 'display_name': 'bare'}
   (kernel / 'kernel.json').write_text(json.dumps(spec))
   os.environ['JUPYTER_PATH'] = str(place / 'jupyter')
-  kept = {k: v for k, v in os.environ.items() if re.fullmatch(KEPT, k)}
-  own = {
-    'HOME': str(place / 'home'),
-    'PATH': f'{venv}/bin:{kept["PATH"]}',
+  return {
+    **wheel.surroundings(place / 'home', venv),
     'PIP_DISABLE_PIP_VERSION_CHECK': '1',
-    'ST_MOE': str(wheel),
+    'ST_MOE': str(wheel.build(place)),
   }
-  return kept | own
 
 
 def read(path: pathlib.Path):

@@ -102,6 +102,8 @@ def test_each_backend_hears_its_own(monkeypatch):
   for other in (('glibc', '2.31'), ('', '')):
     libc(*other)
     assert told(JAX_PLATFORMS='cpu') == (False, {'XLA_FLAGS'})
+  release('0.12.0.1')
+  assert told(JAX_PLATFORMS='cuda') == (False, {'XLA_FLAGS'})
   # Another release may not know the flags, and would end the process.
   release('0.11.0')
   assert told(JAX_PLATFORMS='cuda') == (False, set())

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from st_moe import cli, config_file, methods
+from st_moe import cli, config_file, methods, verbs
 from st_moe.config import Config
 from st_moe.data import files
 from st_moe.interop import convert, ours
@@ -80,9 +80,9 @@ finally:
 
 
 def test_every_verb_has_an_example_that_parses():
-  _, verbs = cli._parser()
-  assert verbs.keys() == cli._EXAMPLES.keys() == cli._VERBS.keys()
-  for verb, parser in verbs.items():
+  _, parsers = verbs.parser()
+  assert parsers.keys() == verbs.EXAMPLES.keys() == verbs.VERBS.keys()
+  for verb, parser in parsers.items():
     line = re.search(f'example:\n  st-moe {verb} (.*)', parser.epilog)[1]
     parser.read(shlex.split(line))
 
@@ -679,3 +679,28 @@ def test_an_interrupt_is_130(monkeypatch):
   with pytest.raises(SystemExit) as e:
     cli.main(['report', 'x'])
   assert e.value.code == 130
+
+
+@pytest.mark.parametrize(
+  ('typed', 'said'),
+  [
+    ('list ', ['--help', 'configs', 'tasks', 'methods']),
+    ('report --cu', ['--curves']),
+    ('train --config=st_moe_t', ['--config=st_moe_tiny']),
+    ('plan --config.model.moe.n', ['--config.model.moe.num_experts']),
+    ('evaluate --gin.EVAL_P', ['--gin.EVAL_PERIOD']),
+  ],
+)
+def test_a_shell_completes(typed, said, tmp_path):
+  line = f'st-moe {typed}'
+  asked = {
+    '_ARGCOMPLETE': '1',
+    '_ARGCOMPLETE_IFS': '\n',
+    '_ARGCOMPLETE_STDOUT_FILENAME': str(tmp_path / 'said'),
+    'COMP_LINE': line,
+    'COMP_POINT': str(len(line)),
+  }
+  command = [sys.executable, '-m', 'st_moe.cli']
+  subprocess.run(command, env={**os.environ, **asked}, check=True)
+  found = (tmp_path / 'said').read_text().split('\n')
+  assert [each.strip() for each in found] == said

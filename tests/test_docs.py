@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from st_moe import cli, config_file
+from st_moe import config_file, verbs
 from st_moe.config import DataConfig, OptimizerConfig, Part
 from st_moe.data import pipeline, vocabulary
 from st_moe.data.eval_data import EvalData
@@ -17,7 +17,13 @@ from st_moe.data.mixture import Library
 from st_moe.model import parts
 from st_moe.routing import shaping
 from st_moe.run import grid
-from tests import experiments, gin_page, methods_page
+from tests import (
+  experiments,
+  fields_page,
+  gin_page,
+  methods_page,
+  names_page,
+)
 from tests.methods import steps
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -104,8 +110,8 @@ def _commands(verb):
 
 @pytest.mark.parametrize('number', range(3))
 def test_the_grids_of_the_page_are_those_of_the_paper(number):
-  _, verbs = cli._parser()
-  flags, overrides = verbs['grid'].read(_commands('grid')[number][1:])
+  _, parsers = verbs.parser()
+  flags, overrides = parsers['grid'].read(_commands('grid')[number][1:])
   cells = grid.cells(flags.vary)
   # Figure 5 over three seeds, Table 5, Table 20 of sparse models.
   assert len(cells) == (15, 8, 18)[number]
@@ -125,11 +131,9 @@ def test_every_experiment_has_its_verdict_in_the_table():
   )
 
 
-def test_the_page_of_methods_is_that_of_the_tables():
-  said = methods_page.PAGE.read_text()
-  assert said == methods_page.page(), 'python -m tests.methods_page writes it'
-
-
-def test_the_page_of_gin_is_that_of_the_macros():
-  said = gin_page.PAGE.read_text()
-  assert said == gin_page.page(), 'python -m tests.gin_page writes it'
+@pytest.mark.parametrize(
+  'made', [methods_page, gin_page, fields_page, names_page]
+)
+def test_a_page_of_tables_is_that_of_the_code(made):
+  said = made.PAGE.read_text()
+  assert said == made.page(), f'python -m {made.__name__} writes it'

@@ -2,14 +2,13 @@
 
 import pytest
 
-from st_moe import cli
+from st_moe import verbs
 
 CONFIG = '--config=configs/st_moe_tiny.py'
 
 
 def _read(verb, *argv):
-  _, verbs = cli._parser()
-  return verbs[verb].read(argv)
+  return verbs.parser()[1][verb].read(argv)
 
 
 @pytest.mark.parametrize('verb', ['train', 'grid', 'prepare', 'plan', 'config'])

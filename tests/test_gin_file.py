@@ -37,7 +37,8 @@ def made(*files, gin=()) -> Config:
 
 def test_every_gin_file_is_one_of_these():
   names = {path.stem for path in gin_file.files()}
-  assert names == {*MODELS, *RUNS, 'eval', 'st_moe', 'switch', 't5_1_1'}
+  others = {'eval', 'infer', 'st_moe', 'switch', 't5_1_1'}
+  assert names == {*MODELS, *RUNS, *others}
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -107,7 +108,8 @@ train_script.train:
   total_steps = 7
   random_seed = %RANDOM_SEED
 RANDOM_SEED = None
-utils.DatasetConfig.split = 'train'
+train/utils.DatasetConfig.split = 'train'
+train_eval/utils.DatasetConfig.split = 'dev'
 train/utils.DatasetConfig.batch_size = %BATCH_SIZE
 BATCH_SIZE = 16
 utils.SaveCheckpointConfig.period = 50
@@ -118,7 +120,7 @@ utils.create_learning_rate_scheduler:
 """
   found = _says(tmp_path, text)
   assert 'no field here has utils.DatasetConfig.split.' in caplog.text
-  assert 'seed' not in found
+  assert 'seed' not in found and found['evaluate'] == {'split': 'dev'}
   assert found['total_steps'] == 7 and found['data'] == {'batch_size': 16}
   assert found['checkpoint'] == {'every': 50} and 'mesh' not in found
   # T5X: 2 x min(1, step / 400) / sqrt(max(step, 400)).
@@ -215,9 +217,23 @@ def test_a_run_of_gin_files(tmp_path, capsys):
   ]
   assert cli.run(evaluate) == 0
   assert (tmp_path / 'scores' / 'metrics.json').exists()
+  infer = [flag.replace('eval.gin', 'infer.gin') for flag in evaluate]
+  infer = [flag.replace('EVAL_', 'INFER_') for flag in infer]
+  # Its files have no such split; what is the model's own is passed over.
+  more = ['--gin.SPLIT=nowhere', '--gin.EMBED_DIM=8', '--gin.NUM_HEADS=3']
+  with pytest.raises(ValueError, match="'python_reference' has no .*nowhere"):
+    cli.run([*infer, *more])
   again = [*evaluate, '--checkpoint=elsewhere']
   with pytest.raises(ValueError, match='--checkpoint is given twice'):
     cli.run(again)
+
+
+def test_a_gin_file_for_t5x_itself_is_told_apart():
+  """tests/test_t5x_bridge.py holds what they bind."""
+  where = 'configs/gin/t5x/pretrain.gin'
+  assert not [path for path in gin_file.files() if path.parent.name == 't5x']
+  with pytest.raises(ValueError, match='python -m st_moe.t5x_bridge train'):
+    cli.run(['train', '--workdir=w', f'--gin_file={where}'])
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ LINES = (
   ('infer',),
   ('run',),
   ('surgery', 'plan', 'doctor', 'methods'),
+  ('verbs',),
   ('cli', 't5x_bridge', '__init__', '__main__', 'train.__init__'),  # Leaves.
 )
 LINE_OF = {room: i for i, line in enumerate(LINES) for room in line}
@@ -90,6 +91,7 @@ LIGHT = (
   'flags',
   'terminal',
   'cli',
+  'verbs',
   'infer.generate_flags',
   'plan.plan_flags',
   '__init__',

@@ -94,9 +94,13 @@ def root(tmp_path, monkeypatch):
 
 
 def _run(root, script, *arguments, **env):
+  # What env.sh is told of the environment that runs this.
+  inherited = {**os.environ}
+  for name in ('PYTHON', 'VENV', 'EXTRAS'):
+    inherited.pop(name, None)
   return subprocess.run(
     ['bash', root / 'checkout' / 'scripts' / script, *arguments],
-    env={**os.environ, **env},
+    env={**inherited, **env},
     capture_output=True,
     text=True,
     timeout=30,
@@ -475,27 +479,28 @@ def test_the_job_is_told_before_its_time_is_up():
 # lists it; a pip, once in .venv, installs whatever it is asked for, unless
 # $ROOT/broken is there: then it dies half way.
 PYTHON = r"""
+venv=${VENV:-.venv}
 has() { grep -qx "$1" "$ROOT/has" 2>/dev/null; }
-own() { cp "$ROOT/bin/python3" .venv/bin/python; }
+own() { cp "$ROOT/bin/python3" $venv/bin/python; }
 case "$*" in
   '-c '*) ;;
-  '-m venv .venv') mkdir -p .venv/bin && own && has ensurepip &&
-    touch .venv/pip ;;
-  '-m venv --without-pip .venv') has venv && mkdir -p .venv/bin && own ;;
-  '-m virtualenv .venv') has virtualenv && mkdir -p .venv/bin && own &&
-    touch .venv/pip ;;
-  '-m ensurepip') has ensurepip && touch .venv/pip ;;
-  '-m pip --python '*) has pip && touch .venv/pip ;;
-  '-m pip --version') [ -e .venv/pip ] ;;
+  "-m venv $venv") mkdir -p $venv/bin && own && has ensurepip &&
+    touch $venv/pip ;;
+  "-m venv --without-pip $venv") has venv && mkdir -p $venv/bin && own ;;
+  "-m virtualenv $venv") has virtualenv && mkdir -p $venv/bin && own &&
+    touch $venv/pip ;;
+  '-m ensurepip') has ensurepip && touch $venv/pip ;;
+  '-m pip --python '*) has pip && touch $venv/pip ;;
+  '-m pip --version') [ -e $venv/pip ] ;;
   '-m pip install '*)
-    [ -e .venv/pip ] || exit 1
+    [ -e $venv/pip ] || exit 1
     if [ -e "$ROOT/broken" ]; then
-      touch .venv/rubbish
+      touch $venv/rubbish
       eval "$(cat "$ROOT/broken")"
     fi
-    echo "$*" >>.venv/installs
-    printf '#!%s/bash\n' "$(dirname "$(command -v bash)")" >.venv/bin/st-moe
-    chmod +x .venv/bin/st-moe ;;
+    echo "$*" >>$venv/installs
+    printf '#!%s/bash\n' "$(dirname "$(command -v bash)")" >$venv/bin/st-moe
+    chmod +x $venv/bin/st-moe ;;
   *) exit 1 ;;
 esac || { echo "No module named ${2:-}" >&2; exit 1; }
 """
@@ -531,6 +536,15 @@ def test_an_environment_is_made_with_what_there_is(bare, modules):
   assert _installed(bare) and 'source .venv/bin/activate' in done.stdout
   again = _run(bare, 'env.sh')
   assert again.returncode == 0 and again.stdout + again.stderr == ''
+
+
+def test_each_python_may_have_an_environment_of_its_own(bare):
+  _has(bare, 'venv', 'ensurepip')
+  other = {'PYTHON': str(bare / 'bin' / 'python3'), 'VENV': '.venv-3.13'}
+  done = _run(bare, 'env.sh', **other)
+  assert 'source .venv-3.13/bin/activate' in done.stdout, done.stderr
+  assert (bare / 'checkout' / '.venv-3.13' / 'installs').exists()
+  assert not (bare / 'checkout' / '.venv').exists()
 
 
 @pytest.mark.parametrize('modules', [('venv',), ()])
@@ -587,3 +601,35 @@ def test_the_quickstart_ends_with_what_to_type_next(root):
     'report',
   ]
   assert 'source .venv/bin/activate' in done.stdout.splitlines()[-1]
+
+
+def _t5x(root, *words, **variables):
+  (root / 'checkout' / 'scripts' / 'env.sh').write_text('touch sourced\n')
+  return _run(root, 'install_t5x.sh', *words, **variables)
+
+
+def test_t5x_comes_from_its_repository_or_a_checkout(root):
+  done = _t5x(root, '--dry-run')
+  assert done.returncode == 0, done.stderr
+  steps = [line for line in done.stdout.splitlines() if line.startswith('+ ')]
+  assert all(step.startswith('+ .venv/bin/python') for step in steps)
+  assert 'jestimator tensorboard' in steps[0] and 'aqtp' not in steps[0]
+  url = 'git+https://github.com/google-research/t5x'
+  assert steps[1].endswith(f'pip install --quiet --no-deps {url}')
+  assert 'import_t5x' in steps[2]
+  for name in ('t5x', 'flaxformer'):
+    (root / 'there' / name / name).mkdir(parents=True)
+  place = lambda name: f'{root}/there/{name}'
+  there = {name.upper(): place(name) for name in ('t5x', 'flaxformer')}
+  done = _t5x(root, '--dry-run', **there)
+  assert done.returncode == 0 and 'git+' not in done.stdout
+  assert f'{place("t5x")} {place("flaxformer")}' in done.stdout
+  assert 'tensorboard aqtp' in done.stdout
+  assert not (root / 'checkout' / 'sourced').exists()  # Nothing was made.
+
+
+def test_t5x_of_what_is_no_checkout_is_refused(root):
+  done = _t5x(root, '--dry-run', T5X='/nowhere')
+  assert done.returncode == 1 and done.stdout == ''
+  assert '/nowhere is no checkout of t5x: there is no folder' in done.stderr
+  assert _t5x(root, '--try').returncode == 2

@@ -2,14 +2,14 @@
 
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 import zipfile
 
 import pytest
 
-from st_moe import config_file, gin_file
+from st_moe import config_file
+from tests import wheel
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -18,18 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 def site(tmp_path_factory):
   """The wheel of this tree, unpacked."""
   folder = tmp_path_factory.mktemp('wheel')
-  for name in ('st_moe', 'configs', 'experiments'):
-    ignore = shutil.ignore_patterns('__pycache__')
-    shutil.copytree(ROOT / name, folder / 'tree' / name, ignore=ignore)
-  for name in ('setup.py', 'pyproject.toml', 'README.md', 'LICENSE'):
-    shutil.copy(ROOT / name, folder / 'tree')
-  subprocess.run(
-    [sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--quiet']
-    + ['--wheel-dir', str(folder), str(folder / 'tree')],
-    check=True,
-  )
-  (wheel,) = folder.glob('*.whl')
-  zipfile.ZipFile(wheel).extractall(folder / 'site')
+  zipfile.ZipFile(wheel.build(folder)).extractall(folder / 'site')
   return folder / 'site'
 
 
@@ -56,8 +45,9 @@ def test_a_wheel_lists_what_a_clone_lists(site):
   shipped = {str(p.relative_to(ROOT)) for p in config_file.shipped()}
   inside = {str(p.relative_to(site / 'st_moe')) for p in site.rglob('*.py')}
   assert shipped <= inside
-  gins = {path.name for path in (site / 'st_moe' / 'configs').rglob('*.gin')}
-  assert gins == {path.name for path in gin_file.files()} and gins
+  gins = lambda root: {str(p.relative_to(root)) for p in root.rglob('*.gin')}
+  held = gins(site / 'st_moe' / 'configs')
+  assert held == gins(ROOT / 'configs') and 'gin/t5x/model.gin' in held
   rows = [line.split() for line in _command(site, 'methods').splitlines()]
   (row,) = (row for row in rows if 'gumbel_second' in row)
   assert row[-1] == 'yes'  # The experiments came along.

@@ -77,8 +77,8 @@ def documents_of(
 ) -> Iterator[str]:
   """Documents `start`, `start + step`, ... of one file.
 
-  Workers share a file by different `start`s: what the others take is read, but
-  not parsed.
+  Workers share a file, each from another `start`: what the others take is
+  read, but not parsed.
   """
   if path.startswith(f'{EMBEDDED}:'):
     units, is_text = enumerate(embedded_corpus(path.split(':')[1])), True

@@ -8,6 +8,9 @@ made of is in `catalogue.py`, which needs no SeqIO.
 
 import functools
 import json
+from collections.abc import Iterator
+
+import numpy as np
 
 try:
   import seqio
@@ -23,6 +26,8 @@ from st_moe.data.catalogue import (
   TASKS,
   WITH_SENTINEL,
 )
+from st_moe.data.mixture import Library
+from st_moe.data.rows import Convert
 from st_moe.data.task import SENTINEL, TextTask
 
 # TensorFlow only feeds: left alone it takes all memory of the accelerators.
@@ -123,6 +128,55 @@ def _spec(key: str, examples) -> tf.TensorSpec | None:
   if kind is int and not all(-(2**63) <= item < 2**63 for item in items):
     return None
   return tf.TensorSpec((None,) if lists else (), _KINDS[kind])
+
+
+def register_text(library: Library, name: str) -> None:
+  """Registers a text source as a task of span corruption, in place of any.
+
+  Which spans are taken out depends on the seed and the place of a chunk; they
+  are the same in each epoch, as they are not in a run of ours.
+  """
+  vocabulary = library.vocabulary.to_seqio()
+  feature = seqio.Feature(vocabulary=vocabulary, add_eos=True)
+  seqio.TaskRegistry.remove(name)
+  seqio.TaskRegistry.add(
+    name,
+    source=seqio.FunctionDataSource(
+      functools.partial(corrupted, library=library, name=name),
+      splits=library.splits(name),
+    ),
+    preprocessors=[],
+    output_features={'inputs': feature, 'targets': feature},
+  )
+
+
+def corrupted(
+  split: str,
+  shuffle_files: bool = False,
+  seed: int | None = None,
+  *,
+  library: Library,
+  name: str,
+) -> tf.data.Dataset:
+  """The chunks of a text source as token ids, spans taken out."""
+  del shuffle_files, seed
+  records = library.open(name, split)
+  convert = Convert(library, is_text=True, task=0)
+  fields = {'inputs': 'encoder_input', 'targets': 'decoder_target'}
+
+  def examples() -> Iterator[dict]:
+    for i in range(len(records)):
+      rng = np.random.default_rng([library.config.seed, i])
+      row = convert(records[i], rng)
+      yield {
+        key: np.trim_zeros(row[f'{field}_tokens'], 'b')
+        for key, field in fields.items()
+      }
+
+  spec = tf.TensorSpec((None,), tf.int32)
+  return tf.data.Dataset.from_generator(
+    examples, output_signature=dict.fromkeys(fields, spec)
+  )
 
 
 register(seqio.SentencePieceVocabulary(T5_VOCABULARY))

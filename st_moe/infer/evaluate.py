@@ -137,6 +137,13 @@ def evaluate(
   return by_step[max(by_step)]
 
 
+def settable(field: str) -> bool:
+  """Whether an evaluation may have its own `field` of a config."""
+  # A stack may have its own.
+  whole = re.sub(r'^model\.(encoder|decoder)\.moe\.', 'model.moe.', field)
+  return any(f'{whole}.'.startswith(f'{known}.') for known in _SETTABLE)
+
+
 def _check_fields(overrides: dict) -> None:
   """Raises where a field would make it another model, or do nothing."""
   plain = config_file.to_dict(Config())
@@ -147,9 +154,7 @@ def _check_fields(overrides: dict) -> None:
         f"{field} is of training; a vocabulary in place of the checkpoint's is"
         ' --vocabulary=FILE.'
       )
-    # A stack may have its own.
-    whole = re.sub(r'^model\.(encoder|decoder)\.moe\.', 'model.moe.', field)
-    if not any(f'{whole}.'.startswith(f'{known}.') for known in _SETTABLE):
+    if not settable(field):
       raise ValueError(
         f'{field} cannot be set for an evaluation: a checkpoint is what it was'
         f' trained to be. What can be set is {", ".join(_SETTABLE)}.'

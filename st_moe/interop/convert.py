@@ -64,7 +64,7 @@ def load_config(spec: str, overrides: Mapping | None = None) -> Config:
   """What `st-moe train --config=SPEC --config.FIELD=VALUE ...` would train.
 
   Args:
-    spec: 'FILE' or 'FILE:argument,argument=value', as of configs/*.py.
+    spec: 'FILE' or 'FILE:argument,argument=value', as of those in configs/.
     overrides: dotted field -> value. A config with an `init` continues the
       model of that checkpoint.
 

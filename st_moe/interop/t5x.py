@@ -422,7 +422,8 @@ def save(where: str, params, config: Config, vocabulary: bytes | None) -> None:
     theirs = tensors(params, config.model, names(config.model))
     leaves = {t[0]: _write_array(directory, *t) for t in theirs}
     target = traverse_util.unflatten_dict(leaves, sep='/')
-    state = {'step': np.int32(0), 'param_states': {}}
+    # No slots, not even none: T5X would take an empty dict for an array.
+    state = {'step': np.int32(0)}
     tree = {'version': 3, 'optimizer': {'target': target, 'state': state}}
     data = serialization.msgpack_serialize(tree)
     (directory / 'checkpoint').write_bytes(data)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from st_moe.model import attend_tpu
-from st_moe.sharding import on_shards, shards
+from st_moe.sharding import axes_of, on_shards, shards
 
 _HIDDEN = -1e9  # Finite, as a query may see nothing; its answer is 0.
 _AT_ONCE = 1 << 20  # Scores of `by_rows` at any time: they stay in a cache.
@@ -62,7 +62,7 @@ def attend(query, key, value, bias, sight: Sight) -> jax.Array:
 
   def local(query, key, value, bias, sight):
     # Its gradients differ where it does not, and are summed there.
-    bias = jax.lax.pcast(bias, ('data', 'fsdp', 'expert'), to='varying')
+    bias = jax.lax.pcast(bias, axes_of('batch'), to='varying')
     return _attended(query, key, value, bias, sight)
 
   heads = 'batch', 'activation_heads', None, None

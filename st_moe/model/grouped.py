@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from st_moe.fields import Count
 from st_moe.model.rows import Room, add, by_slot, picked, tiled
 from st_moe.routing.types import Seats
-from st_moe.sharding import AXES, on_shards, shards
+from st_moe.sharding import axes_of, on_shards, shards
 
 BLOCK = 128  # Rows of one expert, at most.
 # What a TPU takes in one turn: an even load and a quarter, below a bound of
@@ -52,9 +52,10 @@ def grouped(
     if _is_number(a):
       # The slopes of all who share it are summed on the way back.
       wide = a.astype(experts.sums)
-      wide = jax.lax.pcast(wide, ('data', 'fsdp'), to='varying')
+      wide = jax.lax.pcast(wide, axes_of('expert_replicas'), to='varying')
       return wide.astype(a.dtype)
-    return jax.random.fold_in(a, jax.lax.axis_index(AXES))
+    every = jax.sharding.get_abstract_mesh().axis_names
+    return jax.random.fold_in(a, jax.lax.axis_index(every))
 
   def local(x, seats, experts):
     # Tokens of all who share the experts meet on each of their devices.

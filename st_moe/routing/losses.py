@@ -125,7 +125,7 @@ def _fits_budget(model, moe, *, share: float):
   moves=('shared',),
 )
 def budget(of: Routed, *, share: Share):
-  """|mean u - `share`| over all layers together: 0 at the budget.
+  """`|mean u - share|` over all layers together: 0 at the budget.
 
   u is how much of each token's answer the experts give beside a dense FFN
   (`conditional`). A layer's part, and its metric, is by how much it exceeds the
@@ -174,9 +174,11 @@ def importance(
 ):
   """CV^2 over experts of what the tokens of a group give them: 0 when even.
 
-  weights  those of routes, before anyone is dropped (arXiv:1701.06538, Eq. 7)
-  probs    what the gate gives, to who is not asked as well
-  logits   their softmax, without noise (V-MoE: arXiv:2106.05974, App. A)
+  What a token gives, `by`
+
+    weights  those of routes, before anyone is dropped (arXiv:1701.06538, Eq. 7)
+    probs    what the gate gives, to who is not asked as well
+    logits   their softmax, without noise (V-MoE: arXiv:2106.05974, App. A)
   """
   scores, seats = of.scores, of.seats
   if by == 'weights':

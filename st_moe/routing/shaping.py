@@ -43,7 +43,7 @@ def near_best(
 def near(select: jax.Array, jitter: float) -> jax.Array:
   """Who may be the best of [..., e] once both are jittered, bool [..., e].
 
-  (best - z) / max(|z|, best) <= 2 jitter. Whom -inf rules out is not.
+  `(best - z) / max(|z|, best) <= 2 jitter`. Whom -inf rules out is not.
   """
   there = select > -jnp.inf
   z = jnp.where(there, select, 0)  # Or -inf by itself would become NaN.

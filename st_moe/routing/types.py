@@ -1,8 +1,10 @@
-"""The values routing is made of. One letter per axis, here and in `model/`:
+"""The values routing is made of.
 
-g group    s token in its group    e expert    c place in an expert's buffer
-k choice (0 = best)    n route (a token-expert pair)
-d width    f expert hidden
+One letter per axis, here and in `model/`:
+
+  g group    s token in its group    e expert    c place in an expert's buffer
+  k choice (0 = best)    n route (a token-expert pair)
+  d width    f expert hidden
 """
 
 import flax.struct

@@ -74,7 +74,7 @@ def token_terms_of(
 
 
 def records(intermediates: Mapping) -> dict[str, list]:
-  """The `record`s that sparse layers sowed, per stack: leaves [layers, ...].
+  """What sparse layers sowed as `record`, per stack: leaves [layers, ...].
 
   A scanned layer comes with a leading axis of its repetitions, an unrolled one
   without; both end as rows, from the first layer to the last.

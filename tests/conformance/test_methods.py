@@ -114,7 +114,7 @@ def test_parameters_have_roles_and_products_are_counted(method):
     lambda params: model.apply(
       {'params': params}, **inputs, rngs={'dropout': jax.random.key(0)}
     )
-  )(shapes)
+  )(abstract_params(model))
   n, m = tables.LENGTHS
   heads, buckets = config.model.num_heads, config.model.relpos_buckets
   squares = {'encoder': n * n, 'decoder': m * m}
