@@ -139,6 +139,7 @@ def run(path: pathlib.Path, work: pathlib.Path, env: dict) -> tuple:
     timeout=LIMIT,
     allow_errors=True,
     record_timing=False,
+    coalesce_streams=True,
     resources={'metadata': {'path': str(work)}},
   )
   began, installed = time.monotonic(), []
