@@ -128,8 +128,9 @@ figures.tokens(trace.rows(trace.position < 60), vocab)
 
 # %% [markdown]
 # The [ST-MoE paper](https://arxiv.org/abs/2202.08906) (section 7) found experts
-# for sentinels in its encoder and none in its decoder. As it measures that: the
-# entropy of how sentinels are spread over experts, where ln 8 = 2.08 is evenly.
+# for sentinels in its encoder and none in its decoder; a model as small as this
+# need not agree. As it measures that: the entropy of how sentinels are spread
+# over experts, where ln 8 = 2.08 is evenly.
 
 # %%
 sentinel = np.isin(trace.token, vocab.sentinels)
@@ -171,7 +172,8 @@ for h in checks:
 # ## One expert less
 #
 # Each expert is switched off in turn (`off='encoder.0.3'`: its tokens take their
-# next choice), and the loss is measured again.
+# next choice), and the loss is measured again. After so few steps the others can
+# take over nearly all of it.
 
 # %%
 some, wanted = prompts[:pairs_for_losses], targets[:pairs_for_losses]

@@ -102,24 +102,20 @@ def main(argv=None) -> int:
 
 
 def surroundings(place: pathlib.Path, python: str) -> dict[str, str]:
-  """A wheel and a kernel in `place`; the environment they are used in."""
-  quiet = dict(check=True, stdout=subprocess.DEVNULL)
+  """A kernel in `place`; the environment it is used in, with a wheel."""
   venv = place / 'venv'
-  subprocess.run([python, '-m', 'venv', venv], **quiet)
-  pip = [venv / 'bin' / 'python', '-m', 'pip', '--quiet']
-  pip.append('--disable-pip-version-check')
-  subprocess.run([*pip, 'install', 'ipykernel'], **quiet)
+  subprocess.run([python, '-m', 'venv', venv], check=True)
+  pip = [venv / 'bin' / 'python', '-m', 'pip', '--disable-pip-version-check']
+  subprocess.run([*pip, 'install', '--quiet', 'ipykernel'], check=True)
   kernel = place / 'jupyter' / 'kernels' / 'bare'
   kernel.mkdir(parents=True)
   command = [f'{venv}/bin/python', '-m', 'ipykernel_launcher', '-f']
   spec = {'argv': [*command, '{connection_file}'], 'display_name': 'bare'}
   (kernel / 'kernel.json').write_text(json.dumps(spec))
   os.environ['JUPYTER_PATH'] = str(place / 'jupyter')
-  return {
-    **wheel.surroundings(place / 'home', venv),
-    'PIP_DISABLE_PIP_VERSION_CHECK': '1',
-    'ST_MOE': str(wheel.build(place)),
-  }
+  env = wheel.surroundings(place / 'home', venv)
+  quiet = {'PIP_DISABLE_PIP_VERSION_CHECK': '1'}
+  return env | quiet | {'ST_MOE': str(wheel.build(place))}
 
 
 def read(path: pathlib.Path):
