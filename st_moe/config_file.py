@@ -252,9 +252,8 @@ def named(name: object) -> list[str]:
 
   Where a part of the model has it too, as a stack's own `moe`, the model's.
   """
-  found = [
-    path for path in _paths(config_lib.Config) if _last(path) == _plain(name)
-  ]
+  paths = _paths(config_lib.Config)
+  found = [path for path in paths if _last(path) == _plain(name)]
   least = min((path.count('.') for path in found), default=0)
   return [path for path in found if path.count('.') == least]
 

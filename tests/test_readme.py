@@ -39,7 +39,7 @@ def test_tree_paths_reads_an_indented_tree():
 
 
 @pytest.mark.parametrize(
-  ('page', 'least'), [('README.md', 20), ('docs/tree.md', 200)]
+  ('page', 'least'), [('README.md', 15), ('docs/tree.md', 200)]
 )
 def test_every_path_of_a_tree_exists(page, least):
   paths = tree_paths((ROOT / page).read_text())

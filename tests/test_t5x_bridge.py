@@ -6,6 +6,7 @@ import inspect
 import pathlib
 import re
 import sys
+import types
 
 import jax
 import numpy as np
@@ -454,3 +455,36 @@ def test_a_gin_file_binds_what_is_there(name):
       assert statement.arg_name in inspect.signature(function).parameters
     if statement.arg_name == 'field':
       t5x_bridge.value(Config(), statement.value)
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_experts_lie_along_the_mesh_of_t5x(variables, ours, batch, monkeypatch):
+  """Inside the model our rules hold: tokens travel to experts and back."""
+  from jax.interpreters import pxla
+
+  stand_in = types.SimpleNamespace(pxla=pxla)  # Where T5X itself looks.
+  monkeypatch.setitem(sys.modules, 't5x.partitioning', stand_in)
+  devices = np.array(jax.devices()[:4]).reshape(1, 4, 1)
+  mesh = jax.sharding.Mesh(devices, ('data', 'expert', 'model'))
+  module = t5x_bridge.Module(MODEL)
+  rows = jax.sharding.NamedSharding(
+    mesh, jax.sharding.PartitionSpec(('expert', 'data'))
+  )
+  apply = jax.jit(
+    lambda params, batch: module.apply(
+      {'params': params}, **batch, enable_dropout=False
+    ),
+    in_shardings=(None, rows),
+    compiler_options={'xla_backend_optimization_level': 0},
+  )
+  with mesh:
+    program = apply.lower(variables['params'], batch).compile()
+    logits = apply(variables['params'], batch)
+  # There and back, in the sparse layer of either stack.
+  assert program.as_text().count('all-to-all(') >= 4
+  want = jit(
+    lambda p: Transformer(MODEL).apply(
+      {'params': p}, **batch, enable_dropout=False
+    )
+  )(ours)
+  np.testing.assert_allclose(logits, want, atol=1e-5)

@@ -7,6 +7,7 @@ import pytest
 import sentencepiece
 import seqio
 
+from st_moe.config import DataConfig
 from st_moe.data import (
   catalogue,
   seqio_shards,
@@ -15,6 +16,7 @@ from st_moe.data import (
   tiny_world,
   vocabulary,
 )
+from st_moe.data.mixture import Library
 from st_moe.data.registry import Registry
 
 BYTES = seqio.ByteVocabulary(extra_ids=100)
@@ -492,3 +494,40 @@ def test_a_wrong_row_is_an_error_at_first_use(tmp_path):
 def test_an_import_registers_t5s_vocabulary_and_reads_nothing():
   for feature in AT_IMPORT.output_features.values():
     assert feature.vocabulary.sentencepiece_model_file == tasks.T5_VOCABULARY
+
+
+# ---- Text -------------------------------------------------------------------
+
+
+def test_a_text_source_is_a_task_of_span_corruption(tmp_path):
+  """Whole again, inputs and targets are the text that they were made of."""
+  (tmp_path / 'a.txt').write_text('the cat sat on the mat. ' * 40)
+  config = DataConfig(
+    mixture={'mine': 1.0},
+    files={'mine': {'train': f'{tmp_path}/a.txt'}},
+    inputs_length=32,
+    targets_length=16,
+    cache_dir=str(tmp_path / 'cache'),
+  )
+  library = Library(config, vocabulary.load('bytes'))
+  try:
+    tasks.register_text(library, 'mine')
+    lengths = {'inputs': 32, 'targets': 16}
+    found = list(examples('mine', 'train', lengths))
+    assert found and seqio.TaskRegistry.get('mine').splits == ('train',)
+    again = list(examples('mine', 'train', lengths))
+  finally:
+    seqio.TaskRegistry.remove('mine')
+  for example, other in zip(found, again, strict=True):
+    inputs, targets = example['inputs'].tolist(), example['targets'].tolist()
+    assert inputs == other['inputs'].tolist()  # In each epoch.
+    assert inputs.pop() == targets.pop() == EOS
+    assert targets[0] == SENTINEL  # Of 259 to 358 the first.
+    spans = {}
+    for token in targets:
+      if token >= 259:
+        spans[token] = []
+      else:
+        spans[max(spans, key=list(spans).index)].append(token)
+    whole = [t for i in inputs for t in spans.get(i, [i])]
+    assert bytes(t - 3 for t in whole) in b'the cat sat on the mat. ' * 40
