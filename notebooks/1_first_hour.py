@@ -105,7 +105,7 @@ list(
   zip(
     map(model.vocabulary.piece, trace.token[:5].tolist()),
     trace.expert[:5].tolist(),
-    trace.weight[:5].round(2).tolist(),
+    trace.weight[:5].astype(float).round(2).tolist(),
     strict=True,
   )
 )

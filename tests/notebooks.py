@@ -139,6 +139,7 @@ def run(path: pathlib.Path, work: pathlib.Path, env: dict) -> tuple:
     timeout=LIMIT,
     allow_errors=True,
     record_timing=False,
+    coalesce_streams=True,
     resources={'metadata': {'path': str(work)}},
   )
   began, installed = time.monotonic(), []
@@ -150,6 +151,9 @@ def run(path: pathlib.Path, work: pathlib.Path, env: dict) -> tuple:
   client.execute(env=env)
   seconds = time.monotonic() - began
   notebook.metadata.pop('language_info', None)
+  for output in outputs(notebook):
+    if 'text' in output:  # Some tell where on this machine they write.
+      output.text = output.text.replace(f'{work}/', '')
   return notebook, seconds, installed[0]
 
 
