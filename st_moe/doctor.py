@@ -93,9 +93,12 @@ def _write(workdir) -> str:
     probe.write_text('ok')
     probe.unlink()
     return workdir
-  with tempfile.NamedTemporaryFile(dir=workdir):
+  there = os.path.abspath(workdir)
+  while not os.path.exists(there):  # A run would make it.
+    there = os.path.dirname(there)
+  with tempfile.NamedTemporaryFile(dir=there):
     pass
-  free = shutil.disk_usage(workdir).free
+  free = shutil.disk_usage(there).free
   return f'{os.path.abspath(workdir)}, {free / 2**30:.1f} GiB free'
 
 

@@ -169,9 +169,11 @@ def test_doctor_answers_in_seconds(tmp_path):
 
 
 def test_doctor_says_what_stands_in_the_way(tmp_path, capsys):
-  nowhere = tmp_path / 'nowhere'
+  assert _runs(capsys, 'doctor', f'--workdir={tmp_path}/to/be/made')
+  nowhere = tmp_path / 'file'
+  nowhere.touch()
   with pytest.raises(SystemExit) as e:
-    cli.main(['doctor', f'--workdir={nowhere}'])
+    cli.main(['doctor', f'--workdir={nowhere}/below'])
   said = capsys.readouterr().out
   assert e.value.code == 1
   (bad,) = (line for line in said.splitlines() if line.startswith('no '))

@@ -21,9 +21,8 @@ PAGES = (*pages.pages(), 'CONTRIBUTING.md')
 
 def tree_paths(text: str) -> list[str]:
   """Paths of the last code block: two spaces of indent are one folder down."""
-  block = re.findall(r'```(?:text)?\n(.*?)```', text, re.DOTALL)[-1]
   paths, parents = [], []
-  for line in block.splitlines():
+  for line in pages.blocks(text)[-1].code.splitlines():
     name = line.split()[0]
     depth = (len(line) - len(line.lstrip())) // 2
     del parents[depth:]

@@ -308,9 +308,7 @@ def test_a_checkpoint_of_flaxformer_is_ours_and_back(their_run, tmp_path):
 
 
 @flaxformer
-def test_flaxformer_goes_on_with_a_checkpoint_of_the_bridge(
-  their_run, tmp_path
-):
+def test_the_bridge_goes_on_with_a_run_of_flaxformer(their_run):
   """The trees are one: T5X restores into either what the other saved."""
   values = {
     'CONFIG': CONFIG,

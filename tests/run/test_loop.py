@@ -498,26 +498,16 @@ def test_fine_tuning_takes_parameters_and_vocabulary(run, written, tmp_path):
   assert st_moe.load(tmp_path / 'tuned').step == 1
 
 
-def test_fine_tuning_in_python_as_the_readme_has_it(
-  run, written, tmp_path, monkeypatch
-):
-  readme = (pathlib.Path(__file__).parents[2] / 'README.md').read_text()
-  (code,) = re.findall(r'```\n(import st_moe\n.*?)```', readme, re.DOTALL)
-  for theirs, ours in {
-    'configs/finetune.py': f'{written}:tuned',
-    'runs/tiny': str(run),
-    'runs/tuned': str(tmp_path / 'tuned'),
-    "'total_steps': 200": "'total_steps': 1",
-  }.items():
-    assert theirs in code
-    code = code.replace(theirs, ours)
-  found = {}
-  exec(code, found)
-  assert found['config'].model == st_moe.load(run).config.model
+def test_fine_tuning_in_python(run, written, tmp_path):
+  fields = {'init': str(run), 'total_steps': 1}
+  config = st_moe.load_config(f'{written}:tuned', fields)
+  assert config.model == st_moe.load(run).config.model
+  st_moe.train(config, tmp_path / 'tuned')
   (row,) = _steps(tmp_path / 'tuned')
   assert row['l2_params'] == pytest.approx(_norm(_params(run)), rel=1e-5)
-  assert set(found['metrics']) == {'eval/reds/loss', 'eval/blues/loss'}
-  assert found['m'].step == 1
+  metrics = st_moe.evaluate(tmp_path / 'tuned')
+  assert set(metrics) == {'eval/reds/loss', 'eval/blues/loss'}
+  assert st_moe.load(tmp_path / 'tuned').step == 1
 
 
 def test_train_is_a_function_and_a_package_at_once(monkeypatch):
