@@ -146,17 +146,18 @@ figures.bars(
 # %% [markdown]
 # ## What it says
 #
-# A prompt is text, and so is the answer.
+# A prompt is text, and so is the answer: here each of the best of its task.
 
 # %%
-model = st_moe.load('runs/superglue')
-prompts = [
-  'copa choice1: hot cup choice2: cold cup premise: Tom heated the cup.'
-  ' question: effect',
-  'boolq passage: Anna soaked the new phone. Ben is calm. question: is the new'
-  ' phone dry',
-]
-model.generate(prompts, max_length=5)
+prompts = {
+  'super_glue_copa': 'copa choice1: hot cup choice2: cold cup premise: Tom'
+  ' heated the cup. question: effect',
+  'super_glue_boolq': 'boolq passage: Anna soaked the new phone. Ben is calm.'
+  ' question: is the new phone dry',
+}
+for task, prompt in prompts.items():
+  model = st_moe.load(f'runs/superglue/checkpoints/{best[task][0]}')
+  print(prompt, '->', *model.generate([prompt], max_length=5))
 
 # %% [markdown]
 # ## The submission
