@@ -32,7 +32,7 @@ if importlib.util.find_spec('st_moe') is None:
 # the Python reference manual.
 train_text = ''
 validation_text = ''
-steps = 300  # Thousands, on an accelerator.
+steps = 200  # Thousands, on an accelerator.
 vocabulary_size = 2048  # 32,000 is usual, where there is text enough.
 sentence = 'An asynchronous generator is an iterator, too.'
 

@@ -24,6 +24,8 @@ import time
 
 import jupytext
 import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
 from tests import wheel
 
@@ -86,7 +88,11 @@ def main(argv=None) -> int:
       (place / folder).mkdir()
     total, wrong = 0.0, []
     for path in chosen:
-      made, seconds, of_install = run(path, place / 'work', env)
+      try:
+        made, seconds, of_install = run(path, place / 'work', env)
+      except (CellTimeoutError, DeadKernelError) as e:
+        wrong.append(f'{path.stem}: {str(e).partition(chr(10))[0]}')
+        continue
       total += seconds
       told = f'{path.stem}: {seconds:.0f} s'
       if of_install > 2:
@@ -130,8 +136,6 @@ def read(path: pathlib.Path):
 
 def run(path: pathlib.Path, work: pathlib.Path, env: dict) -> tuple:
   """The notebook with what it shows, its seconds, and those of installing."""
-  from nbclient import NotebookClient
-
   notebook = read(path)
   client = NotebookClient(
     notebook,
