@@ -47,7 +47,7 @@ default_role = 'code'
 autodoc_member_order = 'bysource'
 autodoc_inherit_docstrings = False
 autodoc_default_options = {
-  'exclude-members': 'replace',  # Of flax.struct.
+  'exclude-members': 'replace, set',  # Of flax.struct and matplotlib.
   'special-members': '__call__',
 }
 autodoc_typehints_format = 'short'
