@@ -107,7 +107,8 @@ figures.load(trace)
 # ## What they are for
 #
 # Tokens that tell an expert from the others, with their lift: how much more
-# frequent the token is there than in all of the layer. (A decoder begins with
+# frequent the token is there than in all of the layer. A decoder begins with
+# `<pad>`. (A decoder begins with
 # `<pad>`.)
 
 # %%

@@ -328,13 +328,17 @@ def _prepare(flags, overrides):
 def _evaluate(flags, overrides):
   _start(flags)
   with _hosts(flags):
-    from st_moe import gin_file
     from st_moe.infer import evaluate
 
-    said = gin_file.fields(flags.macros)
-    said.pop('data.mixture', None)  # That flag.
-    # The model is the checkpoint's.
-    said = {name: v for name, v in said.items() if evaluate.settable(name)}
+    said = {}
+    if flags.macros:
+      from st_moe import gin_file
+
+      said = gin_file.fields(flags.macros)
+      # Flags say which tasks; the model is the checkpoint's.
+      passed = {'data.mixture', 'data.batch_size', 'data.seed'}
+      kept = filter(evaluate.settable, said.keys() - passed)
+      said = {name: said[name] for name in kept}
     evaluate.evaluate(
       flags.checkpoint,
       mixture=[name for name in flags.mixture.split(',') if name],

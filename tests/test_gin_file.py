@@ -108,8 +108,8 @@ train_script.train:
   total_steps = 7
   random_seed = %RANDOM_SEED
 RANDOM_SEED = None
-train/utils.DatasetConfig.split = 'train'
 train_eval/utils.DatasetConfig.split = 'dev'
+train/utils.DatasetConfig.split = 'train'
 train/utils.DatasetConfig.batch_size = %BATCH_SIZE
 BATCH_SIZE = 16
 utils.SaveCheckpointConfig.period = 50
@@ -186,7 +186,7 @@ SMALL = [
   '--gin_file=configs/gin/runs/pretrain.gin',
   '--gin.MIXTURE_OR_TASK_NAME=python_reference',
   *(f'--gin.{name}=16' for name in ('EMBED_DIM', 'MLP_DIM', 'HEAD_DIM')),
-  *('--gin.NUM_ENCODER_LAYERS=4', '--gin.NUM_DECODER_LAYERS=4'),
+  *('--gin.NUM_ENCODER_LAYERS=2', '--gin.NUM_DECODER_LAYERS=2'),
   *(f'--gin.NUM_{s}_SPARSE_LAYERS=1' for s in ('ENCODER', 'DECODER')),
   *('--gin.NUM_EXPERTS=4', '--gin.NUM_HEADS=2', '--gin.BATCH_SIZE=8'),
   "--gin.TASK_FEATURE_LENGTHS={'inputs': 32, 'targets': 16}",

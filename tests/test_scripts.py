@@ -603,6 +603,20 @@ def test_the_quickstart_ends_with_what_to_type_next(root):
   assert 'source .venv/bin/activate' in done.stdout.splitlines()[-1]
 
 
+def test_a_quickstart_of_seconds(root):
+  (root / 'checkout' / 'scripts' / 'env.sh').write_text('set -e\n')
+  home = root / 'worker0'
+  done = _run(root, 'quickstart.sh', 'here', 'runlocal', HOME=str(home))
+  assert done.returncode == 0, done.stderr
+  calls = _calls(home / 'runs')
+  assert [words[1].partition(':')[2] for words in calls[:3]] == [
+    *('runlocal', 'runlocal', 'scratch,runlocal'),
+  ]
+  assert calls[3][1:] == ['here/pretrain', 'here/finetune'] + [
+    '--baseline=here/scratch'
+  ]
+
+
 def _t5x(root, *words, **variables):
   (root / 'checkout' / 'scripts' / 'env.sh').write_text('touch sourced\n')
   return _run(root, 'install_t5x.sh', *words, **variables)

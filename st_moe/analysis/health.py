@@ -37,6 +37,7 @@ def health(trace: Trace) -> list[Health]:
   for number in np.unique(trace.layer):
     here, layer = trace.rows(trace.layer == number), trace.layers[number]
     load = loads[number, : layer.experts]
+    asked = max((here.expert >= 0).sum(), 1)
     probs = here.probs[:, : layer.experts]
     logits = here.logits[:, : layer.experts]
     found.append(
@@ -46,8 +47,8 @@ def health(trace: Trace) -> list[Health]:
         entropy=float(specialization.entropy(probs).mean()),
         confidence=float(probs.max(-1).mean()),
         log_z=float(np.logaddexp.reduce(logits, axis=-1).mean()),
-        largest_logit=float(np.abs(logits[np.isfinite(logits)]).max()),
-        dropped=1 - load.sum() / (here.expert >= 0).sum(),
+        largest_logit=float(np.abs(logits[np.isfinite(logits)]).max(initial=0)),
+        dropped=1 - load.sum() / asked,
         busiest=float(load.max() * layer.experts / max(load.sum(), 1)),
         dead=tuple(np.flatnonzero(load == 0).tolist()),
       )

@@ -41,9 +41,8 @@ class Trace:
   layer: np.ndarray  # int16 [n], which of `layers`.
   example: np.ndarray  # int32 [n], from 0.
   position: np.ndarray  # int32 [n], in its example, from 0.
-  token: (
-    np.ndarray
-  )  # int32 [n], the id that was routed; a decoder's first is 0.
+  # int32 [n], the id that was routed; a decoder's first is 0.
+  token: np.ndarray
   expert: np.ndarray  # int16 [n, k], the experts asked, best first.
   weight: np.ndarray  # float32 [n, k], of their answers.
   kept: np.ndarray  # bool [n, k], whether they had a seat left.

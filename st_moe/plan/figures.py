@@ -27,7 +27,7 @@ def mesh(sizes: Mapping[str, int], num_experts: int) -> Picture:
   held = max(num_experts // expert, 1)
   wide = next(n for n in sharding.divisors(expert) if n * n >= expert)
   high = expert // wide
-  across = min(len(blocks), max(1, 16 // (wide * model) or 1))
+  across = min(len(blocks), max(1, 16 // (wide * model)))
   down = -(-len(blocks) // across)
   step = wide * model + 1.0, high + 1.6
   size = across * step[0] + 0.4, down * step[1] + 0.2

@@ -45,26 +45,27 @@ def _sown(config):
 def _slow(config, sown, tokens):
   """{(layer, row, position): [(expert, weight, kept), ...]}, by plain loops."""
   found = {}
+  columns = 'token', 'expert', 'weight', 'asked', 'place'
   for stack in config.stacks:
     ids, valid = tokens[stack]
     for number in config.plan(stack).sparse:
       period = config.plan(stack).period
       of = sown[stack]['layers'][f'layer_{number % period}']['moe']['seats']
-      pick = lambda name: np.array(getattr(of, name))[number // period]  # noqa: B023
-      g, n = pick('token').shape
+      seats = {c: np.array(getattr(of, c))[number // period] for c in columns}
+      g, n = seats['token'].shape
       size = 8 if stack == 'decoder' else 12
       for i in range(g):
         for j in range(n):
-          at = i * size + pick('token')[i, j]
-          if at >= ids.size or not pick('asked')[i, j]:
+          at = i * size + seats['token'][i, j]
+          if at >= ids.size or not seats['asked'][i, j]:
             continue
           row, position = divmod(int(at), ids.shape[1])
           if not valid[row, position]:
             continue
           route = (
-            int(pick('expert')[i, j]),
-            float(pick('weight')[i, j]),
-            bool(pick('place')[i, j] >= 0),
+            int(seats['expert'][i, j]),
+            float(seats['weight'][i, j]),
+            bool(seats['place'][i, j] >= 0),
           )
           name = f'{stack}.{number}', row, position
           found.setdefault(name, []).append(route)
